@@ -1,0 +1,69 @@
+"""What can go wrong while a model is alive; api/problems.py alone turns these into HTTP.
+
+LlmdError (shard_tools)
+├── ConfigError            the configuration cannot be used; nothing was started
+├── RequestError           this request can never be served as it is
+│   ├── ContextLengthError the prompt and what was asked for do not fit the model's context
+│   └── UnknownModelError  no model of that name is served
+├── OverloadedError        no room now; try again after `retry_after_s`
+├── PipelineError          a stage died, hung or answered nonsense while serving this request
+├── ReceiptError           a receipt, statement or registry proves nothing, and why
+└── ProtocolError          a peer sent bytes that are no message of ours
+"""
+
+from __future__ import annotations
+
+from shard_tools.errors import IntegrityError, LlmdError
+
+
+class ConfigError(LlmdError):
+    """The configuration cannot be used; the message names the key and the nearest known one."""
+
+
+class RequestError(LlmdError):
+    """This request can never be served as it is. param: the field of the request at fault, if one is."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthError(RequestError):
+    """More tokens than the model's context holds. Clients match the opening words of the message."""
+
+    def __init__(self, limit: int, prompt: int, completion: int) -> None:
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens. However, you requested "
+            f"{prompt + completion} tokens ({prompt} in the messages, {completion} in the completion). "
+            f"Please reduce the length of the messages or completion.",
+            "messages",
+        )
+        self.limit, self.prompt, self.completion = limit, prompt, completion
+
+
+class UnknownModelError(RequestError):
+    """No model of that name is served."""
+
+    def __init__(self, asked: str, served: tuple[str, ...]) -> None:
+        super().__init__(f"The model {asked!r} does not exist here. Served: {', '.join(served)}.", "model")
+        self.asked, self.served = asked, served
+
+
+class OverloadedError(LlmdError):
+    """No room for this request now."""
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class PipelineError(LlmdError):
+    """The pipeline cannot finish this request; a retry may succeed once it is rebuilt."""
+
+
+class ReceiptError(IntegrityError):
+    """A receipt, statement or registry proves nothing. The message names the part at fault."""
+
+
+class ProtocolError(IntegrityError):
+    """A peer sent bytes that are no message of ours."""

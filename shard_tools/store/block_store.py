@@ -1,0 +1,42 @@
+"""The seam between what needs blocks and where they lie.
+
+Laws, which tests/contracts holds over every implementation:
+  get(put(codec, b)) == b, whatever b;
+  put is idempotent and leaves either the whole block or none of it;
+  get returns only bytes that hash to the name asked for, else raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from shard_tools.cid import Cid, Codec
+
+MAX_BLOCK_BYTES = 2 << 20  # what bitswap and the public gateways carry (IPFS block limit)
+
+
+class BlockStore(Protocol):
+    """Keeps blocks under the names their bytes have."""
+
+    @property
+    def label(self) -> str:
+        """What errors call this store, such as `directory /var/llmd`."""
+
+    def put(self, codec: Codec, block: bytes) -> Cid:
+        """Keep the block. The store names it, so nobody can file bytes under a wrong name.
+
+        Raises InputError past MAX_BLOCK_BYTES.
+        """
+
+    def get(self, cid: Cid) -> bytes:
+        """The block of this name, hashed. Raises NotFoundError, CorruptBlockError."""
+
+    def has(self, cid: Cid) -> bool:
+        """Whether the block is here; its bytes are not read."""
+
+    def delete(self, cid: Cid) -> None:
+        """Forget the block; nothing happens if it is not here."""
+
+    def cids(self) -> Iterator[Cid]:
+        """Every block held, in no promised order."""
