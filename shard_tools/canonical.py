@@ -23,7 +23,7 @@ MAX_DEPTH = 16  # our deepest value, a receipt bundle, nests 8 deep
 def encode(value: Value) -> bytes:
     """The only bytes that mean `value`. Raises FormatError for what DAG-CBOR or this project cannot say."""
     try:
-        return cbrrr.encode_dag_cbor(_to_wire(value, 0))
+        return bytes(cbrrr.encode_dag_cbor(_to_wire(value, 0)))
     except (TypeError, ValueError, OverflowError) as e:
         raise FormatError(f"cannot be written as DAG-CBOR: {e}") from e
 

@@ -1,0 +1,109 @@
+"""Attention over paged keys and values, registered with transformers under our own name.
+
+This is the reference on every device: exact, plain torch ops, one sequence at a time. Faster kernels take
+its place behind the same function when they equal it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from serve_app.engine.kv_pages import KvPages, Span
+
+NAME = "llmd_paged"
+KV_ATTRIBUTE = "llmd_kv"  # on each attention module: the KvPages of its stage
+
+
+def register() -> None:
+    """After this, transformers models built with attn_implementation=NAME attend through `paged_attention`."""
+    AttentionInterface.register(NAME, paged_attention)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+
+
+def paged_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Each row attends to its own sequence, causally. The step's spans come from the stage's KvPages.
+
+    query [1, heads, rows, dim], key and value [1, kv_heads, rows, dim] -> [1, rows, heads, value dim].
+    softcap: Gemma 2's logit cap; s_aux: [heads] attention sinks (gpt-oss).
+    """
+    kv: KvPages = getattr(module, KV_ATTRIBUTE)
+    if sliding_window is None:
+        sliding_window = getattr(module, "sliding_window", None)
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    keys, values = kv.write(module.layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    out = query.new_empty((query.shape[2], query.shape[1], value.shape[-1]))
+    for span in kv.spans:
+        q = query[0, :, span.row : span.row + span.count]
+        k = keys.index_select(0, span.slots).transpose(0, 1)
+        v = values.index_select(0, span.slots).transpose(0, 1)
+        if softcap is None and s_aux is None:
+            attended = _fused(q, k, v, span, scaling, sliding_window)
+        else:
+            attended = _explicit(q, k, v, span, scaling, sliding_window, softcap, s_aux)
+        out[span.row : span.row + span.count] = attended.transpose(0, 1)
+    return out.unsqueeze(0), None
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, span: Span, scaling: float, window: int | None) -> Tensor:
+    """q [heads, rows, dim], k and v [kv_heads, length, dim] -> [heads, rows, value dim]."""
+    heads, rows, dim = q.shape
+    kv_heads = k.shape[0]
+    if rows == 1 and (window is None or span.length <= window):
+        # One row sees everything: its query heads stand as rows of their KV head, and no mask or copy is needed.
+        packed = q.reshape(kv_heads, heads // kv_heads, dim)
+        return scaled_dot_product_attention(packed[None], k[None], v[None], scale=scaling)[0].reshape(heads, 1, -1)
+    if kv_heads != heads:
+        k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (k, v))
+    if span.start == 0 and (window is None or span.length <= window):
+        return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scaling)[0]
+    mask = _visible(span, window, q.device)
+    return scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scaling)[0]
+
+
+def _explicit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    span: Span,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The same with a logit cap or sinks, which no fused torch op has; softmax in float32."""
+    groups = q.shape[0] // k.shape[0]
+    k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+    scores = (q @ k.transpose(1, 2)) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~_visible(span, window, q.device), float("-inf")).float()
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)], -1)
+    weights = scores.softmax(-1)[..., : span.length].to(q.dtype)
+    return weights @ v
+
+
+def _visible(span: Span, window: int | None, device: torch.device) -> Tensor:
+    """[count, length] bool: which positions each row may see; aligned to the last position."""
+    rows = torch.arange(span.start, span.length, device=device)[:, None]
+    columns = torch.arange(span.length, device=device)[None, :]
+    visible = columns <= rows
+    return visible if window is None else visible & (columns > rows - window)

@@ -1,0 +1,57 @@
+"""The seam between a stage and whatever computes its layers.
+
+An engine holds the weights of one contiguous range of layers and the KV of open sequences. It is told
+what to run by a plan and never decides; it knows nothing of requests, scheduling, sockets, hashes or Ray.
+Bytes go in and out so that what is hashed is exactly what is computed from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from serve_app.messages.step import StepPlan
+
+ActivationDtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProfile:
+    """What one needs to know to repeat this engine's work and to plan for it."""
+
+    description: str  # library versions, device, dtype, attention: goes into the signed statements
+    device: str
+    dtype: ActivationDtype
+    hidden_size: int
+    parameter_bytes: int
+    kv_page_bytes: int  # of one page in all layers of this engine
+    memory_bytes: int  # free for KV on the device, a snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """hidden: the rows leaving the last layer, little-endian, in row order; owned by the caller.
+
+    tokens: what was drawn, one per span that asked; empty on a stage without the head.
+    """
+
+    hidden: memoryview
+    tokens: tuple[int, ...]
+
+
+class Engine(Protocol):
+    """Computes one range of layers."""
+
+    @property
+    def profile(self) -> EngineProfile:
+        """Facts about this engine; constant once it is built."""
+
+    def reserve(self, n_pages: int) -> None:
+        """Make room for this many KV pages. Called once, before the first step."""
+
+    def run(self, plan: StepPlan, rows: memoryview) -> StepOutput:
+        """Do one step: open, compute, draw, close, in this order.
+
+        rows: token ids (uint32) if this range holds the embedding, else activations. Raises ProtocolError
+        for a plan that does not fit what is open; the engine is then as before the call.
+        """

@@ -1,0 +1,117 @@
+"""Keys and values of open sequences, in pages, for the layers of one stage.
+
+A page holds `page_size` positions of one sequence in every layer of the stage. Which page belongs to whom is
+the Head's business (scheduling/pages.py); here are the tensors and each sequence's list of pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from serve_app.errors import ProtocolError
+from serve_app.messages.step import StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows [row, row + count) of a step are positions [start, start + count) of one sequence.
+
+    slots: [start + count] int64, where each position up to the last row lies in the cache.
+    """
+
+    row: int
+    start: int
+    count: int
+    slots: Tensor
+
+    @property
+    def length(self) -> int:
+        """Positions known once this span has run."""
+        return self.start + self.count
+
+
+class KvPages:
+    """The page tables and tensors of one stage."""
+
+    def __init__(self, page_size: int, device: torch.device) -> None:
+        self.page_size = page_size
+        self.spans: tuple[Span, ...] = ()  # of the step that runs now; attention reads them
+        self.write_slots = torch.zeros(0, dtype=torch.int64)  # [rows] of that step
+        self._device = device
+        self._n_pages = 0
+        self._tables: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [slots, kv_heads, dim]
+
+    def reserve(self, n_pages: int) -> None:
+        """Room for n_pages pages; the tensors of a layer appear when it first writes."""
+        assert n_pages > 0
+        self._n_pages = n_pages
+        self._layers = {}
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all layers that have written."""
+        return sum(t[0].numel() * t.element_size() for kv in self._layers.values() for t in kv) * self.page_size
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep this step's rows of one layer. keys, values: [rows, kv_heads, dim]. Returns the whole cache."""
+        cache = self._layers.get(layer)
+        if cache is None:
+            slots = self._n_pages * self.page_size
+            cache = (keys.new_empty((slots, *keys.shape[1:])), values.new_empty((slots, *values.shape[1:])))
+            self._layers[layer] = cache
+        cache[0].index_copy_(0, self.write_slots, keys)
+        cache[1].index_copy_(0, self.write_slots, values)
+        return cache
+
+    @contextmanager
+    def step(self, plan: StepPlan) -> Iterator[None]:
+        """Inside: spans and write_slots are this plan's. After it: closed sequences are forgotten.
+
+        Raises ProtocolError before anything changed if the plan does not continue what is open.
+        """
+        self._check(plan)
+        for seq in plan.opens["seq"]:
+            self._tables[int(seq)], self._lengths[int(seq)] = [], 0
+        spans, row, page = [], 0, 0
+        for item in plan.spans:
+            seq, start, count, new = (int(item[k]) for k in ("seq", "start", "count", "new_pages"))
+            table = self._tables[seq]
+            table += plan.pages[page : page + new].tolist()
+            page += new
+            self._lengths[seq] = start + count
+            pages = torch.tensor(table, dtype=torch.int64)
+            slots = (pages[:, None] * self.page_size + torch.arange(self.page_size)).reshape(-1)[: start + count]
+            spans.append(Span(row, start, count, slots.to(self._device)))
+            row += count
+        self.spans = tuple(spans)
+        if spans:
+            self.write_slots = torch.cat([s.slots[s.start :] for s in spans])
+        try:
+            yield
+        finally:
+            self.spans = ()
+            for seq in plan.closes["seq"]:
+                self._tables.pop(int(seq), None)
+                self._lengths.pop(int(seq), None)
+
+    def _check(self, plan: StepPlan) -> None:
+        opening = {int(s) for s in plan.opens["seq"]}
+        if opening & self._tables.keys():
+            raise ProtocolError(f"sequence {min(opening & self._tables.keys())} is open already")
+        if len(plan.pages) and int(plan.pages.max()) >= self._n_pages:
+            raise ProtocolError(f"page {int(plan.pages.max())} of {self._n_pages}")
+        for item in plan.spans:
+            seq, start, count, new = (int(item[k]) for k in ("seq", "start", "count", "new_pages"))
+            if seq not in self._tables and seq not in opening:
+                raise ProtocolError(f"sequence {seq} is not open")
+            if start != self._lengths.get(seq, 0):
+                raise ProtocolError(f"sequence {seq} goes on at {start}, but {self._lengths.get(seq, 0)} rows have run")
+            if (len(self._tables.get(seq, ())) + new) * self.page_size < start + count:
+                raise ProtocolError(f"sequence {seq} has too few pages for {start + count} rows")

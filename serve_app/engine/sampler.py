@@ -1,0 +1,84 @@
+"""Draws one token from one row of logits, the same way on every machine.
+
+Given equal logits the draw depends only on (sampling, key, position): all arithmetic after the logits is float64
+on the CPU, ties go to the lowest id, and the noise is Philox by (position, token id). What else is in
+the batch cannot matter, since a row is drawn alone. PROTOCOL.md says how an auditor repeats it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from serve_app.engine.philox import uniform_bits
+from serve_app.messages.request import MICRO
+
+Floats = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
+
+# Gumbel noise of a 32-bit uniform lies in (-log(log(2^33)), log(2^33)) = (-3.13, 22.88): a token whose scaled logit
+# is further below the best one's can never win, so its noise need not be made.
+_REACH = 26.1
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How to draw for one sequence (messages/step.py OPEN)."""
+
+    temperature_micro: int
+    top_k: int
+    top_p_micro: int
+    key: bytes
+
+    def token(self, logits: npt.NDArray[np.float32], position: int) -> int:
+        """The token at `position` of the sequence. logits: [vocab] float32, finite."""
+        if self.temperature_micro == 0:
+            return int(np.argmax(logits))  # the first of equals: the lowest id
+        scaled = logits.astype(np.float64) / (self.temperature_micro / MICRO)
+        ids = self._candidates(scaled)
+        noise = gumbel(self.key, position, ids)
+        return int(ids[np.argmax(scaled[ids] + noise)])
+
+    def _candidates(self, scaled: Floats) -> Ids:
+        """Ids that top-k and top-p leave, ascending, less those no noise could lift to the top."""
+        if self.top_k:
+            order = _best(scaled, self.top_k)[: self.top_k]
+            weights = np.exp(scaled[order] - scaled[order[0]])
+            keep = _reach(weights, float(weights.sum()), self.top_p_micro)
+            return np.sort(order if keep is None else order[:keep])
+        if self.top_p_micro < MICRO:
+            total = float(np.exp(scaled - scaled.max()).sum())
+            size = 64  # most nuclei are small: sort few, and more only where that was not enough
+            while True:
+                order = _best(scaled, size)
+                keep = _reach(np.exp(scaled[order] - scaled[order[0]]), total, self.top_p_micro)
+                if keep is not None or len(order) == len(scaled):
+                    return np.sort(order if keep is None else order[:keep])
+                size *= 8
+        return np.flatnonzero(scaled >= scaled.max() - _REACH)
+
+
+def _best(scaled: Floats, n: int) -> Ids:
+    """The n best ids and whatever ties with the last of them; best first, equals by lowest id."""
+    if n >= len(scaled):
+        return np.lexsort((np.arange(len(scaled)), -scaled))
+    ids = np.flatnonzero(scaled >= np.partition(scaled, -n)[-n])
+    return ids[np.argsort(-scaled[ids], kind="stable")]
+
+
+def _reach(weights: Floats, total: float, top_p_micro: int) -> int | None:
+    """How many of the best make up top_p of the total; None if all of them do not."""
+    if top_p_micro == MICRO:
+        return None
+    reached = np.cumsum(weights) >= total * (top_p_micro / MICRO)
+    return int(np.argmax(reached)) + 1 if reached.any() else None
+
+
+def gumbel(key: bytes, position: int, ids: Ids) -> Floats:
+    """Standard Gumbel noise for these token ids. u = (bits + 1/2) / 2^32, so u is never 0 or 1."""
+    bits: npt.NDArray[Any] = uniform_bits(key, position, ids.astype(np.uint32))
+    u = (bits.astype(np.float64) + 0.5) / 4294967296.0
+    return -np.log(-np.log(u))

@@ -1,0 +1,132 @@
+"""The engine of plain torch ops: exact, on any device. Bytes in, bytes out."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from serve_app.engine.attention import NAME
+from serve_app.engine.engine import ActivationDtype, EngineProfile, StepOutput
+from serve_app.engine.kv_pages import KvPages
+from serve_app.engine.sampler import Draw
+from serve_app.engine.stage_model import StageModel
+from serve_app.errors import PipelineError, ProtocolError
+from serve_app.messages.step import CLOSE, OPEN, SPAN, StepPlan
+
+TORCH_DTYPES: dict[ActivationDtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class TorchEngine:
+    """Implements engine.Engine."""
+
+    def __init__(
+        self,
+        model: StageModel,
+        kv: KvPages,
+        *,
+        embeds: bool,
+        head: bool,
+        hidden_size: int,
+        vocab_size: int,
+        device: torch.device,
+        dtype: ActivationDtype,
+    ) -> None:
+        self._model, self._kv = model, kv
+        self._embeds, self._has_head = embeds, head
+        self._hidden_size, self._vocab_size = hidden_size, vocab_size
+        self._device, self._dtype = device, TORCH_DTYPES[dtype]
+        self._draws: dict[int, Draw] = {}
+        self._row_bytes = 4 if embeds else hidden_size * self._dtype.itemsize
+        self.profile = EngineProfile(
+            description=(
+                f"torch {torch.__version__}, transformers {transformers.__version__}, {NAME}, {dtype}, "
+                f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}"
+            ),
+            device=str(device),
+            dtype=dtype,
+            hidden_size=hidden_size,
+            parameter_bytes=model.parameter_bytes,
+            kv_page_bytes=self._measure_page(),
+            memory_bytes=_free_bytes(device),
+        )
+
+    def reserve(self, n_pages: int) -> None:
+        self._kv.reserve(n_pages)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan, rows: memoryview) -> StepOutput:
+        if len(rows) != plan.rows * self._row_bytes:
+            raise ProtocolError(f"{len(rows)} bytes for {plan.rows} rows of {self._row_bytes}")
+        tokens: tuple[int, ...] = ()
+        out = memoryview(b"")
+        with self._kv.step(plan):
+            self._open(plan)
+            if plan.rows:
+                hidden = self._model.forward(self._tensor(rows), self._positions())
+                if self._has_head:
+                    tokens = self._draw(plan, hidden)
+                out = hidden.contiguous().cpu().view(torch.uint8).numpy().reshape(-1).data
+        for seq in plan.closes["seq"]:
+            self._draws.pop(int(seq), None)
+        return StepOutput(out, tokens)
+
+    def _open(self, plan: StepPlan) -> None:
+        if self._has_head:
+            for o in plan.opens:
+                draw = Draw(int(o["temperature_micro"]), int(o["top_k"]), int(o["top_p_micro"]), o["key"].tobytes())
+                self._draws[int(o["seq"])] = draw
+
+    def _tensor(self, rows: memoryview) -> Tensor:
+        """The rows of a message, on the device; copied, since torch may not write into bytes."""
+        if not self._embeds:
+            flat = torch.frombuffer(bytearray(rows), dtype=self._dtype)
+            return flat.view(-1, self._hidden_size).to(self._device)
+        ids = np.frombuffer(rows, "<u4")
+        if int(ids.max()) >= self._vocab_size:
+            raise ProtocolError(f"token id {int(ids.max())} in a vocabulary of {self._vocab_size}")
+        return torch.from_numpy(ids.astype(np.int64)).to(self._device)
+
+    def _positions(self) -> Tensor:
+        return torch.cat([torch.arange(s.start, s.length) for s in self._kv.spans]).to(self._device)
+
+    def _draw(self, plan: StepPlan, hidden: Tensor) -> tuple[int, ...]:
+        asked = [(s, int(span["seq"])) for s, span in zip(self._kv.spans, plan.spans, strict=True) if span["sample"]]
+        if not asked:
+            return ()
+        last = torch.tensor([s.row + s.count - 1 for s, _ in asked], device=self._device)
+        logits = self._model.logits(hidden.index_select(0, last)).cpu().numpy()
+        if not np.isfinite(logits).all():
+            raise PipelineError("the last stage computed logits that are not finite")
+        return tuple(self._draws[seq].token(row, s.length) for row, (s, seq) in zip(logits, asked, strict=True))
+
+    @torch.inference_mode()
+    def _measure_page(self) -> int:
+        """Bytes of one page in all layers, seen in a step of one row: shapes differ between families."""
+        self._kv.reserve(1)
+        plan = StepPlan(
+            0,
+            0,
+            np.zeros(1, OPEN),
+            np.array([(0, 0, 1, 1, 0)], SPAN),
+            np.zeros(1, "<u4"),
+            np.array([(0, 1, 0)], CLOSE),
+            np.zeros(0, "<u8"),
+        )
+        self.run(plan, memoryview(bytes(self._row_bytes)))
+        return self._kv.page_bytes
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with open("/proc/meminfo") as f:
+        for line in f:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise PipelineError("/proc/meminfo does not say how much memory is available")

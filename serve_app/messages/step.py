@@ -1,0 +1,206 @@
+"""What crosses from the Head down the stages and back: fixed-layout arrays, no pickle.
+
+A *plan* says what one pass through the stages does: which sequences open, which rows run, which close, which
+are to be signed. It travels with its rows: token ids into stage 0, activations into every later stage.
+Replies go from any stage straight to the Head. Laws: decode(encode(x)) == x; decode raises ProtocolError for
+every other byte string. Byte layout: PROTOCOL.md. Knows nothing of torch, Ray or sockets.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from serve_app.errors import ProtocolError
+from shard_tools import canonical
+from shard_tools.canonical import Fields
+from shard_tools.errors import FormatError
+
+OPEN = np.dtype(
+    [
+        ("seq", "<u8"),
+        ("request", "u1", (32,)),  # request_hash: what the stage's statement will be bound to
+        ("key", "u1", (8,)),  # of the sampling noise; the last stage uses it
+        ("temperature_micro", "<u4"),
+        ("top_k", "<u4"),
+        ("top_p_micro", "<u4"),
+    ]
+)
+SPAN = np.dtype(
+    [
+        ("seq", "<u8"),
+        ("start", "<u4"),  # position of the first row
+        ("count", "<u4"),  # rows of this sequence in this step
+        ("new_pages", "<u4"),  # how many ids of `pages` are this span's
+        ("sample", "u1"),  # 1: draw the token that follows the last row
+    ]
+)
+CLOSE = np.dtype([("seq", "<u8"), ("rows", "<u4"), ("seal", "u1")])  # seal 1: tell the Head both roots
+
+Array = npt.NDArray[Any]
+
+_MAGIC = 0x504D4C31
+_HEADER = struct.Struct("<IIQIIIIII")  # magic, epoch, step, opens, spans, pages, closes, signs, rows
+MAX_ITEMS = 1 << 16  # of each kind in one plan: 256 sequences is a large step today
+MAX_ROWS = 1 << 17
+MAX_PAYLOAD_BYTES = 1 << 30
+
+
+def _none(dtype: Any) -> Array:
+    return np.zeros(0, dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepPlan:
+    """One micro-batch. Rows lie in span order; pages hold each span's new page ids, in span order."""
+
+    epoch: int
+    step: int
+    opens: Array  # OPEN
+    spans: Array  # SPAN
+    pages: Array  # uint32
+    closes: Array  # CLOSE
+    signs: Array  # uint64, sequences whose roots matched everywhere
+
+    @property
+    def rows(self) -> int:
+        """Rows that run in this step."""
+        return int(self.spans["count"].sum(dtype=np.int64))
+
+    def encode(self, payload: bytes | memoryview) -> bytes:
+        """The message: this plan and the bytes of its rows."""
+        head = _HEADER.pack(
+            _MAGIC,
+            self.epoch,
+            self.step,
+            len(self.opens),
+            len(self.spans),
+            len(self.pages),
+            len(self.closes),
+            len(self.signs),
+            self.rows,
+        )
+        arrays = (self.opens, self.spans, self.pages, self.closes, self.signs)
+        return b"".join((head, *(a.tobytes() for a in arrays), payload))
+
+    @classmethod
+    def decode(cls, message: bytes) -> tuple[StepPlan, memoryview]:
+        """The plan and the bytes of its rows (a view into message). Raises ProtocolError."""
+        if not _HEADER.size <= len(message) <= MAX_PAYLOAD_BYTES:
+            raise ProtocolError(f"a step message of {len(message)} bytes")
+        magic, epoch, step, *counts, rows = _HEADER.unpack_from(message)
+        if magic != _MAGIC or max(counts) > MAX_ITEMS or rows > MAX_ROWS:
+            raise ProtocolError("not a step message of this version, or one with too many items")
+        view, offset, arrays = memoryview(message), _HEADER.size, []
+        kinds: tuple[np.dtype[Any], ...] = (OPEN, SPAN, np.dtype("<u4"), CLOSE, np.dtype("<u8"))
+        for dtype, count in zip(kinds, counts, strict=True):
+            end = offset + count * dtype.itemsize
+            if end > len(message):
+                raise ProtocolError("a step message was cut short")
+            arrays.append(np.frombuffer(view[offset:end], dtype))
+            offset = end
+        plan = cls(epoch, step, *arrays)
+        if plan.rows != rows or int(plan.spans["new_pages"].sum(dtype=np.int64)) != len(plan.pages):
+            raise ProtocolError("a step message whose spans do not add up to its rows or pages")
+        if rows and not plan.spans["count"].all():
+            raise ProtocolError("a step message with an empty span")
+        return plan, view[offset:]
+
+
+def control_plan(epoch: int, step: int, *, closes: Array | None = None, signs: Array | None = None) -> StepPlan:
+    """A plan without rows: only sequences that end."""
+    return StepPlan(
+        epoch,
+        step,
+        _none(OPEN),
+        _none(SPAN),
+        _none("<u4"),
+        _none(CLOSE) if closes is None else closes,
+        _none("<u8") if signs is None else signs,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The last stage finished a step. tokens: one per span that asked for a sample, in span order."""
+
+    epoch: int
+    step: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Roots:
+    """A stage has hashed all it received and sent for a closed sequence."""
+
+    epoch: int
+    stage: int
+    seq: int
+    rows: int
+    in_root: bytes
+    out_root: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """A stage's statement about a sequence: an encoded Envelope."""
+
+    epoch: int
+    stage: int
+    seq: int
+    statement: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A stage could not do a step. The sequences of that step cannot go on."""
+
+    epoch: int
+    stage: int
+    step: int
+    message: str
+
+
+Reply = StepResult | Roots | Signed | Fault
+
+_U32, _U64 = (1 << 32) - 1, (1 << 63) - 1
+_MAX_REPLY_BYTES = 1 << 20
+
+
+def encode_reply(reply: Reply) -> bytes:
+    """The bytes of one reply to the Head."""
+    match reply:
+        case StepResult(epoch, step, tokens):
+            return canonical.encode({"r": "step", "e": epoch, "s": step, "t": list(tokens)})
+        case Roots(epoch, stage, seq, rows, in_root, out_root):
+            return canonical.encode(
+                {"r": "roots", "e": epoch, "i": stage, "q": seq, "n": rows, "in": in_root, "out": out_root}
+            )
+        case Signed(epoch, stage, seq, statement):
+            return canonical.encode({"r": "signed", "e": epoch, "i": stage, "q": seq, "b": statement})
+        case Fault(epoch, stage, step, message):
+            return canonical.encode({"r": "fault", "e": epoch, "i": stage, "s": step, "m": message[:2000]})
+
+
+def decode_reply(data: bytes) -> Reply:
+    """Read encode_reply's bytes. Raises ProtocolError."""
+    try:
+        with Fields(canonical.decode(data, max_bytes=_MAX_REPLY_BYTES), "reply") as f:
+            kind, epoch = f.text("r", 10), f.integer("e", 0, _U32)
+            if kind == "step":
+                return StepResult(epoch, f.integer("s", 0, _U64), f.integers("t", MAX_ITEMS, 0, _U32))
+            stage = f.integer("i", 0, 4096)
+            if kind == "roots":
+                seq, rows = f.integer("q", 0, _U64), f.integer("n", 0, _U32)
+                return Roots(epoch, stage, seq, rows, f.data("in", 32, 32), f.data("out", 32, 32))
+            if kind == "signed":
+                return Signed(epoch, stage, f.integer("q", 0, _U64), f.data("b", 1, 1 << 16))
+            if kind == "fault":
+                return Fault(epoch, stage, f.integer("s", 0, _U64), f.text("m", 2000))
+            raise ProtocolError(f"a reply of unknown kind {kind!r}")
+    except FormatError as e:
+        raise ProtocolError(f"not a stage's reply: {e}") from e

@@ -1,0 +1,272 @@
+"""Which rows run next: continuous batching with chunked prefill under a token budget.
+
+Pure: no Ray, no torch, no clock. `admit`, then `plan` / `apply` in turn; a sequence is in at most one step at a
+time, and several steps may be in flight, so that every stage of a pipeline has work. Requests join and leave
+between any two steps. A request is let in when pages for its longest course can be promised: one that runs
+never waits for pages. Decoding rows go first, then prefill chunks fill the budget, oldest request first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from serve_app.errors import OverloadedError, RequestError
+from serve_app.messages.request import FinishReason, Sampling
+from serve_app.messages.step import CLOSE, OPEN, SPAN, StepPlan, StepResult
+from serve_app.scheduling.pages import PagePool
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A request as the scheduler needs it. seq: the Head's number for it, never reused."""
+
+    seq: int
+    request_hash: bytes
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    sampling_key: bytes
+    stop_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What a step gave one sequence. token None: nothing was drawn. reason None: it goes on."""
+
+    seq: int
+    token: int | None
+    reason: FinishReason | None
+
+
+@dataclass(slots=True)
+class _Sequence:
+    ticket: Ticket
+    tokens: list[int]  # prompt, then what was drawn
+    promised: int  # pages set aside and not yet taken
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0  # rows that have run, or run in the step in flight
+    opened: bool = False
+    in_flight: bool = False
+    ending: Literal["stop", "cancelled"] | None = None
+
+    @property
+    def decoding(self) -> bool:
+        return self.computed == len(self.tokens) - 1 and len(self.tokens) > len(self.ticket.prompt_ids)
+
+
+class Scheduler:
+    """The only owner of sequences and pages."""
+
+    def __init__(
+        self,
+        *,
+        epoch: int,
+        n_pages: int,
+        page_size: int,
+        max_step_tokens: int,
+        max_running: int,
+        max_waiting: int,
+        micro_batches: int,
+    ) -> None:
+        self._epoch = epoch
+        self._pool = PagePool(n_pages)
+        self._page_size = page_size
+        self._max_step_tokens = max_step_tokens
+        self._max_running = max_running
+        self._max_waiting = max_waiting
+        self._micro_batches = micro_batches
+        self._waiting: deque[_Sequence] = deque()
+        self._running: dict[int, _Sequence] = {}
+        self._flights: dict[int, list[tuple[_Sequence, bool]]] = {}  # step -> its sequences, sampled or not
+        self._closes: list[tuple[int, int, bool]] = []  # seq, rows, seal
+        self._signs: list[int] = []
+        self._next_step = 0
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold pages."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests let in that hold nothing yet."""
+        return len(self._waiting)
+
+    @property
+    def free_pages(self) -> int:
+        """Pages neither held nor promised."""
+        return self._pool.free
+
+    @property
+    def in_flight(self) -> int:
+        """Steps planned whose result has not come."""
+        return len(self._flights)
+
+    def admit(self, ticket: Ticket) -> None:
+        """Queue the request. Raises OverloadedError when full, RequestError when it can never fit."""
+        need = self._pages_for(ticket)
+        if need > self._pool.n_pages:
+            raise RequestError(
+                f"the request may grow to {need * self._page_size} tokens and this pipeline has room for "
+                f"{self._pool.n_pages * self._page_size}: ask for fewer tokens or raise pipeline.kv_pages"
+            )
+        if len(self._waiting) >= self._max_waiting:
+            raise OverloadedError(f"{len(self._waiting)} requests are waiting already")
+        self._waiting.append(_Sequence(ticket, list(ticket.prompt_ids), need))
+
+    def stop(self, seq: int, reason: Literal["stop", "cancelled"]) -> Committed | None:
+        """End a sequence now, or when its step in flight is back.
+
+        Returns its end if it ended at once, else None: `apply` will tell. Unknown sequences have ended
+        already: None.
+        """
+        for waiting in self._waiting:
+            if waiting.ticket.seq == seq:
+                self._waiting.remove(waiting)
+                return Committed(seq, None, "cancelled")
+        sequence = self._running.get(seq)
+        if sequence is None:
+            return None
+        if sequence.in_flight:
+            sequence.ending = reason
+            return None
+        self._finish(sequence, reason)
+        return Committed(seq, None, reason)
+
+    def plan(self) -> StepPlan | None:
+        """The next micro-batch, or None if nothing can run and nothing is to be closed or signed."""
+        self._let_in()
+        spans: list[tuple[int, int, int, int, int]] = []
+        opens: list[_Sequence] = []
+        pages: list[int] = []
+        flight: list[tuple[_Sequence, bool]] = []
+        budget = self._max_step_tokens
+        # An equal share for every micro-batch in flight: a front-loaded first one leaves the others' stages idle.
+        quota = math.ceil(len(self._running) / self._micro_batches)
+        ready = [s for s in self._running.values() if not s.in_flight]
+        ready.sort(key=lambda s: not s.decoding)  # stable: decoding first, else oldest first
+        for sequence in ready[:quota]:
+            count = min(len(sequence.tokens) - sequence.computed, budget)
+            if count <= 0:
+                break
+            budget -= count
+            new = self._grow(sequence, sequence.computed + count)
+            sample = sequence.computed + count == len(sequence.tokens)
+            spans.append((sequence.ticket.seq, sequence.computed, count, len(new), int(sample)))
+            pages += new
+            if not sequence.opened:
+                sequence.opened = True
+                opens.append(sequence)
+            sequence.computed += count
+            sequence.in_flight = True
+            flight.append((sequence, sample))
+        if not spans and not self._closes and not self._signs:
+            return None
+        plan = StepPlan(
+            self._epoch,
+            self._next_step,
+            np.array([_open(s.ticket) for s in opens], OPEN),
+            np.array(spans, SPAN),
+            np.array(pages, "<u4"),
+            np.array(self._closes, CLOSE),
+            np.array(self._signs, "<u8"),
+        )
+        self._closes, self._signs = [], []
+        if spans:
+            self._flights[self._next_step] = flight
+        self._next_step += 1
+        return plan
+
+    def rows_of(self, plan: StepPlan) -> bytes:
+        """The token ids of a plan's rows, uint32 little-endian: stage 0's payload."""
+        parts = []
+        for span in plan.spans:
+            start, count = int(span["start"]), int(span["count"])
+            parts.append(np.array(self._running[int(span["seq"])].tokens[start : start + count], "<u4"))
+        return b"".join(p.tobytes() for p in parts)
+
+    def apply(self, result: StepResult) -> list[Committed]:
+        """Take in what the last stage drew; ended sequences give their pages back and are to be closed."""
+        flight = self._flights.pop(result.step)
+        tokens = iter(result.tokens)
+        out: list[Committed] = []
+        for sequence, sampled in flight:
+            sequence.in_flight = False
+            ticket = sequence.ticket
+            reason: FinishReason | None = sequence.ending
+            if sampled:
+                token = next(tokens)
+                sequence.tokens.append(token)
+                if reason is None and token in ticket.stop_ids:
+                    reason = "stop"
+                if reason is None and len(sequence.tokens) - len(ticket.prompt_ids) >= ticket.max_tokens:
+                    reason = "length"
+                out.append(Committed(ticket.seq, token, reason))
+            elif reason is not None:
+                out.append(Committed(ticket.seq, None, reason))
+            if reason is not None:
+                self._finish(sequence, reason)
+        return out
+
+    def sign(self, seq: int) -> None:
+        """Every stage's roots of this closed sequence match: have them sign."""
+        self._signs.append(seq)
+
+    def drop(self, seq: int) -> None:
+        """A sequence whose step will never come back: free its pages and tell the stages to forget it."""
+        for waiting in [s for s in self._waiting if s.ticket.seq == seq]:
+            self._waiting.remove(waiting)
+        sequence = self._running.get(seq)
+        if sequence is not None:
+            self._finish(sequence, "error")
+
+    def drop_step(self, step: int) -> list[int]:
+        """A step failed in some stage: its sequences are dropped. Returns them."""
+        dropped = [s.ticket.seq for s, _ in self._flights.pop(step, [])]
+        for seq in dropped:
+            self.drop(seq)
+        return dropped
+
+    def _let_in(self) -> None:
+        while self._waiting and len(self._running) < self._max_running:
+            if not self._pool.promise(self._waiting[0].promised):
+                return  # first come, first served: a smaller request behind it must not starve it
+            sequence = self._waiting.popleft()
+            self._running[sequence.ticket.seq] = sequence
+
+    def _grow(self, sequence: _Sequence, rows: int) -> list[int]:
+        new = self._pool.take(-(-rows // self._page_size) - len(sequence.pages))
+        sequence.pages += new
+        sequence.promised -= len(new)
+        return new
+
+    def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
+        # Stages work through messages in order, so a page given back here is rewritten only after every
+        # step that read it has run.
+        del self._running[sequence.ticket.seq]
+        self._pool.give_back(sequence.pages, sequence.promised)
+        if sequence.opened:
+            drew = len(sequence.tokens) > len(sequence.ticket.prompt_ids)
+            seal = reason in ("stop", "length", "cancelled") and drew
+            self._closes.append((sequence.ticket.seq, sequence.computed, seal))
+
+    def _pages_for(self, ticket: Ticket) -> int:
+        # The last token is never fed back, so it needs no row.
+        return -(-(len(ticket.prompt_ids) + ticket.max_tokens - 1) // self._page_size)
+
+
+def _open(ticket: Ticket) -> tuple[object, ...]:
+    sampling = ticket.sampling
+    return (
+        ticket.seq,
+        np.frombuffer(ticket.request_hash, "u1"),
+        np.frombuffer(ticket.sampling_key, "u1"),
+        sampling.temperature_micro,
+        sampling.top_k,
+        sampling.top_p_micro,
+    )
