@@ -1,0 +1,49 @@
+"""Random bits that every machine computes alike: Philox4x32-10 on numpy.
+
+The noise of one (position, token) depends on nothing but the request's key, so it does not matter what else
+ran in the batch, on which device, or whether an auditor draws it a year later. Knows nothing of logits.
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.3 and table 2 (Random123).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+KEY_BYTES = 8
+
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)  # multipliers
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85  # added to the key words each round
+_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+_ROUNDS = 10
+
+Word = NDArray[np.uint64]  # values below 2**32, kept wide so that a product fits
+
+
+def uniform_bits(key: bytes, position: int, token_ids: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """32 uniform bits for each token id at this position: output word 0 of counter (position, token id, 0, 0).
+
+    key: 8 bytes, two little-endian words. Returns uint32 of token_ids' shape.
+    """
+    assert len(key) == KEY_BYTES and 0 <= position < 1 << 32
+    assert token_ids.dtype == np.uint32
+    zero = np.uint64(0)
+    words = philox4x32(np.uint64(position), token_ids.astype(np.uint64), zero, zero, key)
+    return np.asarray(words[0]).astype(np.uint32)
+
+
+def philox4x32(
+    c0: Word | np.uint64, c1: Word | np.uint64, c2: Word | np.uint64, c3: Word | np.uint64, key: bytes
+) -> tuple[Word | np.uint64, Word | np.uint64, Word | np.uint64, Word | np.uint64]:
+    """The four output words of each counter. Words broadcast: a scalar stays one for as long as it can."""
+    k0, k1 = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
+    for _ in range(_ROUNDS):
+        first, second = c0 * _M0, c2 * _M1
+        c0, c1, c2, c3 = (
+            (second >> _HALF) ^ c1 ^ np.uint64(k0),
+            second & _LOW,
+            (first >> _HALF) ^ c3 ^ np.uint64(k1),
+            first & _LOW,
+        )
+        k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
+    return c0, c1, c2, c3
