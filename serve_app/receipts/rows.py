@@ -1,0 +1,142 @@
+"""The exact bytes that cross a stage boundary, bound by one hash.
+
+A *row* is what one token position sends across a boundary: its token id, or its hidden state. Sender and
+receiver each hash their own copy; equal roots mean equal bytes at every position. A leaf says which model,
+layer, dtype, width and position its bytes belong to, and no request: two requests that share a prefix share
+its hashes. The tree is the Merkle tree of RFC 9162 section 2.1.1, whose 0x00 and 0x01 prefixes keep a leaf
+from passing as an inner node, and which never repeats an odd one.
+
+Laws: `RowTree.root()` depends on the rows alone, not on how they were cut into appends;
+`tree_root(leaves) == tree_root([tree_root(page) for page in pages of PAGE_ROWS leaves])`, the last page
+possibly short: pages whose roots are known need not be hashed again.
+Bytes: PROTOCOL.md. Knows nothing of requests, signatures, numpy or torch: rows come as bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from shard_tools.cid import Cid, Codec
+
+RowDtype = Literal["ids", "float32", "bfloat16", "float16"]
+
+PAGE_ROWS = 16  # rows of a KV page; a power of two, or the law of pages would not hold
+
+_TAG = b"llmd.row.v1\0\0\0"  # 14 bytes: they make the header one 64-byte block of SHA-256
+_HEADER = struct.Struct("<c14s32sIBI")  # leaf prefix, tag, manifest digest, layer, dtype code, width
+_POSITION = struct.Struct("<Q")
+_CODES: dict[RowDtype, int] = {"ids": 0, "float32": 1, "bfloat16": 2, "float16": 3}
+_SIZES: dict[RowDtype, int] = {"ids": 4, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """Where rows cross: into decoder layer `layer` of a model; layer n_layers is the final norm and head.
+
+    Token ids enter layer 0 with dtype "ids" and width 1, each a little-endian uint32. Hidden rows are
+    `width` little-endian values. So the out-boundary of stage [a, b) is the in-boundary of the next.
+    """
+
+    manifest: Cid
+    layer: int
+    dtype: RowDtype
+    width: int
+
+    def __post_init__(self) -> None:
+        assert self.manifest.codec is Codec.DAG_CBOR, "a boundary is of a manifest"
+        assert 0 <= self.layer < 1 << 32 and 1 <= self.width < 1 << 32
+        assert self.dtype != "ids" or (self.layer == 0 and self.width == 1)
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of one row, bytes."""
+        return self.width * _SIZES[self.dtype]
+
+
+class RowTree:
+    """Hashes rows as they come and keeps one root per full subtree: O(log n) memory, whatever the length."""
+
+    def __init__(self, boundary: Boundary, first_position: int = 0) -> None:
+        self.boundary = boundary
+        self._row_bytes = boundary.row_bytes
+        self._header = _HEADER.pack(
+            b"\0", _TAG, boundary.manifest.digest, boundary.layer, _CODES[boundary.dtype], boundary.width
+        )
+        self._next = first_position
+        self._count = 0
+        self._roots: list[bytes] = []  # of the full subtrees that tile the rows so far, largest first
+
+    def __len__(self) -> int:
+        """Rows hashed so far."""
+        return self._count
+
+    def append(self, first_position: int, rows: bytes | memoryview) -> None:
+        """Hash further rows, whole and in order; first_position is that of the first of them.
+
+        A memoryview must be contiguous and of bytes. It is read before this returns, and not kept.
+        """
+        size, view = self._row_bytes, memoryview(rows)
+        n_rows, rest = divmod(len(view), size)
+        assert view.itemsize == 1 and rest == 0, f"{len(view)} bytes are no whole number of rows of {size}"
+        assert first_position == self._next, f"rows of position {first_position} where {self._next} comes next"
+        # One hash per row, a few hundred nanoseconds of Python each: names are bound outside the loop.
+        sha256, header, position, roots = hashlib.sha256, self._header, _POSITION.pack, self._roots
+        count = self._count
+        for i in range(n_rows):
+            hasher = sha256(header + position(first_position + i))
+            hasher.update(view[i * size : (i + 1) * size])
+            node = hasher.digest()
+            filled = count
+            while filled & 1:  # two subtrees of equal size become one
+                node = sha256(b"\1" + roots.pop() + node).digest()
+                filled >>= 1
+            roots.append(node)
+            count += 1
+        self._count = count
+        self._next += n_rows
+
+    def root(self) -> bytes:
+        """32 bytes: the root over all rows so far; the tree goes on growing."""
+        return _fold(self._roots)
+
+
+def tree_root(hashes: Sequence[bytes]) -> bytes:
+    """The RFC 9162 root over hashes of leaves, or of pages (see the law above)."""
+    roots: list[bytes] = []
+    for count, hashed in enumerate(hashes):
+        node, filled = hashed, count
+        while filled & 1:
+            node = hashlib.sha256(b"\1" + roots.pop() + node).digest()
+            filled >>= 1
+        roots.append(node)
+    return _fold(roots)
+
+
+def ids_boundary(manifest: Cid) -> Boundary:
+    """Where the token ids of a request enter this model."""
+    return Boundary(manifest, 0, "ids", 1)
+
+
+def ids_bytes(ids: Sequence[int]) -> bytes:
+    """Token ids as rows: little-endian uint32 each."""
+    return struct.pack(f"<{len(ids)}I", *ids)
+
+
+def ids_root(manifest: Cid, ids: Sequence[int], first_position: int = 0) -> bytes:
+    """32 bytes: the root over token ids that stand at first_position and after."""
+    tree = RowTree(ids_boundary(manifest), first_position)
+    tree.append(first_position, ids_bytes(ids))
+    return tree.root()
+
+
+def _fold(roots: Sequence[bytes]) -> bytes:
+    if not roots:
+        return hashlib.sha256(b"").digest()  # RFC 9162: the root of the empty tree
+    node = roots[-1]
+    for left in reversed(roots[:-1]):
+        node = hashlib.sha256(b"\1" + left + node).digest()
+    return node
