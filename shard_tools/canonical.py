@@ -14,7 +14,7 @@ import cbrrr
 from shard_tools.cid import Cid
 from shard_tools.errors import FormatError
 
-Value: TypeAlias = "None | bool | int | str | bytes | Cid | list[Value] | dict[str, Value]"
+Value: TypeAlias = "bool | int | str | bytes | Cid | list[Value] | dict[str, Value] | None"
 T = TypeVar("T")
 
 MAX_DEPTH = 16  # our deepest value, a receipt bundle, nests 8 deep
@@ -23,7 +23,7 @@ MAX_DEPTH = 16  # our deepest value, a receipt bundle, nests 8 deep
 def encode(value: Value) -> bytes:
     """The only bytes that mean `value`. Raises FormatError for what DAG-CBOR or this project cannot say."""
     try:
-        return cbrrr.encode_dag_cbor(_to_wire(value, 0))
+        return bytes(cbrrr.encode_dag_cbor(_to_wire(value, 0)))
     except (TypeError, ValueError, OverflowError) as e:
         raise FormatError(f"cannot be written as DAG-CBOR: {e}") from e
 

@@ -198,7 +198,8 @@ def check_model_name(name: str) -> None:
     """Returns if a model may be called so. Raises ManifestError."""
     if not _NAME.fullmatch(name):
         raise ManifestError(
-            f"{name[:80]!r} is no name of a model: letters, digits, '.', '_' and '-', at most one '/', such as smollm2-135m"
+            f"{name[:80]!r} is no name of a model: expected letters, digits, '.', '_', '-' and at most one '/', "
+            f"such as smollm2-135m"
         )
 
 

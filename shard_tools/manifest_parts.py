@@ -180,7 +180,7 @@ class File:
 
 def check_range(what: str, value: int, low: int, high: int) -> None:
     """Returns if value is in [low, high]. Raises ManifestError."""
-    if not low <= value <= high:
+    if isinstance(value, bool) or not low <= value <= high:
         raise ManifestError(f"{what} is {value}, not in [{low}, {high}]")
 
 
