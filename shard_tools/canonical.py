@@ -14,7 +14,7 @@ import cbrrr
 from shard_tools.cid import Cid
 from shard_tools.errors import FormatError
 
-Value: TypeAlias = "None | bool | int | str | bytes | Cid | list[Value] | dict[str, Value]"
+Value: TypeAlias = "bool | int | str | bytes | Cid | list[Value] | dict[str, Value] | None"
 T = TypeVar("T")
 
 MAX_DEPTH = 16  # our deepest value, a receipt bundle, nests 8 deep

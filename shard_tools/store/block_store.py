@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from shard_tools.cid import Cid, Codec
+from shard_tools.errors import CorruptBlockError, InputError
 
 MAX_BLOCK_BYTES = 2 << 20  # what bitswap and the public gateways carry (IPFS block limit)
 
@@ -40,3 +41,17 @@ class BlockStore(Protocol):
 
     def cids(self) -> Iterator[Cid]:
         """Every block held, in no promised order."""
+
+
+def check_size(block: bytes) -> None:
+    """Returns if a store may keep the block. Raises InputError past MAX_BLOCK_BYTES."""
+    if len(block) > MAX_BLOCK_BYTES:
+        raise InputError(f"a block of {len(block)} bytes is not kept: at most {MAX_BLOCK_BYTES} travel in one piece")
+
+
+def check_block(cid: Cid, block: bytes, label: str) -> bytes:
+    """The block, if it hashes to the name asked for. Raises CorruptBlockError naming the store."""
+    got = Cid.of(cid.codec, block)
+    if got != cid:
+        raise CorruptBlockError(cid, got, label)
+    return block

@@ -1,0 +1,95 @@
+"""Blocks as files of a directory: `<root>/blocks/<two characters>/<cid>`, mode 0644.
+
+A block is written to `<root>/tmp` and renamed into place, so a killed writer leaves either the whole block or
+nothing under its name. Blocks are not fsynced one by one (it would cost more than writing them): after a loss of
+power a block may be empty or torn, which `get` finds by its hash and `put` heals by writing it again.
+DirectoryIndex.publish flushes to disk before it names a model, so a *name* survives a loss of power.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from shard_tools.cid import Cid, Codec
+from shard_tools.errors import FormatError, InputError, NotFoundError
+from shard_tools.store.block_store import MAX_BLOCK_BYTES, check_block, check_size
+
+_ABANDONED_S = 3600  # a temporary file this old has no writer left: one block takes milliseconds
+
+
+class DirectoryStore:
+    """A BlockStore in a directory; many processes may use one directory at once."""
+
+    def __init__(self, root: Path) -> None:
+        """The store at `root`, made if absent. Raises InputError if it cannot be."""
+        self._root = root
+        self._blocks = root / "blocks"
+        self._tmp = root / "tmp"
+        self._serial = itertools.count()
+        try:
+            self._blocks.mkdir(parents=True, exist_ok=True)
+            self._tmp.mkdir(exist_ok=True)
+        except OSError as e:
+            raise InputError(f"cannot keep blocks in {root}: {e.strerror}. Choose another directory.") from e
+        self._forget_abandoned()
+
+    @property
+    def label(self) -> str:
+        return f"directory {self._root}"
+
+    def put(self, codec: Codec, block: bytes) -> Cid:
+        check_size(block)
+        cid = Cid.of(codec, block)
+        path = self._path(cid)
+        with suppress(OSError):
+            if path.stat().st_size == len(block):  # a torn block, which has another length, is written again
+                return cid
+        fresh = self._tmp / f"{os.getpid()}-{id(self):x}-{next(self._serial)}"
+        try:
+            fresh.write_bytes(block)
+            fresh.chmod(0o644)
+            path.parent.mkdir(exist_ok=True)
+            fresh.replace(path)
+        except OSError as e:
+            with suppress(OSError):
+                fresh.unlink()
+            raise InputError(f"cannot write block {cid} to {self.label}: {e.strerror}. Nothing was lost.") from e
+        return cid
+
+    def get(self, cid: Cid) -> bytes:
+        try:
+            with self._path(cid).open("rb") as f:
+                block = f.read(MAX_BLOCK_BYTES + 1)
+        except FileNotFoundError:
+            raise NotFoundError(f"block {cid}", self.label) from None
+        except OSError as e:
+            raise NotFoundError(f"block {cid}", self.label, f"It cannot be read: {e.strerror}.") from e
+        return check_block(cid, block, self.label)
+
+    def has(self, cid: Cid) -> bool:
+        return self._path(cid).exists()
+
+    def delete(self, cid: Cid) -> None:
+        self._path(cid).unlink(missing_ok=True)
+
+    def cids(self) -> Iterator[Cid]:
+        for directory in sorted(self._blocks.iterdir()):
+            for path in sorted(directory.iterdir()):
+                with suppress(FormatError):  # somebody else's file
+                    yield Cid.parse(path.name)
+
+    def _path(self, cid: Cid) -> Path:
+        name = str(cid)
+        return self._blocks / name[-3:-1] / name  # the last character carries 3 bits only
+
+    def _forget_abandoned(self) -> None:
+        limit = time.time() - _ABANDONED_S
+        for path in self._tmp.iterdir():
+            with suppress(OSError):
+                if path.stat().st_mtime < limit:
+                    path.unlink()
