@@ -86,8 +86,9 @@ class StageModel:
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes of the distinct parameters held here."""
-        return sum(p.numel() * p.element_size() for p in {id(p): p for p in self._parameters.values()}.values())
+        """Bytes of the parameters held here; a tied head shares the embedding's."""
+        distinct = {p.data_ptr(): p for p in self._parameters.values()}
+        return sum(p.numel() * p.element_size() for p in distinct.values())
 
     def forward(self, rows: Tensor, positions: Tensor) -> Tensor:
         """rows: ids [n] if the embedding is here, else activations [n, hidden]. Returns activations [n, hidden]."""

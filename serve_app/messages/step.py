@@ -71,6 +71,10 @@ class StepPlan:
         """Rows that run in this step."""
         return int(self.spans["count"].sum(dtype=np.int64))
 
+    def endings(self) -> StepPlan:
+        """The same without rows: what is left of a step that could not run."""
+        return StepPlan(self.epoch, self.step, _none(OPEN), _none(SPAN), _none("<u4"), self.closes, self.signs)
+
     def encode(self, payload: bytes | memoryview) -> bytes:
         """The message: this plan and the bytes of its rows."""
         head = _HEADER.pack(
@@ -111,17 +115,10 @@ class StepPlan:
         return plan, view[offset:]
 
 
-def control_plan(epoch: int, step: int, *, closes: Array | None = None, signs: Array | None = None) -> StepPlan:
-    """A plan without rows: only sequences that end."""
-    return StepPlan(
-        epoch,
-        step,
-        _none(OPEN),
-        _none(SPAN),
-        _none("<u4"),
-        _none(CLOSE) if closes is None else closes,
-        _none("<u8") if signs is None else signs,
-    )
+def closing_plan(epoch: int, seq: int, rows: int) -> StepPlan:
+    """A plan that only makes every stage forget one sequence."""
+    closes = np.array([(seq, rows, 0)], CLOSE)
+    return StepPlan(epoch, 0, _none(OPEN), _none(SPAN), _none("<u4"), closes, _none("<u8"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,93 @@
+"""An engine from content-addressed shards: only the tensors of the units asked for, each byte verified."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from serve_app.engine.engine import ActivationDtype
+from serve_app.engine.kv_pages import KvPages
+from serve_app.engine.stage_model import StageModel
+from serve_app.engine.torch_engine import TORCH_DTYPES, TorchEngine
+from serve_app.errors import ConfigError
+from shard_tools.cid import Cid
+from shard_tools.fetch import read_file, read_tensor
+from shard_tools.manifest import Manifest
+from shard_tools.store.block_store import BlockStore
+
+DeviceName = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How a stage is to compute; plain values out of the config."""
+
+    device: DeviceName
+    dtype: ActivationDtype
+    page_size: int
+    threads: int | None  # None: leave torch's own
+
+
+def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> TorchEngine:
+    """The engine of layers [start, stop), with embedding and head where they belong.
+
+    Raises NotFoundError, CorruptBlockError naming the block, ConfigError for a device or model that cannot be.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("pipeline.device is cuda, but this process sees no GPU: set pipeline.device to cpu or auto")
+    device = torch.device(options.device)
+    units = manifest.units_of(start, stop)
+    places = {ref.name: manifest.tensor(ref) for unit in units for ref in unit.tensors}
+    read_once: dict[str, Tensor] = {}  # a tied head names the embedding's tensor a second time
+
+    def read(name: str, device: torch.device) -> Tensor:
+        place = places[name]
+        if place.name not in read_once:
+            tensor = torch.empty(place.shape, dtype=TORCH_DTYPES[place.dtype])
+            read_tensor(store, place, tensor.view(-1).view(torch.uint8).numpy().data)
+            read_once[place.name] = tensor.to(device=device, dtype=TORCH_DTYPES[options.dtype])
+        return read_once[place.name]
+
+    kv = KvPages(options.page_size, device)
+    model = StageModel(
+        read_config(store, manifest),
+        start=start,
+        stop=stop,
+        head=stop == manifest.n_layers,
+        names=places,
+        read=read,
+        kv=kv,
+        device=device,
+        dtype=TORCH_DTYPES[options.dtype],
+    )
+    return TorchEngine(
+        model,
+        kv,
+        embeds=start == 0,
+        head=stop == manifest.n_layers,
+        hidden_size=manifest.hidden_size,
+        vocab_size=manifest.vocab_size,
+        device=device,
+        dtype=options.dtype,
+    )
+
+
+def shards_of(manifest: Manifest, start: int, stop: int) -> tuple[Cid, ...]:
+    """The shard files that layers [start, stop) need, in the manifest's order."""
+    needed = {ref.shard for unit in manifest.units_of(start, stop) for ref in unit.tensors}
+    return tuple(shard.cid for i, shard in enumerate(manifest.shards) if i in needed)
+
+
+def read_config(store: BlockStore, manifest: Manifest) -> dict[str, Any]:
+    """The model's config.json. Raises ConfigError if the manifest carries none."""
+    file = manifest.file("config.json")
+    if file is None:
+        raise ConfigError(f"the model {manifest.name} was published without a config.json; publish it again")
+    config: dict[str, Any] = json.loads(read_file(store, file))
+    return config

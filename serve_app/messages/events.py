@@ -1,0 +1,129 @@
+"""What crosses between an ingress and a Head, in both directions. One message a step for all of an ingress's requests.
+
+Law: decode(encode(x)) == x. Canonical DAG-CBOR; decode raises ProtocolError for anything else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from serve_app.errors import ProtocolError
+from serve_app.messages.request import (
+    MAX_REQUEST_BYTES,
+    MAX_TOKENS,
+    MAX_VOCAB,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    GenerationRequest,
+    RequestId,
+    TokensEvent,
+)
+from shard_tools import canonical
+from shard_tools.canonical import Fields, Value
+from shard_tools.errors import FormatError
+
+MAX_MESSAGE_BYTES = MAX_REQUEST_BYTES + (1 << 16)
+_MAX_EVENTS = 1 << 16
+_MAX_RECEIPT_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Run this request and tell me of it."""
+
+    request: GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End this request. keep: its tokens so far count and are signed; else it is forgotten."""
+
+    id: RequestId
+    keep: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AskStatus:
+    """Tell me how the pipeline does."""
+
+
+Call = Submit | Stop | AskStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How the pipeline does, as GET /v1/cluster/state shows it."""
+
+    facts: dict[str, Value]
+
+
+def encode_call(call: Call) -> bytes:
+    """The bytes of what an ingress says."""
+    match call:
+        case Submit(request):
+            return canonical.encode({"c": "submit", "r": request.encode()})
+        case Stop(id, keep):
+            return canonical.encode({"c": "stop", "id": id, "keep": keep})
+        case AskStatus():
+            return canonical.encode({"c": "status"})
+
+
+def decode_call(data: bytes) -> Call:
+    """Read encode_call's bytes. Raises ProtocolError."""
+    try:
+        with Fields(canonical.decode(data, max_bytes=MAX_MESSAGE_BYTES), "call") as f:
+            kind = f.text("c", 10)
+            if kind == "submit":
+                return Submit(GenerationRequest.decode(f.data("r", 1, MAX_REQUEST_BYTES)))
+            if kind == "stop":
+                return Stop(RequestId(f.text("id", 100)), f.boolean("keep"))
+            if kind == "status":
+                return AskStatus()
+            raise ProtocolError(f"a call of unknown kind {kind!r}")
+    except FormatError as e:
+        raise ProtocolError(f"not an ingress's call: {e}") from e
+
+
+def encode_events(events: list[Event], status: Status | None = None) -> bytes:
+    """The bytes of what a Head tells one ingress after a step."""
+    return canonical.encode({"ev": [_event_value(e) for e in events], "st": status.facts if status else None})
+
+
+def decode_events(data: bytes) -> tuple[list[Event], Status | None]:
+    """Read encode_events's bytes. Raises ProtocolError."""
+    try:
+        with Fields(canonical.decode(data, max_bytes=_MAX_RECEIPT_BYTES * 4), "events") as f:
+            events = [_event(v) for v in f.items("ev", _MAX_EVENTS)]
+            facts = f.any("st")
+            return events, Status(facts) if isinstance(facts, dict) else None
+    except FormatError as e:
+        raise ProtocolError(f"not a Head's events: {e}") from e
+
+
+def _event_value(event: Event) -> Value:
+    match event:
+        case TokensEvent(id, tokens):
+            return {"e": "tokens", "id": id, "t": list(tokens)}
+        case FinishedEvent(id, reason, receipt):
+            return {"e": "end", "id": id, "why": reason, "r": receipt}
+        case FailedEvent(id, kind, message, evidence):
+            return {"e": "fail", "id": id, "k": kind, "m": message, "s": evidence}
+
+
+def _event(value: Value) -> Event:
+    with Fields(value, "event") as f:
+        kind, id = f.text("e", 10), RequestId(f.text("id", 100))
+        if kind == "tokens":
+            return TokensEvent(id, f.integers("t", MAX_TOKENS, 0, MAX_VOCAB))
+        if kind == "end":
+            why = f.text("why", 20)
+            if why not in ("stop", "length", "cancelled", "error"):
+                raise FormatError(f"a finish reason {why!r}")
+            return FinishedEvent(id, why, f.data("r", 0, _MAX_RECEIPT_BYTES))  # type: ignore[arg-type]
+        if kind == "fail":
+            what = f.text("k", 20)
+            if what not in ("request", "overloaded", "pipeline", "integrity"):
+                raise FormatError(f"a failure of kind {what!r}")
+            return FailedEvent(id, what, f.text("m", 4000), f.data("s", 0, 1 << 16))  # type: ignore[arg-type]
+        raise FormatError(f"an event of unknown kind {kind!r}")

@@ -1,0 +1,112 @@
+"""Lets ingresses of other processes use a Head: one link each, one message a step for all of its requests.
+
+When a link ends, its requests are cancelled: nobody is left to read their tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+
+from serve_app.errors import OverloadedError, PipelineError, ProtocolError, RequestError
+from serve_app.messages.events import (
+    MAX_MESSAGE_BYTES,
+    AskStatus,
+    Call,
+    Status,
+    Stop,
+    Submit,
+    decode_call,
+    encode_events,
+)
+from serve_app.messages.request import Event, FailedEvent, FinishedEvent, RequestId
+from serve_app.pipeline.head import Head
+from serve_app.transport.link import SECRET_BYTES, Link, LinkAddress, accept
+from shard_tools.canonical import Value
+
+_log = logging.getLogger(__name__)
+
+
+class HeadServer:
+    """Listens for ingresses on one address with a secret of its own."""
+
+    def __init__(self, head: Head, facts: Callable[[], dict[str, Value]]) -> None:
+        """facts: what a status call is answered with."""
+        self._head, self._facts = head, facts
+        self._secret = secrets.token_bytes(SECRET_BYTES)
+        self._server: asyncio.Server | None = None
+        self._links: set[Link] = set()
+
+    async def listen(self, host: str) -> LinkAddress:
+        """Begin to listen on a free port of this host's address."""
+        self._server = await asyncio.start_server(self._serve, host, 0)
+        port = self._server.sockets[0].getsockname()[1]
+        return LinkAddress(host, port, self._secret)
+
+    def close(self) -> None:
+        """Cut every link and stop listening."""
+        if self._server is not None:
+            self._server.close()
+        for link in list(self._links):
+            link.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        link = await accept(reader, writer, self._secret, MAX_MESSAGE_BYTES)
+        if link is None:
+            return
+        caller = _Caller(self._head, link, self._facts)
+        self._links.add(link)
+        try:
+            while (frame := await link.receive()) is not None:
+                caller.take(decode_call(frame))
+        except ProtocolError as e:
+            _log.warning("an ingress was cut off: %s", e)
+        finally:
+            self._links.discard(link)
+            link.close()
+            caller.gone()
+
+
+class _Caller:
+    """One ingress: its requests, and the events that wait for the end of this turn of the loop."""
+
+    def __init__(self, head: Head, link: Link, facts: Callable[[], dict[str, Value]]) -> None:
+        self._head, self._link, self._facts = head, link, facts
+        self._requests: set[RequestId] = set()
+        self._events: list[Event] = []
+
+    def take(self, call: Call) -> None:
+        match call:
+            case Submit(request):
+                try:
+                    self._head.submit(request, self._tell)
+                    self._requests.add(request.id)
+                except RequestError as e:
+                    self._tell(FailedEvent(request.id, "request", str(e)))
+                except OverloadedError as e:
+                    self._tell(FailedEvent(request.id, "overloaded", str(e)))
+                except PipelineError as e:
+                    self._tell(FailedEvent(request.id, "pipeline", str(e)))
+            case Stop(id, keep):
+                if id in self._requests:  # never another ingress's
+                    self._head.stop(id, keep=keep)
+            case AskStatus():
+                self._link.send(encode_events([], Status(self._facts())))
+
+    def gone(self) -> None:
+        for id in list(self._requests):
+            self._head.stop(id, keep=False)
+
+    def _tell(self, event: Event) -> None:
+        if isinstance(event, FinishedEvent | FailedEvent):
+            self._requests.discard(event.id)
+        if not self._events:
+            # Sent when this turn of the loop ends: what one step gave goes out as one message.
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._events.append(event)
+
+    def _flush(self) -> None:
+        events, self._events = self._events, []
+        self._link.send(encode_events(events))
