@@ -36,7 +36,7 @@ def a_request(**changes: Any) -> GenerationRequest:
 
 @dataclass
 class Cluster:
-    """Operator, nodes and open sessions; every key from a seed, so that failures repeat."""
+    """Operator, nodes and open sessions. Operator and node keys come from a seed, session keys are fresh."""
 
     seed: bytes = b"cluster"
     spans: Sequence[tuple[int, int]] = SPANS
