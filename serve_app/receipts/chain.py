@@ -65,7 +65,7 @@ def _require_tiling(receipt: Receipt, statements: Sequence[StageStatement]) -> N
     for i, s in enumerate(statements):
         if (s.stage, s.n_stages) != (i, len(statements)):
             raise ReceiptError(
-                f"statement {i}: it is of stage {s.stage} of {s.n_stages}, in the place of stage {i} of {len(statements)}"
+                f"statement {i}: it is of stage {s.stage} of {s.n_stages}, where {i} of {len(statements)} comes next"
             )
         if s.start != layer or s.stop <= s.start:
             raise ReceiptError(

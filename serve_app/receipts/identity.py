@@ -145,7 +145,7 @@ class Certificate:
                 f"Only the operator can add it."
             )
         payload = envelope.open(CERTIFICATE_TYPE, frozenset((envelope.key,)), "a registered node")
-        certificate = cls._decode(payload)
+        certificate = cls.decode(payload)
         if certificate.node != envelope.key:
             raise ReceiptError(
                 f"certificate: it speaks for {key_text(certificate.node)} and is signed by {key_text(envelope.key)}"
@@ -156,7 +156,8 @@ class Certificate:
         return certificate
 
     @classmethod
-    def _decode(cls, payload: bytes) -> Certificate:
+    def decode(cls, payload: bytes) -> Certificate:
+        """Read a payload without asking who signed it; `open` asks. Raises FormatError, ReceiptError."""
         with Fields(canonical.decode(payload, max_bytes=MAX_CERTIFICATE_BYTES), "certificate") as f:
             f.integer("v", 1, 1)
             role = f.text("role", 10)

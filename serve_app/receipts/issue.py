@@ -13,7 +13,7 @@ from serve_app.messages.request import GenerationRequest
 from serve_app.receipts.bundle import Bundle, Opening
 from serve_app.receipts.chain import require_whole
 from serve_app.receipts.commitment import freshness_of, request_hash
-from serve_app.receipts.identity import Session
+from serve_app.receipts.identity import Certificate, Session
 from serve_app.receipts.receipt import RECEIPT_TYPE, Receipt, ReceiptFinish
 from serve_app.receipts.rows import ids_root
 from serve_app.receipts.statement import STATEMENT_TYPE, StageStatement, envelope_cid
@@ -36,11 +36,12 @@ def issue(
 ) -> Bundle:
     """The bundle of an answered request, the receipt in it signed by the Head's session.
 
-    statements: in the order of stages; certificates: of the stages' sessions, in any order, the Head's own added
-    here. The Head has opened the certificates and the registry when the stages joined; here only statements are
-    verified against each other and their own keys. Raises ReceiptError naming the stage at fault.
+    statements: in the order of stages; certificates: of the stages' sessions, each once, in any order; the Head's
+    own is added here. The Head opened certificates and registry when the stages joined; here the statements are
+    verified against those sessions and each other. Raises ReceiptError naming the stage at fault.
     """
-    said = tuple(_open(i, envelope) for i, envelope in enumerate(statements))
+    sessions = frozenset(Certificate.decode(envelope.payload).session for envelope in certificates)
+    said = tuple(_open(i, envelope, sessions) for i, envelope in enumerate(statements))
     receipt = Receipt(
         request_hash=request_hash(request),
         attempt=attempt,
@@ -72,9 +73,9 @@ def issue(
     )
 
 
-def _open(stage: int, envelope: Envelope) -> StageStatement:
+def _open(stage: int, envelope: Envelope, sessions: frozenset[PublicKey]) -> StageStatement:
     try:
-        payload = envelope.open(STATEMENT_TYPE, frozenset((PublicKey(envelope.key),)), f"stage {stage}")
+        payload = envelope.open(STATEMENT_TYPE, sessions, "a certified session of this pipeline")
         return StageStatement.decode(payload)
     except IntegrityError as e:
         raise ReceiptError(f"statement {stage}: {e}") from e
