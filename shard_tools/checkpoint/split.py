@@ -1,0 +1,184 @@
+"""Checkpoint to shards: one safetensors file per unit, streamed leaf by leaf into a store.
+
+Memory is bounded by one tensor of the checkpoint (mapped, for safetensors; dequantised, for GGUF) and a few
+leaves. Law: equal checkpoints, name and dtype give equal manifests, whatever the store, machine or file layout.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import torch
+
+from shard_tools import shard_file, unixfs
+from shard_tools.checkpoint.families import Architecture, Parameter, architecture
+from shard_tools.checkpoint.source import Checkpoint, Row
+from shard_tools.cid import Cid, Codec
+from shard_tools.errors import CheckpointError
+from shard_tools.manifest import Dtype, File, Manifest, ModelName, Shard, TensorRef, Unit
+from shard_tools.progress import Progress, silent
+from shard_tools.store.block_store import BlockStore
+
+TargetDtype = Literal["keep", "float32", "bfloat16", "float16"]
+
+THREADS = 4  # hashing and writing leaves; more gain nothing on one disk
+
+
+def split(
+    checkpoint: Checkpoint, store: BlockStore, name: str, dtype: TargetDtype = "keep", progress: Progress = silent
+) -> Manifest:
+    """`store` holds every block of the model, its manifest's last; nothing is signed or named.
+
+    Raises CheckpointError before any block is written if the checkpoint is not a whole model of its configuration.
+    Interrupted, it leaves whole blocks only; run again, it keeps those it finds.
+    """
+    assert sys.byteorder == "little", "shards are little-endian and are written from memory as it is"
+    label = checkpoint.label
+    arch = architecture(checkpoint.config, label)
+    sources = arch.sources(checkpoint.table, label)
+    dtypes = {name: _target(checkpoint.table[source], source, dtype, label) for name, source in sources.items()}
+    owned = _owned(arch, dtypes)
+    small = checkpoint.files()
+    _check_tied(arch, checkpoint, sources)
+    files = tuple(File(path, unixfs.put_file(data, store.put), len(data)) for path, data in sorted(small.items()))
+    total = sum(shard_file.tensor_bytes(dtypes[p.name], p.shape) for unit in owned for p in unit)
+    writer = _Writer(checkpoint, store, sources, dtypes, progress, total)
+    try:
+        shards = [writer.write(_unit_label(i, arch.n_layers), unit) for i, unit in enumerate(owned) if unit]
+    finally:
+        writer.close()
+    manifest = Manifest(
+        ModelName(name),
+        arch.model_type,
+        arch.n_layers,
+        arch.hidden_size,
+        arch.vocab_size,
+        arch.context_length,
+        _activation_dtype(dtypes, arch),
+        checkpoint.license,
+        files,
+        tuple(shards),
+        _units(arch, shards),
+    )
+    store.put(Codec.DAG_CBOR, manifest.encode())
+    return manifest
+
+
+class _Writer:
+    """Turns units into shards; counts what it did."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        store: BlockStore,
+        sources: dict[str, str],
+        dtypes: dict[str, Dtype],
+        progress: Progress,
+        total: int,
+    ) -> None:
+        self._checkpoint, self._store, self._sources, self._dtypes = checkpoint, store, sources, dtypes
+        self._progress, self._total, self._done = progress, total, 0
+        self._pool = ThreadPoolExecutor(THREADS)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def write(self, label: str, parameters: list[Parameter]) -> Shard:
+        """Every block of the unit's shard is in the store."""
+        rows = [(p.name, self._dtypes[p.name], p.shape, list(self._leaves(label, p))) for p in parameters]
+        shard = Shard.build(rows)
+        head = self._store.put(Codec.RAW, shard_file.header([(n, d, s) for n, d, s, _ in rows]))
+        root = unixfs.put_tree([(leaf.cid, leaf.size) for leaf in shard.leaves], self._store.put)
+        assert (head, root) == (shard.header.cid, shard.cid)
+        self._store.put(Codec.DAG_CBOR, shard.index())
+        return shard
+
+    def _leaves(self, label: str, parameter: Parameter) -> Iterator[Cid]:
+        dtype = self._dtypes[parameter.name]
+        source = self._checkpoint.read(self._sources[parameter.name])
+        if tuple(source.shape) != parameter.shape:
+            raise CheckpointError(f"{self._checkpoint.label}: {parameter.name!r} was read as {list(source.shape)}")
+        flat = source.contiguous().view(-1)
+        step = unixfs.LEAF_BYTES // shard_file.ITEM_BYTES[dtype]
+
+        def put(start: int) -> tuple[Cid, int]:
+            block = _bytes(flat[start : start + step], dtype, parameter.name)
+            return self._store.put(Codec.RAW, block), len(block)
+
+        for cid, size in self._pool.map(put, range(0, flat.numel(), step)):
+            self._done += size
+            self._progress(label, self._done, self._total)
+            yield cid
+
+
+def _bytes(values: torch.Tensor, dtype: Dtype, name: str) -> bytes:
+    out = values.to(getattr(torch, dtype))
+    if dtype == "float16" and values.dtype != torch.float16 and bool((out.isinf() & ~values.isinf()).any()):
+        raise CheckpointError(
+            f"tensor {name!r} holds values beyond float16's range: choose --dtype bfloat16 or float32"
+        )
+    return out.view(torch.uint8).numpy().tobytes()
+
+
+def _target(row: Row, name: str, dtype: TargetDtype, label: str) -> Dtype:
+    if row.dtype not in ("float64", *shard_file.ITEM_BYTES):
+        raise CheckpointError(
+            f"{label}: tensor {name!r} is of {row.dtype}; shards hold {', '.join(shard_file.ITEM_BYTES)}"
+        )
+    if dtype != "keep":
+        return dtype
+    if row.dtype == "float64":
+        raise CheckpointError(f"{label}: tensor {name!r} is of float64: choose --dtype float32")
+    return row.dtype  # type: ignore[return-value]
+
+
+def _owned(arch: Architecture, dtypes: dict[str, Dtype]) -> list[list[Parameter]]:
+    """The parameters stored in each unit's shard, in file order; a unit of tied parameters only has none."""
+    out: list[list[Parameter]] = [[] for _ in range(arch.n_layers + 2)]
+    for parameter in arch.parameters:
+        if parameter.same_as is None:
+            out[parameter.unit].append(parameter)
+    for unit in out:
+        unit.sort(key=lambda p: shard_file.file_order(p.name, dtypes[p.name]))
+    return out
+
+
+def _units(arch: Architecture, shards: list[Shard]) -> tuple[Unit, ...]:
+    place = {t.name: (i, k) for i, shard in enumerate(shards) for k, t in enumerate(shard.tensors)}
+    refs: list[list[TensorRef]] = [[] for _ in range(arch.n_layers + 2)]
+    for parameter in arch.parameters:
+        refs[parameter.unit].append(TensorRef(*place[parameter.same_as or parameter.name], parameter.name))
+    last = arch.n_layers
+    layers = (Unit("layer", i, i + 1, tuple(refs[i + 1])) for i in range(last))
+    return Unit("embedding", 0, 0, tuple(refs[0])), *layers, Unit("head", last, last, tuple(refs[last + 1]))
+
+
+def _check_tied(arch: Architecture, checkpoint: Checkpoint, sources: dict[str, str]) -> None:
+    """Raises CheckpointError if a checkpoint stores a tied tensor twice with different values."""
+    spare = {p.name: p.same_as for p in arch.parameters if p.same_as and p.name in checkpoint.table}
+    for name, owner in spare.items():
+        if sources[owner] != name and not torch.equal(checkpoint.read(name), checkpoint.read(sources[owner])):
+            raise CheckpointError(
+                f"{checkpoint.label}: the configuration ties {name!r} to {owner!r}, but they hold different values. "
+                f"Set tie_word_embeddings to false in config.json if both are meant."
+            )
+
+
+def _activation_dtype(dtypes: dict[str, Dtype], arch: Architecture) -> Dtype:
+    """The dtype most weights have."""
+    count: Counter[Dtype] = Counter()
+    for parameter in arch.parameters:
+        if parameter.same_as is None:
+            size: Any = torch.Size(parameter.shape).numel()
+            count[dtypes[parameter.name]] += size
+    return max(sorted(count), key=lambda dtype: count[dtype])
+
+
+def _unit_label(place: int, n_layers: int) -> str:
+    if place == 0:
+        return "embedding"
+    return "head" if place > n_layers else f"layer {place - 1}"

@@ -1,0 +1,42 @@
+"""Checkpoint to a name: split, sign, name, in that order, so that a name never points at what is not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shard_tools.checkpoint.source import open_checkpoint
+from shard_tools.checkpoint.split import TargetDtype, split
+from shard_tools.cid import Codec
+from shard_tools.index.model_index import ModelIndex, ModelRecord
+from shard_tools.manifest import Manifest, check_model_name
+from shard_tools.manifest_signature import ManifestSignature
+from shard_tools.progress import Progress, silent
+from shard_tools.signing import Signer
+from shard_tools.store.block_store import BlockStore
+
+
+def publish(
+    checkpoint: Path,
+    store: BlockStore,
+    index: ModelIndex,
+    name: str,
+    signer: Signer,
+    dtype: TargetDtype = "keep",
+    progress: Progress = silent,
+) -> ModelRecord:
+    """The model is in the store, signed, and `name` means it.
+
+    Stopped at any moment it names nothing; run again it keeps the blocks it finds. The manifest's CID depends on
+    the checkpoint, name and dtype, and not on signer, store or machine. Raises CheckpointError, InputError.
+    """
+    check_model_name(name)
+    manifest = split(open_checkpoint(checkpoint), store, name, dtype, progress)
+    return sign_and_name(manifest, store, index, signer)
+
+
+def sign_and_name(manifest: Manifest, store: BlockStore, index: ModelIndex, signer: Signer) -> ModelRecord:
+    """The manifest, whose blocks are in the store, is signed, and its name means it."""
+    signature = ManifestSignature.sign(manifest.encode(), signer)
+    record = ModelRecord(manifest.cid, store.put(Codec.DAG_CBOR, signature.encode()))
+    index.publish(manifest.name, record, store.has)
+    return record
