@@ -3,6 +3,7 @@
 LlmdError (shard_tools)
 ├── ConfigError            the configuration cannot be used; nothing was started
 ├── RequestError           this request can never be served as it is
+│   ├── BodyTooLargeError  its bytes exceed what one request may send
 │   ├── ContextLengthError the prompt and what was asked for do not fit the model's context
 │   └── UnknownModelError  no model of that name is served
 ├── OverloadedError        no room now; try again after `retry_after_s`
@@ -26,6 +27,14 @@ class RequestError(LlmdError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class BodyTooLargeError(RequestError):
+    """The body of a request is larger than is accepted."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"The request is larger than the {limit_bytes} bytes that are accepted here. Send less.")
+        self.limit_bytes = limit_bytes
 
 
 class ContextLengthError(RequestError):
