@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -60,6 +60,7 @@ def _digest(text: str) -> str:
 AbsolutePath = Annotated[Path, AfterValidator(_everywhere_the_same)]
 Trusted = Annotated[str, Field(max_length=4096), AfterValidator(_key_or_file)]
 Digest = Annotated[str, AfterValidator(_digest)]
+NodeLabels = Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=16)]
 
 
 @dataclass(frozen=True, slots=True, config=_CLOSED)
@@ -69,7 +70,7 @@ class ModelConfig:
     name: Annotated[str, Field(min_length=1, max_length=256)]  # as published, and as clients ask for it
     store: AbsolutePath  # folder of the block store, on each node
     trust: Annotated[tuple[Trusted, ...], Field(min_length=1, max_length=64)]  # publishers: key text, or file of one
-    index: AbsolutePath | None = None  # file that maps names to manifests; null: the one kept in the store's folder
+    index: AbsolutePath | None = None  # folder whose names/ leads from names to manifests; null: that of the store
 
     def publishers(self) -> frozenset[PublicKey]:
         """The keys of `trust`. Reads the files; raises InputError for one that cannot be read."""
@@ -94,6 +95,7 @@ class PipelineConfig:
     max_waiting: Annotated[int, Field(ge=0, le=1 << 20)] = 256  # admitted, not yet running; beyond it clients get 429
     threads_per_stage: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"  # auto: a node's cores / stages
     gpus_per_stage: Annotated[float, Field(gt=0, le=1)] = 1.0  # only on cuda; less than 1 shares a GPU, as in tests
+    node_labels: NodeLabels = field(default_factory=dict)  # Ray node labels that a stage's node must have; {}: any node
 
 
 @dataclass(frozen=True, slots=True, config=_CLOSED)
@@ -116,6 +118,7 @@ class IngressConfig:
     proxy: Literal["serve", "haproxy"] = "serve"  # haproxy: 5x the requests/s, but it listens on every address
     api_keys: ApiKeysConfig | None = None  # null: open to whoever can connect, hence loopback only
     max_body_bytes: Annotated[int, Field(ge=1024, le=64 << 20)] = 8 << 20  # a 1M-token prompt is about 5 MB of text
+    node_labels: NodeLabels = field(default_factory=dict)  # as pipeline.node_labels, for the ingress replicas' nodes
 
 
 @dataclass(frozen=True, slots=True, config=_CLOSED)
@@ -140,6 +143,8 @@ class AppConfig:
     @classmethod
     def parse(cls, args: Mapping[str, Any]) -> AppConfig:
         """The frozen form of `args`. Raises ConfigError naming the key at fault, and the nearest known one."""
+        if not isinstance(args, Mapping):
+            raise ConfigError(f"args: expected keys and values, found a {type(args).__name__}")
         refuse_unknown(args, keys_of(cls), "args")
         try:
             # Through JSON: strict parsing then takes a list for a tuple and text for a path, and nothing else.

@@ -8,6 +8,7 @@ LlmdError (shard_tools)
 │   └── UnknownModelError  no model of that name is served
 ├── OverloadedError        no room now; try again after `retry_after_s`
 ├── PipelineError          a stage died, hung or answered nonsense while serving this request
+├── MismatchError          two stages disagree about the bytes of this request; holds the Head's signed word
 ├── ReceiptError           a receipt, statement or registry proves nothing, and why
 └── ProtocolError          a peer sent bytes that are no message of ours
 """
@@ -68,6 +69,17 @@ class OverloadedError(LlmdError):
 
 class PipelineError(LlmdError):
     """The pipeline cannot finish this request; a retry may succeed once it is rebuilt."""
+
+
+class MismatchError(IntegrityError):
+    """Two stages disagree about the bytes that went between them, so the request was ended.
+
+    evidence: the encoded Envelope of the Head's signed error (PROTOCOL.md); empty if it signed none.
+    """
+
+    def __init__(self, message: str, evidence: bytes) -> None:
+        super().__init__(message)
+        self.evidence = evidence
 
 
 class ReceiptError(IntegrityError):

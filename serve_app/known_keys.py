@@ -13,8 +13,8 @@ from serve_app.serve_keys import Keys
 def refuse_unknown(value: Any, keys: Keys, where: str) -> None:
     """Returns if every key of `value`, at any depth, is one of `keys`. Raises ConfigError otherwise.
 
-    where: how messages call `value`. Lists are looked through. A key that must hold keys and holds something else
-    but null is refused too.
+    where: how messages call `value`. Lists are looked through. A key that must hold keys and holds neither keys
+    nor null is refused too.
     """
     if isinstance(value, list | tuple):
         for i, item in enumerate(value):

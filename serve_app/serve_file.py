@@ -60,16 +60,20 @@ def parse_serve_config(data: bytes) -> ServeFile:
         raise ConfigError(f"larger than {MAX_CONFIG_BYTES} bytes, so it is no config file of ours")
     document = _read_yaml(data)
     refuse_unknown(document, SERVE_KEYS, "config")
+    http = document.get("http_options") or {}
+    if not isinstance(http, dict):
+        raise ConfigError("config.http_options: expected keys and values, found a list")
     applications = document.get("applications")
     if not isinstance(applications, list) or len(applications) != 1:
         raise ConfigError("config.applications: expected a list of exactly one application, ours")
     (application,) = applications
+    if not isinstance(application, dict):
+        raise ConfigError("config.applications[0]: expected keys and values, found a list")
     if application.get("import_path") != APPLICATION:
         raise ConfigError(
             f"config.applications[0].import_path: expected {APPLICATION!r}, found {application.get('import_path')!r}"
         )
     app = AppConfig.parse(application.get("args") or {})
-    http = document.get("http_options") or {}
     host = http.get("host", application.get("host") or SERVE_DEFAULT_HOST)
     port = http.get("port", application.get("port") or SERVE_DEFAULT_PORT)
     if not isinstance(host, str) or not isinstance(port, int) or not 0 < port < 65536:

@@ -14,9 +14,9 @@ from typing import Literal
 
 from serve_app.api.generator import Generator, IncrementalDecoder
 from serve_app.api.stop_strings import StopScanner
-from serve_app.errors import OverloadedError, PipelineError, RequestError
+from serve_app.errors import MismatchError, OverloadedError, PipelineError, RequestError
 from serve_app.messages.request import FailedEvent, FinishedEvent, GenerationRequest, TokensEvent
-from shard_tools.errors import IntegrityError, LlmdError
+from shard_tools.errors import LlmdError
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,4 +137,4 @@ def _as_error(event: FailedEvent) -> LlmdError:
         case "pipeline":
             return PipelineError(event.message)
         case "integrity":
-            return IntegrityError(event.message)
+            return MismatchError(event.message, event.evidence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from starlette.exceptions import HTTPException
 from serve_app.errors import (
     BodyTooLargeError,
     ContextLengthError,
+    MismatchError,
     OverloadedError,
     PipelineError,
     RequestError,
@@ -38,10 +40,12 @@ class Problem:
     message: str
     param: str | None = None
     retry_after_s: int | None = None
+    evidence: bytes = b""  # a signed error, for those who want to show it to others
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        """OpenAI's error object; with evidence, our own `llmd` beside it."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error} | ({"llmd": {"evidence": unpadded(self.evidence)}} if self.evidence else {})
 
     def response(self) -> JSONResponse:
         """The whole HTTP answer."""
@@ -67,6 +71,8 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(429, "rate_limit_error", "rate_limit_exceeded", said, None, error.retry_after_s)
         case PipelineError():
             return Problem(503, SERVER, "pipeline_error", said, None, 1)
+        case MismatchError():
+            return Problem(500, SERVER, "integrity_error", said, evidence=error.evidence)
         case IntegrityError():
             return Problem(500, SERVER, "integrity_error", said)
         case HTTPException(status_code=404):
@@ -88,6 +94,11 @@ UNAUTHORIZED = Problem(
     401, INVALID, "invalid_api_key", "Incorrect API key provided. Send one as `Authorization: Bearer <key>`."
 )
 NOT_READY = Problem(503, SERVER, "not_ready", "The pipeline has not generated a token yet; try again shortly.", None, 1)
+
+
+def unpadded(data: bytes) -> str:
+    """Bytes as every answer of ours writes them: base64url without padding."""
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 def install(app: FastAPI) -> None:

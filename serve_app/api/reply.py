@@ -6,7 +6,6 @@ string to write and nothing to build.
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from serve_app.api.answer import Answer, End
 from serve_app.api.connection import ClientGoneError, while_connected
-from serve_app.api.problems import problem_of
+from serve_app.api.problems import problem_of, unpadded
 from shard_tools.cid import Cid, Codec
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -137,4 +136,4 @@ def _usage(answer: Answer, end: End) -> Mapping[str, int]:
 
 def _proof(labels: Labels, end: End) -> Mapping[str, str]:
     """Our own part of an answer. receipt: the bundle in base64url without padding."""
-    return {"request_id": labels.id, "receipt": base64.urlsafe_b64encode(end.receipt).decode().rstrip("=")}
+    return {"request_id": labels.id, "receipt": unpadded(end.receipt)}

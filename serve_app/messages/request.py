@@ -10,10 +10,10 @@ import secrets
 from dataclasses import dataclass
 from typing import Literal, NewType
 
+from serve_app.errors import RequestError
 from shard_tools import canonical
 from shard_tools.canonical import Fields, Value
 from shard_tools.cid import Cid
-from serve_app.errors import RequestError
 
 RequestId = NewType("RequestId", str)
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -124,11 +124,15 @@ class FinishedEvent:
 
 @dataclass(frozen=True, slots=True)
 class FailedEvent:
-    """The request cannot be finished; nothing follows. message is for the client."""
+    """The request cannot be finished; nothing follows. message is for the client.
+
+    evidence: for kind "integrity", the encoded Envelope of the Head's signed error (PROTOCOL.md).
+    """
 
     id: RequestId
     kind: Literal["request", "overloaded", "pipeline", "integrity"]
     message: str
+    evidence: bytes = b""
 
 
 Event = TokensEvent | FinishedEvent | FailedEvent

@@ -13,7 +13,8 @@ import pytest
 
 from serve_app.api.auth import ApiKeys
 from serve_app.api.echo import EchoGenerator
-from serve_app.errors import ConfigError
+from serve_app.api.problems import problem_of
+from serve_app.errors import ConfigError, MismatchError
 from serve_app.messages.request import Event, FailedEvent, GenerationRequest, TokensEvent
 from tests.serve_app.api.echo_server import Serve, Server
 
@@ -214,6 +215,11 @@ def test_a_failure_is_a_status_before_the_first_byte_and_an_event_after(
     assert json.loads(failed.removeprefix("data: "))["error"]["code"] == code and done == "data: [DONE]"
     with pytest.raises(openai.APIError):
         list(server.openai().chat.completions.create(**GOOD, stream=True))
+
+
+def test_an_integrity_error_comes_with_the_heads_signed_word() -> None:
+    body = problem_of(MismatchError("stage 1 received other rows than stage 0 sent", b"signed")).body()
+    assert body["llmd"] == {"evidence": "c2lnbmVk"} and body["error"]["code"] == "integrity_error"
 
 
 def test_health_is_503_until_a_token_was_generated(serve: Serve) -> None:
