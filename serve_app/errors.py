@@ -3,10 +3,12 @@
 LlmdError (shard_tools)
 ├── ConfigError            the configuration cannot be used; nothing was started
 ├── RequestError           this request can never be served as it is
+│   ├── BodyTooLargeError  its bytes exceed what one request may send
 │   ├── ContextLengthError the prompt and what was asked for do not fit the model's context
 │   └── UnknownModelError  no model of that name is served
 ├── OverloadedError        no room now; try again after `retry_after_s`
 ├── PipelineError          a stage died, hung or answered nonsense while serving this request
+├── MismatchError          two stages disagree about the bytes of this request; holds the Head's signed word
 ├── ReceiptError           a receipt, statement or registry proves nothing, and why
 └── ProtocolError          a peer sent bytes that are no message of ours
 """
@@ -26,6 +28,14 @@ class RequestError(LlmdError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class BodyTooLargeError(RequestError):
+    """The body of a request is larger than is accepted."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"The request is larger than the {limit_bytes} bytes that are accepted here. Send less.")
+        self.limit_bytes = limit_bytes
 
 
 class ContextLengthError(RequestError):
@@ -59,6 +69,17 @@ class OverloadedError(LlmdError):
 
 class PipelineError(LlmdError):
     """The pipeline cannot finish this request; a retry may succeed once it is rebuilt."""
+
+
+class MismatchError(IntegrityError):
+    """Two stages disagree about the bytes that went between them, so the request was ended.
+
+    evidence: the encoded Envelope of the Head's signed error (PROTOCOL.md); empty if it signed none.
+    """
+
+    def __init__(self, message: str, evidence: bytes) -> None:
+        super().__init__(message)
+        self.evidence = evidence
 
 
 class ReceiptError(IntegrityError):

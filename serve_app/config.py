@@ -1,0 +1,199 @@
+"""The whole configuration: read once at the door, unknown keys refused, frozen afterwards.
+
+One YAML file serves the laptop, a Ray cluster and a RayService: a Ray Serve config file whose `applications[0].args` is
+an AppConfig (`serve_app/config.yaml` is the documented example). Inner code receives plain values out of it. `~` is the
+home of the user who runs the process that parses.
+
+Environment variables that count, all of them read here:
+    LLMD_CONFIG                  the config file when the command line names none
+    RAY_SERVE_ENABLE_HA_PROXY    Ray's own switch; read only because HAProxy listens on every address
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from serve_app.errors import ConfigError
+from serve_app.known_keys import refuse_unknown
+from serve_app.serve_keys import Keys
+from shard_tools.errors import InputError
+from shard_tools.signing import PublicKey, parse_key, read_public_key
+
+_CLOSED = ConfigDict(extra="forbid")
+_KEY_TEXT = "llmd-ed25519:"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def _everywhere_the_same(path: Path) -> Path:
+    """The path with `~` expanded. A relative one would mean another folder on every node, so it is refused."""
+    expanded = path.expanduser()
+    if not expanded.is_absolute():
+        raise ValueError(f"{str(path)!r} is relative; write an absolute path or one that starts with ~/")
+    return expanded
+
+
+def _key_or_file(text: str) -> str:
+    if text.startswith(_KEY_TEXT):
+        try:
+            parse_key(text)
+        except InputError as e:
+            raise ValueError(str(e)) from e
+        return text
+    return str(_everywhere_the_same(Path(text)))
+
+
+def _digest(text: str) -> str:
+    if not _SHA256.fullmatch(text):
+        raise ValueError("expected the SHA-256 of a key as 64 lower-case hex digits")
+    return text
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_everywhere_the_same)]
+Trusted = Annotated[str, Field(max_length=4096), AfterValidator(_key_or_file)]
+Digest = Annotated[str, AfterValidator(_digest)]
+NodeLabels = Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=16)]
+
+
+@dataclass(frozen=True, slots=True, config=_CLOSED)
+class ModelConfig:
+    """Which model, where its blocks are, and whose word for it counts."""
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]  # as published, and as clients ask for it
+    store: AbsolutePath  # folder of the block store, on each node
+    trust: Annotated[tuple[Trusted, ...], Field(min_length=1, max_length=64)]  # publishers: key text, or file of one
+    index: AbsolutePath | None = None  # folder whose names/ leads from names to manifests; null: that of the store
+
+    def publishers(self) -> frozenset[PublicKey]:
+        """The keys of `trust`. Reads the files; raises InputError for one that cannot be read."""
+        return frozenset(
+            parse_key(text) if text.startswith(_KEY_TEXT) else read_public_key(Path(text)) for text in self.trust
+        )
+
+
+@dataclass(frozen=True, slots=True, config=_CLOSED)
+class PipelineConfig:
+    """How the model is cut over machines, and how much each stage may hold at once."""
+
+    stages: Annotated[int, Field(ge=1, le=1024)] = 2  # two is the least that shows the point: nobody holds it all
+    placement: Literal["even"] = "even"  # equal layer counts; the only planner so far
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where Ray has a GPU for every stage, else cpu
+    dtype: Literal["manifest", "float32", "bfloat16", "float16"] = "manifest"  # manifest: as the publisher measured it
+    page_size: Annotated[int, Field(ge=1, le=1024)] = 16  # tokens; waste is half a page per request, 8 tokens
+    kv_pages: Annotated[int, Field(ge=1, le=1 << 28)] | Literal["auto"] = "auto"  # auto: what kv_memory_bytes holds
+    kv_memory_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30  # per stage; 1 GiB leaves room on an 8 GiB laptop
+    max_step_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 512  # per step; bounds how long a prompt delays others
+    max_requests: Annotated[int, Field(ge=1, le=65536)] = 64  # running at once; 64 rows fill a CPU's matrix units
+    max_waiting: Annotated[int, Field(ge=0, le=1 << 20)] = 256  # admitted, not yet running; beyond it clients get 429
+    threads_per_stage: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"  # auto: a node's cores / stages
+    gpus_per_stage: Annotated[float, Field(gt=0, le=1)] = 1.0  # only on cuda; less than 1 shares a GPU, as in tests
+    node_labels: NodeLabels = field(default_factory=dict)  # Ray node labels that a stage's node must have; {}: any node
+
+
+@dataclass(frozen=True, slots=True, config=_CLOSED)
+class ApiKeysConfig:
+    """Where the keys that clients must show come from: a file, hashes, or both."""
+
+    file: AbsolutePath | None = None  # one key a line, or `sha256:` and the key's hash; `#` begins a comment
+    sha256: Annotated[tuple[Digest, ...], Field(max_length=10_000)] = ()
+
+    def __post_init__(self) -> None:
+        if self.file is None and not self.sha256:
+            raise ValueError("names no key: give `file` or `sha256`, or write `api_keys: null` for none at all")
+
+
+@dataclass(frozen=True, slots=True, config=_CLOSED)
+class IngressConfig:
+    """The HTTP side."""
+
+    replicas: Annotated[int, Field(ge=1, le=1024)] = 1  # one parses and streams about 50 requests/s on a core
+    proxy: Literal["serve", "haproxy"] = "serve"  # haproxy: 5x the requests/s, but it listens on every address
+    api_keys: ApiKeysConfig | None = None  # null: open to whoever can connect, hence loopback only
+    max_body_bytes: Annotated[int, Field(ge=1024, le=64 << 20)] = 8 << 20  # a 1M-token prompt is about 5 MB of text
+    node_labels: NodeLabels = field(default_factory=dict)  # as pipeline.node_labels, for the ingress replicas' nodes
+
+
+@dataclass(frozen=True, slots=True, config=_CLOSED)
+class IdentityConfig:
+    """Who signs, and who vouches for the signers."""
+
+    state_dir: AbsolutePath = Path("~/.llmd").expanduser()  # a node's key and receipts; outside Ray's object store
+    operator_key: AbsolutePath | None = None  # null: state_dir/operator.key, made at first use; for one machine
+    registry: AbsolutePath | None = None  # signed list of node keys; null: state_dir/registry, made with operator_key
+    session_lifetime_s: Annotated[int, Field(ge=60, le=30 * 86_400)] = 86_400  # a day: a leaked session key dies soon
+
+
+@dataclass(frozen=True, slots=True, config=_CLOSED)
+class AppConfig:
+    """The args of our Serve application."""
+
+    model: ModelConfig
+    pipeline: PipelineConfig = PipelineConfig()
+    ingress: IngressConfig = IngressConfig()
+    identity: IdentityConfig = IdentityConfig()
+
+    @classmethod
+    def parse(cls, args: Mapping[str, Any]) -> AppConfig:
+        """The frozen form of `args`. Raises ConfigError naming the key at fault, and the nearest known one."""
+        if not isinstance(args, Mapping):
+            raise ConfigError(f"args: expected keys and values, found a {type(args).__name__}")
+        refuse_unknown(args, keys_of(cls), "args")
+        try:
+            # Through JSON: strict parsing then takes a list for a tuple and text for a path, and nothing else.
+            return TypeAdapter(cls).validate_json(json.dumps(dict(args)), strict=True)
+        except ValidationError as e:
+            raise ConfigError("\n".join(_complaints(e))) from e
+        except (TypeError, ValueError) as e:
+            raise ConfigError(f"args hold something that is neither text, number, list nor mapping: {e}") from e
+
+    def environment(self) -> dict[str, str]:
+        """What must be set before Ray starts, on head and workers alike, for `ingress.proxy` to take effect."""
+        return {"RAY_SERVE_ENABLE_HA_PROXY": "1" if self.ingress.proxy == "haproxy" else "0"}
+
+
+def keys_of(tree: type) -> Keys:
+    """The keys of a config dataclass, in the form of serve_keys."""
+    hints = get_type_hints(tree)
+    below = {f.name: _dataclass_in(hints[f.name]) for f in fields(tree)}
+    return {name: keys_of(kind) if kind else None for name, kind in below.items()}
+
+
+def config_path(named: Path | None) -> Path:
+    """The config file to read: the one named, else LLMD_CONFIG, else the documented example beside this file."""
+    return named or Path(os.environ.get("LLMD_CONFIG") or Path(__file__).with_name("config.yaml"))
+
+
+def haproxy_is_forced() -> bool:
+    """Whether this process's environment makes Serve use HAProxy whatever the config says."""
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0").lower() in ("1", "true")
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    if isinstance(hint, type) and is_dataclass(hint):
+        return hint
+    return next((kind for kind in map(_dataclass_in, get_args(hint)) if kind), None)
+
+
+def _complaints(error: ValidationError) -> Iterator[str]:
+    """One line for each thing that is wrong, without those that only follow from one further down."""
+    places = [_place(e["loc"]) for e in error.errors()]
+    for e, place in zip(error.errors(), places, strict=True):
+        if any(other.startswith(f"{place}.") for other in places):
+            continue
+        if e["type"] == "missing":
+            yield f"{place} is missing; serve_app/config.yaml shows every key"
+        else:
+            yield f"{place}: {e['msg'].removeprefix('Value error, ')} (found {str(e['input'])[:100]!r})"
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    # pydantic puts the name of the tried alternative ("constrained-int", "literal['auto']") after the key
+    return ".".join(["args", *(str(part) for part in loc if isinstance(part, int) or part.isidentifier())])
