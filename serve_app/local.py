@@ -15,8 +15,6 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from shard_tools.placement.even import plan as plan_evenly
-
 from serve_app.engine.load import LoadOptions, load_engine, shards_of
 from serve_app.errors import PipelineError
 from serve_app.messages.request import Event, FailedEvent, FinishedEvent, GenerationRequest, RequestId
@@ -31,6 +29,7 @@ from serve_app.scheduling.scheduler import Scheduler
 from serve_app.transport.edge import LocalEdge
 from shard_tools.canonical import Value
 from shard_tools.manifest import Manifest
+from shard_tools.placement.even import plan as plan_evenly
 from shard_tools.signing import Signer
 from shard_tools.store.block_store import BlockStore
 

@@ -1,0 +1,117 @@
+"""The Head as a Ray actor: stages answer it by Ray calls, ingresses reach it by an authenticated socket."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import ray
+
+from serve_app.cluster.ray_edge import InOrder, RayEdge
+from serve_app.cluster.specs import HeadSpec
+from serve_app.cluster.stage_actor import node_key_path
+from serve_app.errors import PipelineError
+from serve_app.messages.request import Event, FailedEvent, FinishedEvent
+from serve_app.pipeline.head import Head, PipelineFacts
+from serve_app.pipeline.head_server import HeadServer
+from serve_app.pipeline.warm_up import warm_up_request
+from serve_app.receipts.identity import NodeIdentity
+from serve_app.scheduling.scheduler import Scheduler
+from serve_app.transport.link import LinkAddress
+from shard_tools.canonical import Value
+
+_STEP_TIMEOUT_S = 60.0
+
+
+class _HeadProcess:
+    """Made after its stages; lives and dies with its pipeline."""
+
+    def __init__(self, spec: HeadSpec, first: Any) -> None:
+        identity = NodeIdentity.load_or_create(node_key_path(spec.state_dir))
+        session = identity.open_session("head", spec.epoch, int(time.time()), spec.session_lifetime_s)
+        # P + 1 steps in flight keep every stage busy while tokens travel back; a lone stage has nothing to hide.
+        flights = 1 if spec.n_stages == 1 else spec.n_stages + 1
+        scheduler = Scheduler(
+            epoch=spec.epoch,
+            n_pages=spec.n_pages,
+            page_size=spec.page_size,
+            max_step_tokens=spec.max_step_tokens,
+            max_running=spec.max_requests,
+            max_waiting=spec.max_waiting,
+            micro_batches=spec.n_stages,
+        )
+        facts = PipelineFacts(
+            epoch=spec.epoch,
+            manifest=spec.manifest,
+            n_stages=spec.n_stages,
+            context_length=spec.context_length,
+            vocab_size=spec.vocab_size,
+            max_flights=flights,
+            step_timeout_s=_STEP_TIMEOUT_S,
+            certificates=spec.certificates,
+            registry=spec.registry,
+        )
+        self._spec = spec
+        self._node = identity.key
+        self._head = Head(facts, scheduler, RayEdge(first, spec.name), session)
+        self._server = HeadServer(self._head, self._facts)
+        self._inlets: dict[str, InOrder] = {}
+        self._stages: list[Value] = []
+        self._ready = False
+        self._address: LinkAddress | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self) -> LinkAddress:
+        """Generate a first token, with receipt, through every stage; then listen. Raises PipelineError."""
+        self._watch = asyncio.get_running_loop().create_task(self._keep_watch())
+        ended: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
+
+        def see(event: Event) -> None:
+            if isinstance(event, FinishedEvent | FailedEvent) and not ended.done():
+                ended.set_result(event)
+
+        self._head.submit(warm_up_request(self._spec.manifest), see)
+        event = await ended
+        if isinstance(event, FailedEvent):
+            raise PipelineError(f"the pipeline cannot generate: {event.message}")
+        self._ready = True
+        self._address = await self._server.listen(ray.util.get_node_ip_address())
+        return self._address
+
+    async def serving(self) -> tuple[LinkAddress | None, str]:
+        """Where this Head listens, if it does, and for which configuration: for a Supervisor that was restarted."""
+        return (self._address if self._head.failure is None else None), self._spec.config_digest
+
+    async def push(self, edge: str, number: int, message: bytes) -> None:
+        """Take in reply `number` of this stage."""
+        if edge not in self._inlets:
+            self._inlets[edge] = InOrder(self._head.deliver)
+        self._inlets[edge].take(number, message)
+
+    async def node_key(self) -> bytes:
+        """Whose word the receipts of this Head are."""
+        return self._node
+
+    async def ping(self, stages: list[Value]) -> str | None:
+        """Why this pipeline can do no more, or None. stages: what each said of itself, for status calls."""
+        self._stages = stages
+        return self._head.failure
+
+    async def fail(self, why: str) -> None:
+        """End every request with an error: some part of the pipeline is gone."""
+        self._ready = False
+        self._head.fail(why)
+        await asyncio.sleep(0)  # lets the events of that reach the sockets before the actor is killed
+
+    def _facts(self) -> dict[str, Value]:
+        ready = self._ready and self._head.failure is None
+        return {"ready": ready, "pipelines": [{**self._head.status(), "stages": self._stages}]}
+
+    async def _keep_watch(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            self._head.watch()
+
+
+HeadActor: Any = ray.remote(max_restarts=0)(_HeadProcess)  # Any: Ray's actor classes have no types

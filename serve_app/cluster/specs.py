@@ -1,0 +1,90 @@
+"""What the Supervisor tells the actors it makes: plain frozen values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from serve_app.engine.engine import ActivationDtype, EngineProfile
+from serve_app.engine.load import DeviceName
+from shard_tools.cid import Cid
+from shard_tools.signing import Envelope, PublicKey
+
+NAMESPACE = "llmd"
+SUPERVISOR = "llmd-supervisor"
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """One stage of one pipeline."""
+
+    epoch: int
+    stage: int
+    n_stages: int
+    start: int
+    stop: int
+    manifest: Cid
+    signature: Cid
+    trusted: frozenset[PublicKey]  # publishers
+    store: Path
+    device: DeviceName
+    dtype: ActivationDtype
+    page_size: int
+    threads: int
+    state_dir: Path
+    session_lifetime_s: int
+
+    @property
+    def name(self) -> str:
+        """The actor's name in NAMESPACE."""
+        return stage_name(self.epoch, self.stage)
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """What a stage says once its layers are loaded."""
+
+    stage: int
+    host: str
+    pid: int
+    profile: EngineProfile
+    node: PublicKey
+    certificate: Envelope  # of its session, by its node
+    load_s: float
+    opened_blocks: int  # of weights
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSpec:
+    """The Head of one pipeline. Limits as in PipelineConfig."""
+
+    epoch: int
+    config_digest: str  # of the configuration it was made for
+    manifest: Cid
+    n_stages: int
+    context_length: int
+    vocab_size: int
+    n_pages: int
+    page_size: int
+    max_step_tokens: int
+    max_requests: int
+    max_waiting: int
+    certificates: tuple[Envelope, ...]
+    registry: Envelope
+    state_dir: Path
+    session_lifetime_s: int
+
+    @property
+    def name(self) -> str:
+        """The actor's name in NAMESPACE."""
+        return head_name(self.epoch)
+
+
+def head_name(epoch: int) -> str:
+    """The name of a pipeline's Head."""
+    return f"llmd-{epoch}-head"
+
+
+def stage_name(epoch: int, stage: int) -> str:
+    """The name of one of a pipeline's stages."""
+    return f"llmd-{epoch}-stage-{stage}"

@@ -1,0 +1,127 @@
+"""A stage as a Ray actor: loads its own layers by CID, then passes messages between its edges and its Stage."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from serve_app.cluster.ray_edge import InOrder, RayEdge
+from serve_app.cluster.specs import StageReport, StageSpec
+from serve_app.engine.load import LoadOptions, load_engine, shards_of
+from serve_app.pipeline.stage import Stage
+from serve_app.pipeline.witness import StageSpan
+from serve_app.receipts.identity import NodeIdentity
+from serve_app.receipts.rows import Boundary
+from serve_app.receipts.statement import StatementChain
+from shard_tools.canonical import Value
+from shard_tools.catalog import open_record
+from shard_tools.cid import Cid
+from shard_tools.index.model_index import ModelRecord
+from shard_tools.store.directory import DirectoryStore
+
+
+def node_key_path(state_dir: Path) -> Path:
+    """Where a host keeps the key that is its identity."""
+    return state_dir / "node.key"
+
+
+class _CountingStore(DirectoryStore):
+    """The node's store, which remembers what was opened: a stage shows that it read only its own layers."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.opened: set[Cid] = set()
+
+    def get(self, cid: Cid) -> bytes:
+        self.opened.add(cid)
+        return super().get(cid)
+
+
+class _StageProcess:
+    """Async: pings and pushes are answered while the Stage's own thread computes."""
+
+    def __init__(self, spec: StageSpec) -> None:
+        began = time.perf_counter()
+        self._spec = spec
+        self._store = _CountingStore(spec.store)
+        record = ModelRecord(spec.manifest, spec.signature)
+        self._manifest = open_record(record, self._store, spec.trusted)
+        options = LoadOptions(spec.device, spec.dtype, spec.page_size, spec.threads)
+        self._store.opened.clear()
+        self._engine = load_engine(self._store, self._manifest, spec.start, spec.stop, options)
+        self._session = NodeIdentity.load_or_create(node_key_path(spec.state_dir)).open_session(
+            "stage", spec.epoch, int(time.time()), spec.session_lifetime_s
+        )
+        self._load_s = time.perf_counter() - began
+        self._stage: Stage | None = None
+        self._inlets: dict[str, InOrder] = {}
+
+    async def report(self) -> StageReport:
+        """Facts about this stage, for the Supervisor."""
+        return StageReport(
+            stage=self._spec.stage,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            profile=self._engine.profile,
+            node=self._session.node,
+            certificate=self._session.certificate,
+            load_s=self._load_s,
+            opened_blocks=len(self._store.opened),
+        )
+
+    async def connect(self, head: Any, after: Any | None, n_pages: int) -> None:
+        """Open the edges to the Head and to the next stage (None for the last), and be ready for steps."""
+        spec, manifest = self._spec, self._manifest
+        self._engine.reserve(n_pages)
+        outlet = Boundary(manifest.cid, spec.stop, spec.dtype, manifest.hidden_size)
+        span = StageSpan(
+            manifest=manifest.cid,
+            stage=spec.stage,
+            n_stages=spec.n_stages,
+            start=spec.start,
+            stop=spec.stop,
+            shards=shards_of(manifest, spec.start, spec.stop),
+            profile=self._engine.profile.description[:200],
+            inlet=StageSpan.inlet_of(manifest.cid, spec.start, outlet),
+            outlet=outlet,
+        )
+        self._stage = Stage(
+            self._engine,
+            span,
+            StatementChain(self._session),
+            next=RayEdge(after, spec.name) if after is not None else None,
+            head=RayEdge(head, spec.name),
+            epoch=spec.epoch,
+        )
+
+    async def push(self, edge: str, number: int, message: bytes) -> None:
+        """Take in message `number` of this sender."""
+        assert self._stage is not None, "a message before connect"
+        if edge not in self._inlets:
+            self._inlets[edge] = InOrder(self._stage.deliver)
+        self._inlets[edge].take(number, message)
+
+    async def ping(self) -> dict[str, Value]:
+        """Alive, and how busy."""
+        stage = self._stage
+        return {
+            "stage": self._spec.stage,
+            "layers": [self._spec.start, self._spec.stop],
+            "host": socket.gethostname(),
+            "device": self._engine.profile.device,
+            "dtype": self._engine.profile.dtype,
+            "parameter_bytes": self._engine.profile.parameter_bytes,
+            "load_ms": int(self._load_s * 1000),
+            "node": self._session.node.hex(),
+            "steps": stage.steps if stage else 0,
+            "busy_ms": int(stage.busy_s * 1000) if stage else 0,
+            "rows_hashed": stage.witness.rows_hashed if stage else 0,
+        }
+
+
+StageActor: Any = ray.remote(max_restarts=0)(_StageProcess)  # Any: Ray's actor classes have no types
