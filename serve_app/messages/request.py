@@ -10,10 +10,10 @@ import secrets
 from dataclasses import dataclass
 from typing import Literal, NewType
 
+from serve_app.errors import RequestError
 from shard_tools import canonical
 from shard_tools.canonical import Fields, Value
 from shard_tools.cid import Cid
-from serve_app.errors import RequestError
 
 RequestId = NewType("RequestId", str)
 FinishReason = Literal["stop", "length", "cancelled", "error"]
