@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from serve_app.errors import RequestError
 from serve_app.receipts.bundle import Bundle
@@ -90,7 +91,7 @@ def show(
             return
         table = Table("says", "", title="Not verified: `llmd receipt verify` does that", show_header=False)
         for name, value in fields.items():
-            table.add_row(name, _cell(value))
+            table.add_row(name, _plain(_cell(value)))
         out.print(table)
 
     _exit_with(work)
@@ -135,7 +136,7 @@ def _print_checked(checked: CheckedReceipt, done: list[str]) -> None:
     table = Table("checked", "found", title=f"Receipt {checked.cid}", title_justify="left")
     registry = f"version {checked.registry.version}, signed by {key_text(checked.operator)}"
     table.add_row("operator", registry)
-    table.add_row("head", f"{checked.head_name}, {_time(receipt.issued_ms)}")
+    table.add_row("head", _plain(f"{checked.head_name}, {_time(receipt.issued_ms)}"))
     table.add_row("model", str(receipt.manifest))
     fresh = {
         "client-nonce": "your nonce is in it",
@@ -149,11 +150,13 @@ def _print_checked(checked: CheckedReceipt, done: list[str]) -> None:
     for s, name in zip(checked.statements, checked.stage_names, strict=True):
         table.add_row(
             f"stage {s.stage}",
-            f"{name}: layers [{s.start}, {s.stop}) from {len(s.shards)} shards, {s.profile}\n"
-            f"{s.n_rows} rows, in {s.in_root.hex()[:16]} out {s.out_root.hex()[:16]}",
+            _plain(
+                f"{name}: layers [{s.start}, {s.stop}) from {len(s.shards)} shards, {s.profile}\n"
+                f"{s.n_rows} rows, in {s.in_root.hex()[:16]} out {s.out_root.hex()[:16]}"
+            ),
         )
     out.print(table)
-    out.print(f"verified: {', '.join(done)}", style="green")
+    out.print(f"verified: {', '.join(done)}", style="green", soft_wrap=True)
     left = {
         "shards": "that the shards are this model's (--store)",
         "prompt text": "the prompt's text (--store --request)",
@@ -161,7 +164,7 @@ def _print_checked(checked: CheckedReceipt, done: list[str]) -> None:
     }
     missing = [text for name, text in left.items() if name not in done]
     if missing:
-        out.print(f"not checked: {'; '.join(missing)}", style="yellow")
+        out.print(f"not checked: {'; '.join(missing)}", style="yellow", soft_wrap=True)
     out.print("Signed, not audited: nobody computed this again.", style="dim")
 
 
@@ -218,10 +221,10 @@ def _exit_with(work: Callable[[], None]) -> None:
         work()
     except (IntegrityError, RequestError) as e:
         # RequestError: the model's template or tokenizer refuses what the client says it sent.
-        err.print(f"refused: {e}", style="red", markup=False, soft_wrap=True)
+        err.print(_plain(f"refused: {e}"), style="red", soft_wrap=True)
         raise typer.Exit(1) from e
     except LlmdError as e:
-        err.print(f"cannot check: {e}", style="red", markup=False, soft_wrap=True)
+        err.print(_plain(f"cannot check: {e}"), style="red", soft_wrap=True)
         raise typer.Exit(2) from e
 
 
@@ -239,6 +242,11 @@ def _key(text: str) -> PublicKey:
 
 def _time(ms: int) -> str:
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds")
+
+
+def _plain(text: str) -> Text:
+    """Text as it is, whatever markup it looks like; a peer's control characters do not reach the terminal."""
+    return Text("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))
 
 
 def _cell(value: object) -> str:

@@ -20,10 +20,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from serve_app.api.text import TextCodec
 from serve_app.errors import RequestError
+from shard_tools.canonical import Value
 from shard_tools.errors import CheckpointError
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CHAT = [
+CHAT: list[dict[str, Value]] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": 'What is 2 < 3 & "é"?\n  Two spaces.'},
     {"role": "assistant", "content": "True.", "tool_calls": None},
@@ -89,7 +90,8 @@ def with_template(files: dict[str, bytes], template: str) -> TextCodec:
 
 def test_smollm2_chat_is_that_of_transformers(codec: TextCodec) -> None:
     """Text and ids, with and without a system message, with and without the generation prompt."""
-    for messages in (CHAT, CHAT[1:], CHAT[1:2]):
+    conversations: list[list[dict[str, Value]]] = [CHAT, CHAT[1:], CHAT[1:2]]
+    for messages in conversations:
         for prompt in (True, False):
             expected = smol().apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
             assert codec.render_chat(messages, prompt) == expected
