@@ -24,6 +24,7 @@ from serve_app.receipts.check import CheckedReceipt, Expected, check, check_agai
 from serve_app.receipts.receipt import Receipt
 from serve_app.receipts.statement import StageStatement
 from serve_app.transcript import MAX_TRANSCRIPT_BYTES, find_receipt, parse_nonce, parse_request, parse_response
+from shard_tools.cid import Cid
 from shard_tools.errors import InputError, IntegrityError, LlmdError
 from shard_tools.signing import PublicKey, key_text, parse_key, read_public_key
 
@@ -49,6 +50,7 @@ def verify(
     request: Annotated[Path | None, typer.Option("--request", help="The JSON you sent; needs --store.")] = None,
     response: Annotated[Path | None, typer.Option("--response", help="What you got; needs --request.")] = None,
     store: Annotated[Path | None, typer.Option("--store", help="Directory of blocks that holds the model.")] = None,
+    manifest: Annotated[str | None, typer.Option("--manifest", help="CID of the model you asked for.")] = None,
     nonce: Annotated[str | None, typer.Option("--nonce", help="The nonce you sent, 64 hex digits.")] = None,
     max_age_s: Annotated[int | None, typer.Option("--max-age-s", help="Refuse older receipts.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -62,10 +64,14 @@ def verify(
             raise InputError("--response needs --request, whose stop strings end the text")
         now_s = int(time.time())
         data = _read(receipt)
-        expected = Expected(client_nonce=None if nonce is None else parse_nonce(nonce), max_age_s=max_age_s)
+        expected = Expected(
+            manifest=None if manifest is None else Cid.parse(manifest),
+            client_nonce=None if nonce is None else parse_nonce(nonce),
+            max_age_s=max_age_s,
+        )
         operators = frozenset(_key(text) for text in trust)
         checked = check(find_receipt(data), operators, now_s=now_s, request=expected)
-        done = ["signatures", "request", "tokens", "layers", "boundaries"]
+        done = ["signatures", "request", "tokens", "layers", "boundaries"] + ["nonce"] * (nonce is not None)
         if store is not None:
             done += _check_with_model(checked, store, request, response, data, now_s)
         if as_json:
@@ -110,15 +116,17 @@ def _check_with_model(
     if not store.expanduser().is_dir():
         raise InputError(f"{store} is no directory of blocks")
     blocks = DirectoryStore(store.expanduser())
-    manifest = load_manifest(blocks, checked.receipt.manifest)
-    check_against_manifest(checked, manifest)
+    model = load_manifest(blocks, checked.receipt.manifest)
+    check_against_manifest(checked, model)
     done = ["shards"]
     if request is None:
         return done
-    codec = TextCodec.from_files({file.path: read_file(blocks, file) for file in manifest.files})
+    codec = TextCodec.from_files({file.path: read_file(blocks, file) for file in model.files})
     sent = parse_request(_read(request))
     check_request(checked, sent, codec, now_s)
     done.append("prompt text")
+    if sent.nonce:
+        done.append("nonce")
     got = parse_response(_read(response) if response is not None else data) if _has_text(response, data) else None
     if got is not None:
         check_response(checked, got, sent.stops, codec)
@@ -139,9 +147,9 @@ def _print_checked(checked: CheckedReceipt, done: list[str]) -> None:
     table.add_row("head", _plain(f"{checked.head_name}, {_time(receipt.issued_ms)}"))
     table.add_row("model", str(receipt.manifest))
     fresh = {
-        "client-nonce": "your nonce is in it",
-        "seed": "no nonce of yours; the noise follows your seed",
-        "none": "no freshness: nothing of yours that could not be repeated is in it",
+        "client-nonce": "a client's nonce is in it",
+        "seed": "no nonce; the noise follows the request's seed",
+        "none": "no freshness: nothing in it was chosen by the client alone",
     }
     table.add_row("request", f"{receipt.request_hash.hex()} ({fresh[receipt.freshness]})")
     table.add_row(
@@ -158,10 +166,13 @@ def _print_checked(checked: CheckedReceipt, done: list[str]) -> None:
     out.print(table)
     out.print(f"verified: {', '.join(done)}", style="green", soft_wrap=True)
     left = {
+        "nonce": "that the nonce is yours (--nonce or --request)",
         "shards": "that the shards are this model's (--store)",
         "prompt text": "the prompt's text (--store --request)",
         "answer text": "the answer's text (--store --request --response)",
     }
+    if receipt.freshness != "client-nonce":
+        del left["nonce"]
     missing = [text for name, text in left.items() if name not in done]
     if missing:
         out.print(f"not checked: {'; '.join(missing)}", style="yellow", soft_wrap=True)

@@ -115,7 +115,7 @@ def test_verifies_the_words_with_the_models_blocks(desk: Desk) -> None:
     """Template and tokens are run again; the answer is cut where the stop string begins."""
     result = desk.verify_text()
     assert result.exit_code == 0, result.output
-    assert "shards, prompt text, answer text" in result.output.replace("\n", " ")
+    assert "shards, prompt text, nonce, answer text" in result.output.replace("\n", " ")
     assert "not checked" not in result.output
     desk.save(words=desk.got["choices"][0]["message"]["content"].encode())
     result = desk.verify(
@@ -172,6 +172,7 @@ def test_refusals_are_one_line_and_exit_1(desk: Desk) -> None:
     refused(desk.verify(trust="other.pub"), "registry", "is not the operator")
     refused(desk.verify("--nonce", "00" * 32), "opening.nonce")
     refused(desk.verify("--max-age-s", "1"), "receipt.issued_ms")
+    refused(desk.verify("--manifest", str(desk.manifest.shards[0].cid)), "receipt.manifest")
     for name, spans, shards_of, word in (
         ("swapped", SPANS, lambda start, stop: desk.cluster.shards_of(0, stop), "shards"),
         ("short", SPANS[:2], desk.cluster.shards_of, "the stages end at layer 3, the model has 4"),
