@@ -19,7 +19,7 @@ from serve_app.receipts.chain import require_whole
 from serve_app.receipts.identity import CLOCK_SKEW_S, Certificate, Registry, Role
 from serve_app.receipts.receipt import RECEIPT_TYPE, Receipt
 from serve_app.receipts.statement import STATEMENT_TYPE, StageStatement, envelope_cid
-from shard_tools.cid import Cid
+from shard_tools.cid import Cid, Codec
 from shard_tools.errors import LlmdError
 from shard_tools.manifest import Manifest
 from shard_tools.signing import Envelope, PublicKey
@@ -50,7 +50,7 @@ class CheckedReceipt:
     operator: PublicKey
     head_name: str  # as the operator's registry calls the nodes
     stage_names: tuple[str, ...]
-    receipt_cid: Cid
+    cid: Cid  # of the whole bundle, as in the x-llmd-receipt header
 
 
 def check(
@@ -65,7 +65,8 @@ def check(
     operator: the key, or keys, the client trusts. Raises ReceiptError naming the part at fault.
     """
     with _part("bundle"):
-        parsed = Bundle.decode(bundle) if isinstance(bundle, bytes) else Bundle.decode(bundle.encode())
+        data = bundle if isinstance(bundle, bytes) else bundle.encode()
+        parsed = Bundle.decode(data)
     with _part("receipt"):
         # Read before its signature is checked, for the time at which the keys must have been valid.
         receipt = Receipt.decode(parsed.receipt.payload)
@@ -100,10 +101,10 @@ def check(
         operator=parsed.registry.key,
         head_name=registry.name_of(head.node) or "",
         stage_names=tuple(registry.name_of(node) or "" for node in nodes),
-        receipt_cid=envelope_cid(parsed.receipt),
+        cid=Cid.of(Codec.DAG_CBOR, data),
     )
     if request is not None:
-        _require_expected(checked, request, now_s)
+        require_expected(checked, request, now_s)
     return checked
 
 
@@ -130,6 +131,28 @@ def check_against_manifest(checked: CheckedReceipt, manifest: Manifest) -> None:
     wrong = next((t for t in checked.receipt.out_ids if t >= manifest.vocab_size), None)
     if wrong is not None:
         raise ReceiptError(f"receipt.out_ids: {wrong} is no token of a vocabulary of {manifest.vocab_size}")
+
+
+def require_expected(checked: CheckedReceipt, request: Expected, now_s: int) -> None:
+    """Returns if the receipt is what the client expects. Raises ReceiptError naming what differs."""
+    receipt, opening = checked.receipt, checked.opening
+    for name, wanted, got in (
+        ("receipt.manifest", request.manifest, receipt.manifest),
+        ("opening.nonce", request.client_nonce, opening.client_nonce),
+        ("opening.prompt_ids", request.prompt_ids, opening.prompt_ids),
+        ("receipt.sampling", request.sampling, receipt.sampling),
+        ("receipt.max", request.max_tokens, receipt.max_tokens),
+        ("receipt.out_ids", request.out_ids, receipt.out_ids),
+    ):
+        if wanted is not None and wanted != got:
+            raise ReceiptError(f"{name}: this receipt belongs to another request: {_said(got)} is not {_said(wanted)}")
+    if checked.registry.version < request.min_registry_version:
+        raise ReceiptError(
+            f"registry: version {checked.registry.version}, where {request.min_registry_version} was seen before"
+        )
+    age_s = now_s - receipt.issued_ms // 1000
+    if request.max_age_s is not None and age_s > request.max_age_s:
+        raise ReceiptError(f"receipt.issued_ms: {age_s} s ago, where at most {request.max_age_s} are accepted")
 
 
 class _Sessions:
@@ -174,27 +197,6 @@ def _require_one_story(envelopes: Sequence[Envelope], statements: Sequence[Stage
         if (envelope.key, statement.seq) in seen:
             raise ReceiptError(f"statement {i}: its session signed two statements as number {statement.seq}")
         seen.add((envelope.key, statement.seq))
-
-
-def _require_expected(checked: CheckedReceipt, request: Expected, now_s: int) -> None:
-    receipt, opening = checked.receipt, checked.opening
-    for name, wanted, got in (
-        ("receipt.manifest", request.manifest, receipt.manifest),
-        ("opening.nonce", request.client_nonce, opening.client_nonce),
-        ("opening.prompt_ids", request.prompt_ids, opening.prompt_ids),
-        ("receipt.sampling", request.sampling, receipt.sampling),
-        ("receipt.max", request.max_tokens, receipt.max_tokens),
-        ("receipt.out_ids", request.out_ids, receipt.out_ids),
-    ):
-        if wanted is not None and wanted != got:
-            raise ReceiptError(f"{name}: this receipt belongs to another request: {_said(got)} is not {_said(wanted)}")
-    if checked.registry.version < request.min_registry_version:
-        raise ReceiptError(
-            f"registry: version {checked.registry.version}, where {request.min_registry_version} was seen before"
-        )
-    age_s = now_s - receipt.issued_ms // 1000
-    if request.max_age_s is not None and age_s > request.max_age_s:
-        raise ReceiptError(f"receipt.issued_ms: {age_s} s ago, where at most {request.max_age_s} are accepted")
 
 
 def _said(value: object) -> str:

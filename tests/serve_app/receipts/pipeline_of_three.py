@@ -45,6 +45,9 @@ class Cluster:
     registry_lifetime_s: int = 86_400
     session_lifetime_s: int = 3_600
     version: int = 7
+    shards_of: Callable[[int, int], tuple[Cid, ...]] = lambda start, stop: tuple(
+        Cid.of(Codec.DAG_PB, b"layer %d" % layer) for layer in range(start, stop)
+    )
     nodes: list[NodeIdentity] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -72,7 +75,7 @@ class Cluster:
         for _, stop in self.spans:
             tree = RowTree(Boundary(request.manifest, stop, "float32", 8))
             for position, token in enumerate(fed):
-                tree.append(position, hashlib.sha256(bytes([stop, token])).digest())
+                tree.append(position, hashlib.sha256(b"%d %d" % (stop, token)).digest())
             roots.append(tree.root())
         return [
             StageStatement(
@@ -83,7 +86,7 @@ class Cluster:
                 start=start,
                 stop=stop,
                 manifest=request.manifest,
-                shards=tuple(Cid.of(Codec.DAG_PB, b"layer %d" % layer) for layer in range(start, stop)),
+                shards=self.shards_of(start, stop),
                 profile="cpu float32",
                 in_root=roots[i],
                 out_root=roots[i + 1],

@@ -179,8 +179,12 @@ def test_a_receipt_cannot_be_opened_as_another_request() -> None:
     refused(replace(HONEST, opening=replace(opening, prompt_ids=(5, 6, 7, 8, 9))), "receipt.n_prompt")
     refused(resign(replace(HONEST, opening=replace(opening, client_nonce=b""))), "receipt.request")
     refused(replace(HONEST, opening=replace(opening, salt=bytes(32))), "receipt.request")
-    for name, value in (("sampling", Sampling()), ("max_tokens", 17), ("stop_ids", (2, 3))):
-        refused(resign(HONEST, **{name: value}), "receipt.request")
+    for bundle in (
+        resign(HONEST, sampling=Sampling()),
+        resign(HONEST, max_tokens=17),
+        resign(HONEST, stop_ids=(2, 3)),
+    ):
+        refused(bundle, "receipt.request")
 
 
 @pytest.mark.parametrize(
