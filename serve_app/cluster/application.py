@@ -12,10 +12,12 @@ import asyncio
 import logging
 import time
 import uuid
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
+from ray.util import get_node_ip_address
 
 from serve_app.api.app import create_app
 from serve_app.api.auth import ApiKeys
@@ -25,6 +27,7 @@ from serve_app.cluster.supervisor import supervisor_of
 from serve_app.config import AppConfig
 from serve_app.errors import PipelineError
 from serve_app.pipeline.head_client import HeadClient
+from serve_app.pipeline.head_server import LOOPBACK
 from serve_app.serve_file import refuse_exposure
 from serve_app.transport.link import LinkAddress
 from shard_tools.catalog import open_model
@@ -105,7 +108,8 @@ class _Ingress:
     async def _locate(self) -> LinkAddress:
         try:
             address: LinkAddress = await self._supervisor.head_address.remote()
-            return address
+            beside_us = address.host == get_node_ip_address()
+            return replace(address, host=LOOPBACK) if beside_us else address
         except RayError as e:
             cause = getattr(e, "cause", None)
             raise PipelineError(str(cause or "the supervisor does not answer").splitlines()[0]) from e

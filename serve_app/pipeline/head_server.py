@@ -26,6 +26,7 @@ from serve_app.pipeline.head import Head
 from serve_app.transport.link import SECRET_BYTES, Link, LinkAddress, accept
 from shard_tools.canonical import Value
 
+LOOPBACK = "127.0.0.1"
 _log = logging.getLogger(__name__)
 
 
@@ -36,19 +37,22 @@ class HeadServer:
         """facts: what a status call is answered with."""
         self._head, self._facts = head, facts
         self._secret = secrets.token_bytes(SECRET_BYTES)
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
         self._links: set[Link] = set()
 
     async def listen(self, host: str) -> LinkAddress:
-        """Begin to listen on a free port of this host's address."""
-        self._server = await asyncio.start_server(self._serve, host, 0)
-        port = self._server.sockets[0].getsockname()[1]
+        """Begin to listen on one free port of this host's address and of loopback, for ingresses beside us."""
+        local = await asyncio.start_server(self._serve, LOOPBACK, 0)
+        port: int = local.sockets[0].getsockname()[1]
+        self._servers.append(local)
+        if host != LOOPBACK:
+            self._servers.append(await asyncio.start_server(self._serve, host, port))
         return LinkAddress(host, port, self._secret)
 
     def close(self) -> None:
         """Cut every link and stop listening."""
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         for link in list(self._links):
             link.close()
 
