@@ -17,7 +17,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 
 from shard_tools import fetch as fetching
 from shard_tools.catalog import open_cid, open_model, open_record
@@ -78,7 +77,7 @@ def shard(
         with _progress() as progress:
             model = split(open_checkpoint(checkpoint), blocks, name, _dtype(dtype), progress)  # type: ignore[arg-type]
         _show(model)
-        out.print("Not signed, not named: `llmd publish` does both, and keeps these blocks.")
+        _line("Not signed, not named: `llmd publish` does both, and keeps these blocks.")
 
 
 def publish(
@@ -97,7 +96,7 @@ def publish(
         with _progress() as progress:
             record = publish_model(checkpoint, blocks, index, name, signer, _dtype(dtype), progress)  # type: ignore[arg-type]
         _show(open_record(record, blocks, frozenset([signer.public])))
-        out.print(f"Published [b]{name}[/b], signed by {key_text(signer.public)}", soft_wrap=True)
+        _line(f"Published {name}, signed by {key_text(signer.public)}")
 
 
 def fetch(
@@ -119,14 +118,14 @@ def fetch(
             span = _layers(layers, model)
             fetching.fetch(remote, local, model.cid, layers=span, progress=progress)
         if span is not None:
-            out.print(f"Fetched layers {span[0]}:{span[1]} of manifest {model.cid}; a part of a model is not named.")
+            _line(f"Fetched layers {span[0]}:{span[1]} of manifest {model.cid}; a part of a model is not named.")
             return
         record = remote_index.resolve(name)
         if record.manifest != model.cid:
             raise FormatError(f"{name} was published anew while it was fetched; run the same command again")
         local.put(record.signature.codec, remote.get(record.signature))
         index.publish(name, record, local.has)
-        out.print(f"Fetched [b]{name}[/b] {model.cid}", soft_wrap=True)
+        _line(f"Fetched {name} {model.cid}")
 
 
 def verify(
@@ -152,7 +151,7 @@ def verify(
         if bad:
             raise typer.Exit(2)
         size = sum(shard.size for shard in found.shards)
-        out.print(f"Whole: {found.name} {found.cid}, {size / 1e6:.1f} MB; signature: {signed}", soft_wrap=True)
+        _line(f"Whole: {found.name} {found.cid}, {size / 1e6:.1f} MB; signature: {signed}")
 
 
 def ls(store: StoreOption = STORE) -> None:
@@ -160,16 +159,18 @@ def ls(store: StoreOption = STORE) -> None:
     with _said():
         root = store.expanduser()
         blocks, index = DirectoryStore(root), DirectoryIndex(root)
-        table = Table("name", "layers", "dtype", "MB", "license", "manifest", box=None)
         for name in index.names():
             try:
                 model = open_cid(index.resolve(name).manifest, blocks)
             except LlmdError as e:
-                table.add_row(name, "?", "?", "?", "?", f"broken: {e}")
+                _line(f"{name:<24} broken: {e}")
                 continue
             size = sum(shard.size for shard in model.shards) / 1e6
-            table.add_row(name, str(model.n_layers), model.dtype, f"{size:.1f}", model.license, str(model.cid))
-        out.print(table if table.row_count else f"No model is named in {root}; `llmd publish` names one.")
+            _line(
+                f"{name:<24} {model.n_layers:>3} layers {model.dtype:<8} {size:>9.1f} MB  {model.license:<12} {model.cid}"
+            )
+        if not index.names():
+            _line(f"No model is named in {root}; `llmd publish` names one.")
 
 
 def keys_new(key: KeyOption = KEY) -> None:
@@ -177,24 +178,27 @@ def keys_new(key: KeyOption = KEY) -> None:
     with _said():
         if key.expanduser().exists():
             raise InputError(f"{key} exists; a key is never overwritten. See: llmd keys show")
-        out.print(key_text(_signer(key).public), soft_wrap=True)
+        _line(key_text(_signer(key).public))
 
 
 def keys_show(key: KeyOption = KEY) -> None:
     """Print the public key that others need in order to trust what you publish."""
     with _said():
-        out.print(key_text(Signer.load(key.expanduser()).public), soft_wrap=True)
+        _line(key_text(Signer.load(key.expanduser()).public))
 
 
 def _show(model: Manifest) -> None:
-    table = Table("unit", "tensors", "MB", "shard", box=None)
     for unit in model.units:
         label = f"layer {unit.start}" if unit.kind == "layer" else unit.kind
-        own = sorted({ref.shard for ref in unit.tensors})
         size = sum(model.tensor(ref).size for ref in unit.tensors) / 1e6
-        table.add_row(label, str(len(unit.tensors)), f"{size:.1f}", " + ".join(str(model.shards[i].cid) for i in own))
-    out.print(table)
-    out.print(f"manifest {model.cid} ({model.model_type}, {model.n_layers} layers, {model.dtype})", soft_wrap=True)
+        own = [str(model.shards[i].cid) for i in sorted({ref.shard for ref in unit.tensors})]
+        _line(f"{label:<10} {len(unit.tensors):>3} tensors {size:>9.1f} MB  {' + '.join(own)}")
+    _line(f"manifest {model.cid} ({model.model_type}, {model.n_layers} layers, {model.dtype})")
+
+
+def _line(text: str) -> None:
+    """One line on stdout, never wrapped or cut: CIDs are there to be copied."""
+    out.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def _dtype(text: str) -> str:
