@@ -166,9 +166,8 @@ def ls(store: StoreOption = STORE) -> None:
                 _line(f"{name:<24} broken: {e}")
                 continue
             size = sum(shard.size for shard in model.shards) / 1e6
-            _line(
-                f"{name:<24} {model.n_layers:>3} layers {model.dtype:<8} {size:>9.1f} MB  {model.license:<12} {model.cid}"
-            )
+            said = f"{model.n_layers:>3} layers {model.dtype:<8} {size:>9.1f} MB  {model.license:<12} {model.cid}"
+            _line(f"{name:<24} {said}")
         if not index.names():
             _line(f"No model is named in {root}; `llmd publish` names one.")
 
