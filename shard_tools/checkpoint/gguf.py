@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
@@ -50,7 +51,7 @@ class GgufFile:
             )
         try:
             self._config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as e:
             raise CheckpointError(f"transformers cannot read the metadata of {path}: {e}") from e
         self._processor = TENSOR_PROCESSORS.get(self._arch, TensorProcessor)(config=self._config.to_dict())
         self._names = _names(self._arch, self._config)
