@@ -65,9 +65,9 @@ class Manifest:
     context_length: int  # tokens
     dtype: Dtype  # of the activations between stages; shards may hold some tensors in others
     license: str  # SPDX id, or empty if the source does not say
-    files: tuple[File, ...]  # sorted by path
-    shards: tuple[Shard, ...]
-    units: tuple[Unit, ...]
+    files: tuple[File, ...] = field(repr=False)  # sorted by path
+    shards: tuple[Shard, ...] = field(repr=False)
+    units: tuple[Unit, ...] = field(repr=False)
     _block: list[bytes] = field(default_factory=list, init=False, repr=False, compare=False)  # encode(), once made
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 class Progress(Protocol):
     """Called from the thread that started the work, in order, `done` never falling."""
 
-    def __call__(self, label: str, done_bytes: int, total_bytes: int) -> None:
+    def __call__(self, label: str, done_bytes: int, total_bytes: int, /) -> None:
         """label: what is being worked on now, such as `layer 3`."""
 
 

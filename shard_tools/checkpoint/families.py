@@ -52,7 +52,7 @@ class Architecture:
 
         Raises CheckpointError naming the first tensor that is missing, left over, double or of another shape.
         """
-        left = {name for name in table if not any(re.search(pattern, name) for pattern in self.ignored)}
+        left = set(table)
         found: dict[str, str] = {}
         for parameter in self.parameters:
             for name in self._spellings(parameter.name):
@@ -67,6 +67,7 @@ class Architecture:
                 if twin is None:
                     raise CheckpointError(self._missing(parameter, left, label))
                 found[parameter.name] = found[twin]
+        left = {name for name in left if not any(re.search(pattern, name) for pattern in self.ignored)}
         if left:
             raise CheckpointError(
                 f"{label} has {len(left)} tensors that a {self.model_type} of this configuration has not, "

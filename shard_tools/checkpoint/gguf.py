@@ -16,15 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from shard_tools.checkpoint.families import meta_model
 from shard_tools.checkpoint.source import Row
 from shard_tools.errors import CheckpointError, InputError
 
 _READ = frozenset(  # architectures whose tensors map one to one; the others merge or split experts or layers
-    ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "stablelm", "starcoder2", "nemotron", "cohere")
+    ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "stablelm", "starcoder2", "nemotron")
 )
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -50,10 +51,10 @@ class GgufFile:
             )
         try:
             self._config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as e:
             raise CheckpointError(f"transformers cannot read the metadata of {path}: {e}") from e
         self._processor = TENSOR_PROCESSORS.get(self._arch, TensorProcessor)(config=self._config.to_dict())
-        self._names: dict[str, str] = get_gguf_hf_weights_map(meta_model(self._config), self._processor)
+        self._names = _names(self._arch, self._config)
         self._tensors = self._by_name()
         self._table = {name: Row("float32", self._shape(name)) for name in self._tensors}
 
@@ -84,7 +85,7 @@ class GgufFile:
         result = self._processor.process(weights=values, name=raw.name)
         if result.name != raw.name:
             raise CheckpointError(f"{self._path}: tensor {raw.name!r} is not one parameter of its own")
-        return torch.from_numpy(np.ascontiguousarray(result.weights, dtype=np.float32))
+        return torch.from_numpy(np.array(result.weights, dtype=np.float32, order="C"))  # a copy: the file is mapped
 
     def files(self) -> dict[str, bytes]:
         out = self._tokenizer_files()
@@ -139,6 +140,21 @@ class GgufFile:
     def _field(self, name: str) -> object:
         field = self._reader.fields.get(name)
         return None if field is None else field.contents()
+
+
+def _names(arch: str, config: Any) -> dict[str, str]:
+    """The parameter of each GGUF tensor name, by the gguf package's table of this architecture."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    known = {text: arch for arch, text in MODEL_ARCH_NAMES.items()}
+    table = get_tensor_name_map(known[arch], int(config.num_hidden_layers))
+    out = {}
+    for name in meta_model(config).state_dict():
+        stem, _, suffix = name.rpartition(".")
+        found = table.get_name(stem)
+        if found is not None:
+            out[f"{found}.{suffix}"] = name
+    return out
 
 
 def _json(value: object) -> bytes:

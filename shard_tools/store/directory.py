@@ -56,9 +56,10 @@ class DirectoryStore:
             path.parent.mkdir(exist_ok=True)
             fresh.replace(path)
         except OSError as e:
-            with suppress(OSError):
-                fresh.unlink()
             raise InputError(f"cannot write block {cid} to {self.label}: {e.strerror}. Nothing was lost.") from e
+        finally:
+            with suppress(OSError):
+                fresh.unlink()  # is there only if the block is not: a full disk, or Ctrl-C
         return cid
 
     def get(self, cid: Cid) -> bytes:
