@@ -40,14 +40,17 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_hang_up(receive))
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        watching.result()
-        raise ClientGoneError
+        if watching.done():
+            watching.result()
+            raise ClientGoneError  # also when `work` failed in the same moment: writing to nobody is what failed
+        return working.result()
     finally:
         watching.cancel()
         working.cancel()
         await asyncio.wait({working, watching})
+        for task in (working, watching):
+            if not task.cancelled():
+                task.exception()  # seen: asyncio would log one that nobody asked for
 
 
 async def _hang_up(receive: Receive) -> None:
