@@ -20,7 +20,7 @@ from serve_app.cluster.specs import NAMESPACE, HeadSpec, StageReport, StageSpec,
 from serve_app.cluster.stage_actor import StageActor
 from serve_app.config import AppConfig
 from serve_app.engine.engine import ActivationDtype
-from serve_app.engine.load import DeviceName
+from serve_app.engine.load import DeviceName, computes_fast_in
 from serve_app.errors import PipelineError
 from serve_app.transport.link import LinkAddress
 from shard_tools.catalog import open_record
@@ -122,8 +122,8 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
     n_stages = config.pipeline.stages
     spans = plan_evenly(manifest.n_layers, n_stages)
     wants = _resources(config)
-    dtype = config.pipeline.dtype
-    activation: ActivationDtype = manifest.dtype if dtype == "manifest" else dtype
+    group = await _place(epoch, n_stages, wants, config.pipeline.node_labels)
+    activation = await _activation_dtype(config, manifest, group, wants)
     specs = [
         StageSpec(
             epoch=epoch,
@@ -144,7 +144,6 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
         )
         for i, (start, stop) in enumerate(spans)
     ]
-    group = await _place(epoch, n_stages, wants, config.pipeline.node_labels)
     stages = [_stage_actor(spec, group, wants) for spec in specs]
     async with asyncio.timeout(_LOAD_S):
         reports: Sequence[StageReport] = await asyncio.gather(*(stage.report.remote() for stage in stages))
@@ -185,6 +184,20 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
     async with asyncio.timeout(_LOAD_S):
         address: LinkAddress = await head.start.remote()
     return PipelineGroup(epoch, tuple(stages), head, address)
+
+
+async def _activation_dtype(config: AppConfig, manifest: Manifest, group: Any, wants: _Resources) -> ActivationDtype:
+    """What all stages compute in: neighbours must agree, so one host without the arithmetic decides for all."""
+    match config.pipeline.dtype:
+        case "manifest":
+            return manifest.dtype
+        case "auto":
+            ask = ray.remote(computes_fast_in)
+            place = [PlacementGroupSchedulingStrategy(group, i) for i in range(config.pipeline.stages)]
+            asked = [ask.options(num_cpus=0, scheduling_strategy=p).remote(manifest.dtype, wants.device) for p in place]
+            return manifest.dtype if all(await asyncio.gather(*asked)) else "float32"
+        case given:
+            return given
 
 
 async def _place(epoch: int, n_stages: int, wants: _Resources, labels: dict[str, str]) -> Any:

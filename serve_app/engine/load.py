@@ -78,6 +78,15 @@ def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, op
     )
 
 
+def computes_fast_in(dtype: ActivationDtype, device: DeviceName) -> bool:
+    """Whether matrix products of this dtype have instructions of their own on this host's device."""
+    if device == "cuda" or dtype == "float32":
+        return True
+    probe = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[dtype]
+    supported = getattr(torch.ops.mkldnn, probe, None)  # oneDNN's own word; absent in builds without it
+    return bool(supported()) if supported is not None else False
+
+
 def shards_of(manifest: Manifest, start: int, stop: int) -> tuple[Cid, ...]:
     """The shard files that layers [start, stop) need, in the manifest's order."""
     needed = {ref.shard for unit in manifest.units_of(start, stop) for ref in unit.tensors}

@@ -55,7 +55,7 @@ def mappings(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str
 
 def test_the_documented_example_says_every_key_and_every_default() -> None:
     file = load_config(EXAMPLE)
-    assert file.app == AppConfig(ModelConfig("smollm2-135m-instruct", "~/.llmd/store", ("~/.llmd/publisher.pub",)))
+    assert file.app == AppConfig(ModelConfig("smollm2-135m-instruct", "~/.llmd/store", ("~/.llmd/keys/publisher.pub",)))
     assert file.url == "http://127.0.0.1:8000"
 
     def check(keys: Any, said: dict[str, Any]) -> None:
