@@ -1,5 +1,7 @@
-"""OpenAI's HTTP interface over any Generator. One request: app -> chat or completions -> wire (parse, bound) ->
-text (template, tokens) -> admission (GenerationRequest) -> answer (events to text, stop strings) -> reply (JSON or SSE).
+"""OpenAI's HTTP interface over any Generator.
+
+One request: app -> chat or completions -> wire (parse, bound) -> text (template, tokens) -> admission
+(GenerationRequest) -> answer (events to text, stop strings) -> reply (JSON or SSE).
 
 What differs from OpenAI, on purpose:
     one answer a request (n = 1); no tools, logprobs, penalties or formats: such fields are refused by name, not ignored
