@@ -216,14 +216,14 @@ def _options(
 
 
 def _print_state(state: dict[str, Any]) -> None:
-    """Single facts as one table; a list of things, such as pipelines, as a table with a row for each."""
+    """Single facts as one table; a list of things, such as pipelines, as a table with a column for each."""
     facts = Table(show_header=False)
     for name, value in state.items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            columns = list(dict.fromkeys(key for item in value for key in item))
-            table = Table(*map(escape, columns), title=escape(name), title_justify="left")
-            for item in value:
-                table.add_row(*(_cell(item.get(column)) for column in columns))
+            rows = dict.fromkeys(key for item in value for key in item)
+            table = Table("", *map(str, range(len(value))), title=escape(name), title_justify="left")
+            for row in rows:
+                table.add_row(escape(row), *(_cell(item.get(row)) for item in value))
             out.print(table)
         else:
             facts.add_row(escape(name), _cell(value))

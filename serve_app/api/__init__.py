@@ -1,0 +1,13 @@
+"""OpenAI's HTTP interface over any Generator.
+
+One request: app -> chat or completions -> wire (parse, bound) -> text (template, tokens) -> admission
+(GenerationRequest) -> answer (events to text, stop strings) -> reply (JSON or SSE).
+
+What differs from OpenAI, on purpose:
+    one answer a request (n = 1); no tools, logprobs, penalties or formats: such fields are refused by name, not ignored
+    `top_k` and `llmd: {"nonce": <64 hex digits>}` are ours (extra_body of the official client)
+    an answer carries `llmd: {"request_id", "receipt"}`, a stream on the chunk that has the finish_reason; whole answers
+        also the header x-llmd-receipt, the receipt bundle's CID
+    usage counts every token that was generated and signed, those of a stop string included
+    chat without max_tokens may fill the context; completions then stop at 16 tokens, as OpenAI's do
+"""

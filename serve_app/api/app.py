@@ -17,6 +17,7 @@ from serve_app.api.admission import find_model
 from serve_app.api.auth import ApiKeys, KeyDoor
 from serve_app.api.chat import chat
 from serve_app.api.completions import complete
+from serve_app.api.connection import ClientGoneError
 from serve_app.api.generator import Generator, ServedModel
 from shard_tools.canonical import Value
 from shard_tools.cid import Cid
@@ -34,6 +35,7 @@ def create_app(
     """The application that serves `models` by `generator` to whoever shows one of `keys`."""
     app = FastAPI(title="llm-d", docs_url=None, redoc_url=None, openapi_url=None)  # bodies are parsed in wire.py
     problems.install(app)
+    app.add_exception_handler(ClientGoneError, _to_nobody)
     app.add_middleware(KeyDoor, keys=keys)
     app.add_middleware(RequestIds)  # added last, so it is outermost: refusals carry an id too
 
@@ -89,6 +91,10 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+async def _to_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nginx's number for a client that hung up, for the access log
 
 
 def _card(model: ServedModel) -> dict[str, Any]:

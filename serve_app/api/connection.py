@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from serve_app.errors import BodyTooLargeError
@@ -19,15 +20,18 @@ class ClientGoneError(Exception):
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body. Raises BodyTooLargeError as soon as more than max_bytes are announced or have come."""
+    """The body. Raises BodyTooLargeError as soon as more than max_bytes are announced or have come, ClientGoneError."""
     announced = request.headers.get("content-length", "0")
     if announced.isascii() and announced.isdigit() and int(announced[:20]) > max_bytes:
         raise BodyTooLargeError(max_bytes)
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > max_bytes:
-            raise BodyTooLargeError(max_bytes)
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > max_bytes:
+                raise BodyTooLargeError(max_bytes)
+    except ClientDisconnect as e:
+        raise ClientGoneError from e
     return bytes(body)
 
 

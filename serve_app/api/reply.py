@@ -51,7 +51,8 @@ async def reply(
 ) -> Response:
     """The response for `answer`, which is started here and closed whatever happens.
 
-    Raises what refuses or breaks the request before the first byte is sent; later errors become an event.
+    Raises what refuses or breaks the request before the first byte is sent, and ClientGoneError; later errors become
+    an event.
     """
     try:
         if stream:
@@ -59,9 +60,6 @@ async def reply(
             return EventStream(answer, shape, labels, with_usage)
         text = await while_connected(request.receive, _whole_text(answer))
         await answer.close()
-    except ClientGoneError:
-        await answer.close()
-        return Response(status_code=499)  # nginx's number for it; nobody reads this
     except BaseException:
         await answer.close()
         raise

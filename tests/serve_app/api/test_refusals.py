@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -215,6 +217,26 @@ def test_a_failure_is_a_status_before_the_first_byte_and_an_event_after(
     assert json.loads(failed.removeprefix("data: "))["error"]["code"] == code and done == "data: [DONE]"
     with pytest.raises(openai.APIError):
         list(server.openai().chat.completions.create(**GOOD, stream=True))
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error_of_ours(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    where = httpx.URL(server.url)
+    with socket.create_connection((where.host, where.port)) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+    with server.http as http:
+        assert http.post(CHAT, json=GOOD).status_code == 200
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("junk", [b"\x00\xff", "sk-ä".encode(), b"Bearer", b"Bearer  "])
+def test_a_malformed_authorization_is_a_401(serve: Serve, junk: bytes) -> None:
+    server = serve(keys=ApiKeys([b"0" * 32]))
+    where = httpx.URL(server.url)
+    with socket.create_connection((where.host, where.port)) as client:
+        client.sendall(b"GET /v1/models HTTP/1.1\r\nhost: x\r\nauthorization: " + junk + b"\r\n\r\n")
+        assert client.recv(100).split()[1] in (b"401", b"400")  # 400: the HTTP server itself refuses such bytes
 
 
 def test_an_integrity_error_comes_with_the_heads_signed_word() -> None:
