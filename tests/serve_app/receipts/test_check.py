@@ -308,6 +308,21 @@ def test_oversize_is_refused_before_it_is_read() -> None:
     refused(bytes(17 << 20), "at most")
 
 
+@pytest.mark.parametrize(
+    "bomb",
+    [b"\x81" * (1 << 17) + b"\x80", b"\xa1\x61a" * (1 << 16) + b"\x80", b"\x9a\x00\x10\x00\x00" + bytes(1 << 20)],
+    ids=["deep list", "deep map", "wide list"],
+)
+def test_bombs_are_refused(bomb: bytes) -> None:
+    """100 thousand levels or a million items, alone or in the place of an envelope."""
+    refused(bomb, "bundle")
+    value = canonical.decode(DATA, max_bytes=1 << 20)
+    assert isinstance(value, dict)
+    marker = b"marker of 17 byte"
+    nested = canonical.encode(value | {"receipt": marker})
+    refused(nested.replace(canonical.encode(marker), bomb), "bundle")
+
+
 def test_unknown_fields_are_refused() -> None:
     """A field this version does not know could mean that something is not checked."""
     value = canonical.decode(DATA, max_bytes=1 << 20)
