@@ -107,11 +107,10 @@ def _check_with_model(
     checked: CheckedReceipt, store: Path, request: Path | None, response: Path | None, data: bytes, now_s: int
 ) -> list[str]:
     # Imported here: a check of keys and roots alone needs neither tokenizers nor a store.
-    from shard_tools.fetch import load_manifest, read_file
-    from shard_tools.store.directory import DirectoryStore
-
     from serve_app.api.text import TextCodec
     from serve_app.receipt_text import check_request, check_response
+    from shard_tools.fetch import load_manifest, read_file
+    from shard_tools.store.directory import DirectoryStore
 
     if not store.expanduser().is_dir():
         raise InputError(f"{store} is no directory of blocks")
