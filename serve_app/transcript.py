@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal
 from typing import Any
 
+from serve_app.errors import RequestError
 from serve_app.messages.request import MICRO, NONCE_BYTES, Sampling
 from serve_app.receipts.bundle import MAX_BUNDLE_BYTES, bytes_of_text
 from shard_tools.canonical import Value
@@ -58,21 +59,14 @@ def parse_request(data: bytes) -> SentRequest:
         elif not isinstance(prompt, str):
             raise InputError("the request has neither messages nor one prompt: is it the JSON that was sent?")
     stops = body.get("stop") or []
-    extension = body.get("llmd") or {}
-    nonce = extension.get("nonce", "") if isinstance(extension, dict) else ""
+    nonce = _object(body.get("llmd") or {}, "llmd").get("nonce", "")
     asked = body.get("max_completion_tokens") or body.get("max_tokens")
-    seed = body.get("seed")
     return SentRequest(
         messages,
         prompt,
         ids,
-        tuple(str(stop) for stop in ([stops] if isinstance(stops, str) else _list(stops, "stop"))),
-        Sampling(
-            _micro(body.get("temperature"), "temperature"),
-            _integer(body.get("top_k") or 0, "top_k"),
-            _micro(body.get("top_p"), "top_p"),
-            None if seed is None else _integer(seed, "seed"),
-        ),
+        tuple(_string(stop, "stop") for stop in ([stops] if isinstance(stops, str) else _list(stops, "stop"))),
+        _sampling(body),
         None if asked is None else _integer(asked, "max_tokens"),
         parse_nonce(nonce) if nonce else b"",
     )
@@ -87,15 +81,17 @@ def parse_response(data: bytes) -> GotResponse:
         chunks = list(_events(text))
     else:
         return GotResponse(text, None, None)
-    said, reason, receipt = [], None, None
+    said: list[str] = []
+    reason = receipt = None
     for chunk in chunks:
         if "error" in chunk:
             raise InputError(f"the response is an error, not an answer: {str(chunk['error'])[:200]}")
-        for choice in _list(chunk.get("choices") or [], "choices"):
-            turn = choice.get("message") or choice.get("delta") or choice
-            said.append(turn.get("content") or turn.get("text") or "")
-            reason = choice.get("finish_reason") or reason
-        receipt = (chunk.get("llmd") or {}).get("receipt") or receipt
+        for item in _list(chunk.get("choices") or [], "choices"):
+            choice = _object(item, "choices")
+            turn = _object(choice.get("message") or choice.get("delta") or choice, "message")
+            said.append(_string(turn.get("content") or turn.get("text") or "", "content"))
+            reason = _string(choice.get("finish_reason") or reason or "", "finish_reason") or None
+        receipt = _string(_object(chunk.get("llmd") or {}, "llmd").get("receipt") or receipt or "", "receipt") or None
     return GotResponse("".join(said), reason, receipt)
 
 
@@ -126,15 +122,31 @@ def parse_nonce(text: object) -> bytes:
     return nonce
 
 
+def _sampling(body: Mapping[str, Any]) -> Sampling:
+    seed = body.get("seed")
+    try:
+        return Sampling(
+            _micro(body.get("temperature"), "temperature"),
+            _integer(body.get("top_k") or 0, "top_k"),
+            _micro(body.get("top_p"), "top_p"),
+            None if seed is None else _integer(seed, "seed"),
+        )
+    except RequestError as e:
+        raise InputError(f"no server of ours took this request: {e}") from e
+
+
 def _turn(item: object) -> Mapping[str, Value]:
     """A message as the server gives it to the chat template (PROTOCOL.md, "From text to ids")."""
-    if not isinstance(item, dict) or not isinstance(item.get("role"), str):
-        raise InputError(f"a message of the request has no role: {str(item)[:80]}")
-    content = item.get("content") or ""
+    turn = _object(item, "messages")
+    content = turn.get("content") or ""
     if isinstance(content, list):
-        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    role = "system" if item["role"] == "developer" else item["role"]
-    return {"role": role, "content": content} | ({"name": item["name"]} if item.get("name") else {})
+        content = "".join(_string(_object(part, "content").get("text"), "content.text") for part in content)
+    role = _string(turn.get("role"), "role")
+    said: dict[str, Value] = {
+        "role": "system" if role == "developer" else role,
+        "content": _string(content, "content"),
+    }
+    return said | ({"name": _string(turn["name"], "name")} if turn.get("name") else {})
 
 
 def _events(text: str) -> Iterator[dict[str, Any]]:
@@ -169,6 +181,18 @@ def _list(value: object, name: str) -> list[Any]:
     return value
 
 
+def _object(value: object, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{name}: expected an object, found {type(value).__name__}")
+    return value
+
+
+def _string(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{name}: expected a text, found {type(value).__name__}")
+    return value
+
+
 def _integer(value: object, name: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise InputError(f"{name}: expected an integer, found {str(value)[:40]!r}")
@@ -179,6 +203,6 @@ def _micro(value: object, name: str) -> int:
     """Millionths, halves to even; absent means 1."""
     if value is None:
         return MICRO
-    if not isinstance(value, int | Decimal) or isinstance(value, bool):
-        raise InputError(f"{name}: expected a number, found {str(value)[:40]!r}")
+    if not isinstance(value, int | Decimal) or isinstance(value, bool) or not 0 <= value <= 2:
+        raise InputError(f"{name}: expected a number from 0 to 2, found {str(value)[:40]!r}")
     return int((Decimal(value) * MICRO).to_integral_value(ROUND_HALF_EVEN))

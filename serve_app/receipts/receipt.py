@@ -12,7 +12,7 @@ from typing import Literal, cast
 from serve_app.messages.request import MAX_TOKENS, MAX_VOCAB, NONCE_BYTES, Sampling
 from serve_app.receipts.commitment import Freshness
 from serve_app.receipts.identity import MAX_EPOCH, MAX_TIME
-from serve_app.receipts.statement import HASH_BYTES, MAX_ATTEMPTS, MAX_STAGES
+from serve_app.receipts.statement import HASH_BYTES, MAX_ATTEMPTS, MAX_STAGES, manifest_link
 from shard_tools import canonical
 from shard_tools.canonical import Fields
 from shard_tools.cid import Cid
@@ -82,7 +82,7 @@ class Receipt:
             return cls(
                 request_hash=f.data("request", HASH_BYTES, HASH_BYTES),
                 attempt=f.integer("attempt", 0, MAX_ATTEMPTS),
-                manifest=f.link("manifest"),
+                manifest=manifest_link(f),
                 sampling=Sampling.from_value(f.any("sampling")),
                 max_tokens=f.integer("max", 1, MAX_TOKENS),
                 stop_ids=f.integers("stop", MAX_STOP_IDS, 0, MAX_VOCAB),

@@ -93,7 +93,7 @@ class StageStatement:
                 n_stages=f.integer("n_stages", 1, MAX_STAGES),
                 start=f.integer("start", 0, MAX_LAYERS),
                 stop=f.integer("stop", 0, MAX_LAYERS),
-                manifest=f.link("manifest"),
+                manifest=manifest_link(f),
                 shards=_links(f),
                 profile=f.text("profile", _MAX_PROFILE),
                 in_root=f.data("in_root", HASH_BYTES, HASH_BYTES),
@@ -132,6 +132,14 @@ class StatementChain:
 def envelope_cid(envelope: Envelope) -> Cid:
     """The name of a signed statement, signature included."""
     return Cid.of(Codec.DAG_CBOR, canonical.encode(envelope.to_value()))
+
+
+def manifest_link(f: Fields) -> Cid:
+    """The field `manifest`. Raises FormatError for the name of a block that can be no manifest."""
+    cid = f.link("manifest")
+    if cid.codec is not Codec.DAG_CBOR:
+        raise FormatError(f"manifest: {cid} names a {cid.codec.name.lower()} block, a manifest is dag_cbor")
+    return cid
 
 
 def _links(f: Fields) -> tuple[Cid, ...]:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from serve_app.messages.request import Sampling
 from serve_app.transcript import GotResponse, find_receipt, parse_request, parse_response
 from shard_tools.errors import FormatError, InputError
 from tests.serve_app.receipts.pipeline_of_three import Cluster
 
+KEYS = st.sampled_from(
+    ["messages", "prompt", "stop", "temperature", "top_p", "top_k", "seed", "llmd", "nonce", "receipt", "choices"]
+    + ["message", "delta", "content", "role", "name", "text", "finish_reason", "max_tokens", "error"]
+)
 BUNDLE = Cluster().bundle()
 
 
@@ -83,7 +90,12 @@ def test_a_receipt_is_found_in_every_form() -> None:
         (b"{}", "neither messages nor one prompt"),
         (as_json(prompt=["a", "b"]), "expected an integer"),
         (as_json(messages="hi"), "expected a list"),
-        (as_json(messages=[{"content": "x"}]), "no role"),
+        (as_json(messages=[{"content": "x"}]), "role: expected a text"),
+        (as_json(messages=[{"role": "user", "content": 3}]), "content: expected a text"),
+        (b'{"prompt": "a", "temperature": 1e999999}', "from 0 to 2"),
+        (b'{"prompt": "a", "temperature": NaN}', "expected a number"),
+        (as_json(prompt="a", top_p=0), "top_p is out of range"),
+        (as_json(prompt="a", stop=[1]), "stop: expected a text"),
         (as_json(prompt="a", temperature="hot"), "expected a number"),
         (as_json(prompt="a", seed=True), "expected an integer"),
         (as_json(prompt="a", llmd={"nonce": "abc"}), "is no nonce"),
@@ -93,6 +105,23 @@ def test_what_is_no_request_is_refused(data: bytes, match: str) -> None:
     """The message says what was expected."""
     with pytest.raises(InputError, match=match):
         parse_request(data)
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(KEYS, ANY_JSON, max_size=6))
+def test_any_json_is_read_or_refused(value: dict[str, Any]) -> None:
+    """Whatever stands where, the answer is a value or an InputError (FormatError for a receipt's text)."""
+    data = json.dumps(value).encode()
+    for read in (parse_request, parse_response, find_receipt, lambda raw: parse_response(b"data: " + raw)):
+        with suppress(InputError, FormatError):
+            read(data)
 
 
 def test_what_is_no_receipt_is_refused() -> None:

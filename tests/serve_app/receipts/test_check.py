@@ -203,6 +203,7 @@ def test_a_receipt_cannot_be_opened_as_another_request() -> None:
         ({"node": CLUSTER.nodes[1].key}, "receipt: its node or epoch"),
         ({"statements": ()}, "receipt.statements"),
         ({"manifest": Cid.of(Codec.DAG_CBOR, b"other")}, "receipt.request"),
+        ({"manifest": Cid.of(Codec.RAW, b"other")}, "receipt: manifest: .* a manifest is dag_cbor"),
     ],
 )
 def test_a_lying_head_is_refused(changes: dict[str, Any], match: str) -> None:
@@ -233,6 +234,7 @@ def test_a_lying_head_cannot_edit_the_answer_even_with_its_root() -> None:
         (changed(1, request_hash=bytes(32)), "statement 1: its request"),
         (changed(1, attempt=1), "statement 1: its attempt"),
         (changed(1, manifest=Cid.of(Codec.DAG_CBOR, b"other")), "statement 1: its manifest"),
+        (changed(1, manifest=Cid.of(Codec.RAW, b"other")), "statement 1: manifest: .* a manifest is dag_cbor"),
         (changed(1, epoch=3), "statement 1: its node or epoch"),
         (changed(1, node=CLUSTER.nodes[0].key), "statement 1: its node or epoch"),
         (changed(1, ended_ms=NOW_S * 1000), "statement 1: from"),
@@ -306,6 +308,58 @@ def test_a_signature_with_a_shifted_scalar_is_refused() -> None:
 def test_oversize_is_refused_before_it_is_read() -> None:
     """17 MiB of zeros: the size is looked at first."""
     refused(bytes(17 << 20), "at most")
+
+
+VALUES: st.SearchStrategy[canonical.Value] = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 63), (1 << 64) - 1)
+    | st.text(max_size=9)
+    | st.binary(max_size=40)
+    | st.builds(Cid, st.sampled_from(Codec), st.binary(min_size=32, max_size=32)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_whatever_a_session_signs_is_judged(data: st.DataObject) -> None:
+    """A head or a stage may sign any value in any field: the answer is a refusal, never another error."""
+    whose = data.draw(st.sampled_from([HONEST.receipt, *HONEST.statements]))
+    said = canonical.decode(whose.payload, max_bytes=1 << 20)
+    assert isinstance(said, dict)
+    field = data.draw(st.sampled_from(sorted(said)))
+    lie = said | {field: data.draw(VALUES)}
+    if lie == said:
+        return
+    if whose is HONEST.receipt:
+        refused(replace(HONEST, receipt=CLUSTER.head.seal(RECEIPT_TYPE, canonical.encode(lie))), None)
+        return
+    i = HONEST.statements.index(whose)
+    signed = list(HONEST.statements)
+    signed[i] = CLUSTER.stages[i].seal(whose.payload_type, canonical.encode(lie))
+    bundle = resign(replace(HONEST, statements=tuple(signed)))
+    try:
+        check(bundle, OPERATOR, now_s=LATER_S)
+    except ReceiptError:
+        return
+    assert field in {"profile", "shards", "out_root", "started_ms", "ended_ms", "seq", "prev", "stop"}, field
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [b"\x81" * (1 << 17) + b"\x80", b"\xa1\x61a" * (1 << 16) + b"\x80", b"\x9a\x00\x10\x00\x00" + bytes(1 << 20)],
+    ids=["deep list", "deep map", "wide list"],
+)
+def test_bombs_are_refused(bomb: bytes) -> None:
+    """100 thousand levels or a million items, alone or in the place of an envelope."""
+    refused(bomb, "bundle")
+    value = canonical.decode(DATA, max_bytes=1 << 20)
+    assert isinstance(value, dict)
+    marker = b"marker of 17 byte"
+    nested = canonical.encode(value | {"receipt": marker})
+    refused(nested.replace(canonical.encode(marker), bomb), "bundle")
 
 
 def test_unknown_fields_are_refused() -> None:
