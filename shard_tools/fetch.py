@@ -73,7 +73,7 @@ def fetch(
     """`target` holds every block of the model, or of a stage with layers [start, stop), and its small files.
 
     Blocks already there are hashed and kept, bad ones replaced: a fetch cut off at any byte goes on where it was.
-    The manifest itself is put last: a target that has it has had a whole fetch.
+    The manifest itself is put last: a target that lacks it was cut off.
     Raises what the source raises; blocks already copied stay.
     """
     model = load_manifest(source, manifest)

@@ -21,6 +21,7 @@ from shard_tools.errors import CheckpointError
 
 _LAYER_LISTS = ("layers", "h", "decoder.layers", "blocks")
 _ENDINGS = frozenset(("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "project_out"))
+_CONTEXT = ("max_position_embeddings", "n_positions", "seq_length")
 _IGNORED = r"rotary_emb\.inv_freq"  # in old checkpoints; follows from the configuration
 
 
@@ -113,9 +114,9 @@ def architecture(config: Any, label: str) -> Architecture:
     return Architecture(
         str(config.model_type),
         n_layers,
-        int(config.hidden_size),
-        int(config.vocab_size),
-        _context(config, label),
+        _positive(config, label, "the width of its activations", "hidden_size"),
+        _positive(config, label, "the size of its vocabulary", "vocab_size"),
+        _positive(config, label, "how many tokens its context holds", *_CONTEXT),
         str(model.base_model_prefix),
         tuple(parameters),
         (_IGNORED, *sorted(model._keys_to_ignore_on_load_unexpected or ())),
@@ -176,9 +177,9 @@ def _unit(model: Any, name: str, layers: str, n_layers: int) -> int:
     return 0
 
 
-def _context(config: Any, label: str) -> int:
-    for name in ("max_position_embeddings", "n_positions", "seq_length"):
+def _positive(config: Any, label: str, what: str, *names: str) -> int:
+    for name in names:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value
-    raise CheckpointError(f"{label}: the configuration does not say how many tokens of context the model has")
+    raise CheckpointError(f"{label}: the configuration does not say {what} ({' or '.join(names)})")

@@ -8,6 +8,7 @@ Same file, same bytes, given the same versions of transformers and gguf (constra
 from __future__ import annotations
 
 import json
+import re
 import struct
 import tempfile
 from collections.abc import Mapping
@@ -68,7 +69,8 @@ class GgufFile:
 
     @property
     def license(self) -> str:
-        return str(self._field("general.license") or "")[:64]
+        said = str(self._field("general.license") or "")
+        return said if re.fullmatch(r"[A-Za-z0-9.+-]{1,64}", said) else ""
 
     @property
     def table(self) -> Mapping[str, Row]:

@@ -10,7 +10,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from math import prod
+from typing import Literal
 
 import torch
 
@@ -19,7 +20,7 @@ from shard_tools.checkpoint.families import Architecture, Parameter, architectur
 from shard_tools.checkpoint.source import Checkpoint, Row
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import CheckpointError
-from shard_tools.manifest import Dtype, File, Manifest, ModelName, Shard, TensorRef, Unit
+from shard_tools.manifest import Dtype, File, Manifest, ModelName, Shard, TensorRef, Unit, check_model_name
 from shard_tools.progress import Progress, silent
 from shard_tools.store.block_store import BlockStore
 
@@ -36,6 +37,7 @@ def split(
     Raises CheckpointError before any block is written if the checkpoint is not a whole model of its configuration.
     Interrupted, it leaves whole blocks only; run again, it keeps those it finds.
     """
+    check_model_name(name)
     assert sys.byteorder == "little", "shards are little-endian and are written from memory as it is"
     label = checkpoint.label
     arch = architecture(checkpoint.config, label)
@@ -173,8 +175,7 @@ def _activation_dtype(dtypes: dict[str, Dtype], arch: Architecture) -> Dtype:
     count: Counter[Dtype] = Counter()
     for parameter in arch.parameters:
         if parameter.same_as is None:
-            size: Any = torch.Size(parameter.shape).numel()
-            count[dtypes[parameter.name]] += size
+            count[dtypes[parameter.name]] += prod(parameter.shape)
     return max(sorted(count), key=lambda dtype: count[dtype])
 
 

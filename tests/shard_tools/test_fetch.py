@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -192,7 +194,7 @@ def test_a_stage_fetches_its_own_units_only(published: tuple[MemoryStore, ModelR
     assert load_manifest(target, record.manifest) == manifest
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
 @given(data=st.data())
 def test_one_flipped_byte_anywhere_is_found_and_named(
     published: tuple[MemoryStore, ModelRecord, Manifest], data: st.DataObject
@@ -224,6 +226,15 @@ def test_a_bad_block_in_the_target_is_replaced(published: tuple[MemoryStore, Mod
     target.blocks[leaf.cid] = b"bad"
     fetch(source, target, record.manifest)
     assert verify(target, manifest) == []
+
+
+def test_reading_a_model_at_rest_needs_no_torch() -> None:
+    """Whoever checks a receipt reads manifests and files; that must not load a deep learning library."""
+    code = (
+        "import sys, shard_tools.catalog, shard_tools.fetch, shard_tools.cli, shard_tools.placement.even\n"
+        "sys.exit(bool({'torch', 'transformers', 'safetensors'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_missing_block_is_named(published: tuple[MemoryStore, ModelRecord, Manifest]) -> None:
