@@ -19,8 +19,7 @@ from serve_app.cluster.head_actor import HeadActor
 from serve_app.cluster.specs import NAMESPACE, HeadSpec, StageReport, StageSpec, head_name, stage_name
 from serve_app.cluster.stage_actor import StageActor
 from serve_app.config import AppConfig
-from serve_app.engine.engine import ActivationDtype
-from serve_app.engine.load import DeviceName, computes_fast_in
+from serve_app.engine.engine import ActivationDtype, DeviceName
 from serve_app.errors import PipelineError
 from serve_app.transport.link import LinkAddress
 from shard_tools.catalog import open_record
@@ -123,7 +122,6 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
     spans = plan_evenly(manifest.n_layers, n_stages)
     wants = _resources(config)
     group = await _place(epoch, n_stages, wants, config.pipeline.node_labels)
-    activation = await _activation_dtype(config, manifest, group, wants)
     specs = [
         StageSpec(
             epoch=epoch,
@@ -136,7 +134,6 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
             trusted=trusted,
             store=config.model.store,
             device=wants.device,
-            dtype=activation,
             page_size=config.pipeline.page_size,
             threads=wants.threads,
             state_dir=config.identity.state_dir,
@@ -146,7 +143,8 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
     ]
     stages = [_stage_actor(spec, group, wants) for spec in specs]
     async with asyncio.timeout(_LOAD_S):
-        reports: Sequence[StageReport] = await asyncio.gather(*(stage.report.remote() for stage in stages))
+        dtype = await _activation_dtype(config, manifest, stages)
+        reports: Sequence[StageReport] = await asyncio.gather(*(stage.load.remote(dtype) for stage in stages))
     nodes = {PublicKey(r.node): r.host for r in reports}
     registry = enrol(
         nodes,
@@ -186,16 +184,14 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
     return PipelineGroup(epoch, tuple(stages), head, address)
 
 
-async def _activation_dtype(config: AppConfig, manifest: Manifest, group: Any, wants: _Resources) -> ActivationDtype:
+async def _activation_dtype(config: AppConfig, manifest: Manifest, stages: Sequence[Any]) -> ActivationDtype:
     """What all stages compute in: neighbours must agree, so one host without the arithmetic decides for all."""
     match config.pipeline.dtype:
         case "manifest":
             return manifest.dtype
         case "auto":
-            ask = ray.remote(computes_fast_in)
-            place = [PlacementGroupSchedulingStrategy(group, i) for i in range(config.pipeline.stages)]
-            asked = [ask.options(num_cpus=0, scheduling_strategy=p).remote(manifest.dtype, wants.device) for p in place]
-            return manifest.dtype if all(await asyncio.gather(*asked)) else "float32"
+            fast = await asyncio.gather(*(stage.computes_fast_in.remote(manifest.dtype) for stage in stages))
+            return manifest.dtype if all(fast) else "float32"
         case given:
             return given
 

@@ -6,12 +6,10 @@ does not), so messages are numbered here and put back in order by `InOrder` on t
 
 from __future__ import annotations
 
-from collections import deque
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
-
-import ray
-from ray.exceptions import RayError
 
 from serve_app.errors import PipelineError, ProtocolError
 
@@ -26,31 +24,37 @@ class RayEdge:
         """name: tells the peer's senders apart."""
         self._actor, self._name = actor, name
         self._sent = 0
-        self._pending: deque[Any] = deque()
+        self._unacknowledged = 0
+        self._failure: str | None = None
+        self._changed = threading.Condition()
 
     def send(self, message: bytes) -> None:
-        try:
-            self._reap(0.0)
-            if len(self._pending) >= _MAX_UNACKNOWLEDGED:
-                self._reap(_STALL_S)
-            if len(self._pending) >= _MAX_UNACKNOWLEDGED:
+        with self._changed:
+            if not self._changed.wait_for(self._has_room, _STALL_S):
                 raise PipelineError(f"the peer of edge {self._name} has taken in nothing for {_STALL_S:.0f} s")
-            self._pending.append(self._actor.push.remote(self._name, self._sent, message))
-        except RayError as e:
-            raise PipelineError(f"the peer of edge {self._name} is gone: {str(e).splitlines()[0]}") from e
-        self._sent += 1
+            if self._failure is not None:
+                raise PipelineError(f"the peer of edge {self._name} is gone: {self._failure}")
+            number, self._sent = self._sent, self._sent + 1
+            self._unacknowledged += 1
+        taken = self._actor.push.remote(self._name, number, message)
+        # A callback, not ray.get: the Head sends from its event loop, and a dead peer must show at once.
+        taken.future().add_done_callback(self._acknowledge)
 
     def close(self) -> None:
-        self._pending.clear()
+        with self._changed:
+            self._failure = self._failure or "this end was closed"
+            self._changed.notify_all()
 
-    def _reap(self, timeout_s: float) -> None:
-        """Forget calls that have been taken in; raise what any of them raised."""
-        while self._pending:
-            done, _ = ray.wait([self._pending[0]], timeout=timeout_s)
-            if not done:
-                return
-            ray.get(self._pending.popleft())
-            timeout_s = 0.0
+    def _has_room(self) -> bool:
+        return self._failure is not None or self._unacknowledged < _MAX_UNACKNOWLEDGED
+
+    def _acknowledge(self, taken: Future[None]) -> None:
+        error = taken.exception()
+        with self._changed:
+            self._unacknowledged -= 1
+            if error is not None and self._failure is None:
+                self._failure = str(error).splitlines()[0]
+            self._changed.notify_all()
 
 
 class InOrder:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve_app.engine.engine import ActivationDtype, EngineProfile
-from serve_app.engine.load import DeviceName
+from serve_app.engine.engine import DeviceName, EngineProfile
 from shard_tools.cid import Cid
 from shard_tools.signing import Envelope, PublicKey
 
@@ -28,7 +27,6 @@ class StageSpec:
     trusted: frozenset[PublicKey]  # publishers
     store: Path
     device: DeviceName
-    dtype: ActivationDtype
     page_size: int
     threads: int
     state_dir: Path

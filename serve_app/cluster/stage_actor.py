@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import time
@@ -12,7 +13,7 @@ import ray
 
 from serve_app.cluster.ray_edge import InOrder, RayEdge
 from serve_app.cluster.specs import StageReport, StageSpec
-from serve_app.engine.load import LoadOptions, load_engine, shards_of
+from serve_app.engine.engine import ActivationDtype, Engine
 from serve_app.pipeline.stage import Stage
 from serve_app.pipeline.witness import StageSpan
 from serve_app.receipts.identity import NodeIdentity
@@ -46,25 +47,40 @@ class _StageProcess:
     """Async: pings and pushes are answered while the Stage's own thread computes."""
 
     def __init__(self, spec: StageSpec) -> None:
-        began = time.perf_counter()
         self._spec = spec
         self._store = _CountingStore(spec.store)
         record = ModelRecord(spec.manifest, spec.signature)
         self._manifest = open_record(record, self._store, spec.trusted)
-        options = LoadOptions(spec.device, spec.dtype, spec.page_size, spec.threads)
-        self._store.opened.clear()
-        self._engine = load_engine(self._store, self._manifest, spec.start, spec.stop, options)
         self._session = NodeIdentity.load_or_create(node_key_path(spec.state_dir)).open_session(
             "stage", spec.epoch, int(time.time()), spec.session_lifetime_s
         )
-        self._load_s = time.perf_counter() - began
+        self._engine: Engine
+        self._load_s = 0.0
         self._stage: Stage | None = None
         self._inlets: dict[str, InOrder] = {}
 
-    async def report(self) -> StageReport:
-        """Facts about this stage, for the Supervisor."""
+    async def computes_fast_in(self, dtype: ActivationDtype) -> bool:
+        """Whether this host has instructions for it: all stages must compute in one dtype."""
+        # torch and transformers take seconds to import; the Supervisor and the ingresses, which import this
+        # file for its class, have no use for them.
+        from serve_app.engine.load import computes_fast_in
+
+        return computes_fast_in(dtype, self._spec.device)
+
+    async def load(self, dtype: ActivationDtype) -> StageReport:
+        """Load this stage's layers and say what came of it. Raises what load_engine raises."""
+        return await asyncio.get_running_loop().run_in_executor(None, self._load, dtype)
+
+    def _load(self, dtype: ActivationDtype) -> StageReport:
+        from serve_app.engine.load import LoadOptions, load_engine
+
+        began, spec = time.perf_counter(), self._spec
+        self._store.opened.clear()
+        options = LoadOptions(spec.device, dtype, spec.page_size, spec.threads)
+        self._engine = load_engine(self._store, self._manifest, spec.start, spec.stop, options)
+        self._load_s = time.perf_counter() - began
         return StageReport(
-            stage=self._spec.stage,
+            stage=spec.stage,
             host=socket.gethostname(),
             pid=os.getpid(),
             profile=self._engine.profile,
@@ -76,9 +92,11 @@ class _StageProcess:
 
     async def connect(self, head: Any, after: Any | None, n_pages: int) -> None:
         """Open the edges to the Head and to the next stage (None for the last), and be ready for steps."""
+        from serve_app.engine.load import shards_of
+
         spec, manifest = self._spec, self._manifest
         self._engine.reserve(n_pages)
-        outlet = Boundary(manifest.cid, spec.stop, spec.dtype, manifest.hidden_size)
+        outlet = Boundary(manifest.cid, spec.stop, self._engine.profile.dtype, manifest.hidden_size)
         span = StageSpan(
             manifest=manifest.cid,
             stage=spec.stage,

@@ -87,10 +87,11 @@ class _SupervisorProcess:
             else:
                 await self._check(self._group)
             await asyncio.sleep(_WATCH_EVERY_S)
-        await self._lose("nobody serves it any more")
+        _log.info("nobody serves the pipeline any more")
         for epoch in known_epochs():
             tear_down(epoch)
-        ray.actor.exit_actor()
+        # Not exit_actor: it ends an actor by an exception, which a background task cannot raise to Ray.
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     async def _build(self) -> None:
         epoch = max({int(time.time())} | {e + 1 for e in known_epochs()})

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 from serve_app.messages.step import StepPlan
 
 ActivationDtype = Literal["float32", "bfloat16", "float16"]
+DeviceName = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from serve_app.engine.engine import ActivationDtype
+from serve_app.engine.engine import ActivationDtype, DeviceName
 from serve_app.engine.kv_pages import KvPages
 from serve_app.engine.stage_model import StageModel
 from serve_app.engine.torch_engine import TORCH_DTYPES, TorchEngine
@@ -18,8 +18,6 @@ from shard_tools.cid import Cid
 from shard_tools.fetch import read_file, read_tensor
 from shard_tools.manifest import Manifest
 from shard_tools.store.block_store import BlockStore
-
-DeviceName = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True)
