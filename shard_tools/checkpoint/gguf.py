@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
@@ -43,7 +41,7 @@ class GgufFile:
         try:
             self._reader = GGUFReader(path)
             self._arch = str(self._field("general.architecture") or "")
-        except (ValueError, IndexError, KeyError, OSError, OverflowError, struct.error, UnicodeDecodeError) as e:
+        except Exception as e:  # what bad files make it raise is no closed set
             raise CheckpointError(f"{path} is cut short or no GGUF file: {e}") from e
         if self._arch not in _READ:
             raise CheckpointError(
@@ -52,7 +50,7 @@ class GgufFile:
             )
         try:
             self._config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as e:
+        except Exception as e:  # what bad files make it raise is no closed set
             raise CheckpointError(f"transformers cannot read the metadata of {path}: {e}") from e
         self._processor = TENSOR_PROCESSORS.get(self._arch, TensorProcessor)(config=self._config.to_dict())
         self._names = _names(self._arch, self._config)
@@ -108,7 +106,7 @@ class GgufFile:
             tokenizer = AutoTokenizer.from_pretrained(
                 self._path.parent, gguf_file=self._path.name, local_files_only=True
             )
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
+        except Exception as e:  # what bad files make it raise is no closed set
             raise CheckpointError(f"transformers cannot read the tokenizer of {self._path}: {e}") from e
         with tempfile.TemporaryDirectory() as directory:
             tokenizer.save_pretrained(directory)
@@ -148,10 +146,11 @@ def _names(arch: str, config: Any) -> dict[str, str]:
     """The parameter of each GGUF tensor name, by the gguf package's table of this architecture."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
+    state = meta_model(config).state_dict()  # first: it refuses absurd numbers of layers
     known = {text: arch for arch, text in MODEL_ARCH_NAMES.items()}
     table = get_tensor_name_map(known[arch], int(config.num_hidden_layers))
     out = {}
-    for name in meta_model(config).state_dict():
+    for name in state:
         stem, _, suffix = name.rpartition(".")
         found = table.get_name(stem)
         if found is not None:

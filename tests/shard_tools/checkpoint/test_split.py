@@ -225,6 +225,7 @@ def test_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
         '{"model_type": "nothing_known"}',
         '{"model_type": "llama", "hidden_size": -1}',
         '{"model_type": "bert"}',
+        '{"model_type": "llama", "num_hidden_layers": 2000000000}',
     ],
 )
 def test_a_configuration_nobody_can_use_is_refused(text: str, tmp_path: Path) -> None:
