@@ -15,10 +15,9 @@ from serve_app.transcript import GotResponse, find_receipt, parse_request, parse
 from shard_tools.errors import FormatError, InputError
 from tests.serve_app.receipts.pipeline_of_three import Cluster
 
-KEYS = st.sampled_from(
-    ["messages", "prompt", "stop", "temperature", "top_p", "top_k", "seed", "llmd", "nonce", "receipt", "choices"]
-    + ["message", "delta", "content", "role", "name", "text", "finish_reason", "max_tokens", "error"]
-)
+FIELDS = {"messages", "prompt", "stop", "temperature", "top_p", "top_k", "seed", "llmd", "nonce", "receipt", "choices"}
+PARTS = {"message", "delta", "content", "role", "name", "text", "finish_reason", "max_tokens", "error"}
+KEYS = st.sampled_from(sorted(FIELDS | PARTS))
 BUNDLE = Cluster().bundle()
 
 
