@@ -1,0 +1,40 @@
+"""The same config file under `serve deploy` on a Ray that runs already, and its removal by `serve shutdown`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.e2e.cluster import NAME, Cluster, eventually, free_port
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster()
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def test_deploy_answers_and_shutdown_removes_the_detached_pipeline(cluster: Cluster) -> None:
+    """Stages and Head are detached, so it is the lapse of the ingress's lease that removes them."""
+    dashboard = free_port()
+    ports = (f"--port={free_port()}", f"--dashboard-port={dashboard}")
+    started = cluster.run("ray", "start", "--head", "--num-cpus=2", "--disable-usage-stats", *ports)
+    assert started.returncode == 0, started.stderr
+    address = f"http://127.0.0.1:{dashboard}"
+    deployed = cluster.run("serve", "deploy", str(cluster.config), "-a", address)
+    assert deployed.returncode == 0, deployed.stderr
+    cluster.wait_until_ready()
+    request = {"model": NAME, "prompt": "a", "max_tokens": 3}
+    answer = httpx.post(f"{cluster.url}/v1/completions", json=request, timeout=60)
+    assert answer.status_code == 200 and answer.json()["llmd"]["receipt"]
+
+    assert cluster.run("serve", "shutdown", "-y", "-a", address).returncode == 0
+    ours = ("ray::_StageProcess", "ray::_HeadProcess", "ray::_SupervisorProcess")
+    assert eventually(lambda: not any(cluster.processes(title) for title in ours), 30)

@@ -1,0 +1,143 @@
+"""The application under `llmd serve`, which is `serve run` behind a check: real Ray, real HTTP, a tiny model."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from serve_app.receipts.bundle import Bundle
+from serve_app.receipts.check import check
+from shard_tools.signing import read_public_key
+from tests.e2e.cluster import NAME, Cluster, eventually
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster()
+    try:
+        cluster.start("llmd", "serve", str(cluster.config), "--new-ray")
+        cluster.wait_until_ready()
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture
+def client(cluster: Cluster) -> OpenAI:
+    return OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def body(**fields: object) -> dict[str, object]:
+    return {"model": NAME, "messages": MESSAGES, "temperature": 0, **fields}
+
+
+def test_an_answer_comes_with_a_receipt_that_verifies(cluster: Cluster) -> None:
+    """The receipt names this request's tokens and both stages, and rests on the operator's key alone."""
+    answer = httpx.post(f"{cluster.url}/v1/chat/completions", json=body(max_tokens=8), timeout=60).json()
+    receipt = answer["llmd"]["receipt"]
+    bundle = Bundle.decode(base64.urlsafe_b64decode(receipt + "=" * (-len(receipt) % 4)))
+    operator = read_public_key(cluster.root / "state" / "operator.pub")
+    checked = check(bundle, operator, now_s=int(time.time()))
+    assert answer["usage"]["completion_tokens"] == len(checked.receipt.out_ids)
+    assert len(checked.statements) == 2
+
+
+def test_stages_hold_their_own_layers_only(cluster: Cluster) -> None:
+    """Two actors, each with half of the layers, hash every row that was run."""
+    pipeline = cluster.state()["pipelines"][0]
+    assert [stage["layers"] for stage in pipeline["stages"]] == [[0, 2], [2, 4]]
+    assert len(cluster.processes("ray::_StageProcess")) == 2
+
+
+def test_sixteen_streams_of_unequal_length_all_finish(client: OpenAI) -> None:
+    """Requests join and leave between steps; each gets all of its tokens."""
+
+    def stream(i: int) -> int:
+        chunks = client.chat.completions.create(
+            model=NAME,
+            messages=[{"role": "user", "content": "x" * i}],  # type: ignore[list-item]
+            max_tokens=5 + i,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"seed": i},
+        )
+        usages = [chunk.usage for chunk in chunks if chunk.usage]
+        return usages[-1].completion_tokens
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        counts = list(pool.map(stream, range(1, 17)))
+    assert all(1 <= n <= 5 + i for i, n in enumerate(counts, start=1))
+
+
+def test_a_seeded_answer_repeats(client: OpenAI) -> None:
+    """Same seed, same tokens."""
+
+    def once() -> str | None:
+        answer = client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=12, seed=7)  # type: ignore[arg-type]
+        return answer.choices[0].message.content
+
+    assert once() == once()
+
+
+def test_a_client_that_hangs_up_gives_its_pages_back(cluster: Cluster) -> None:
+    """Cancelled requests leave nothing: all pages are free again."""
+    free = cluster.state()["pipelines"][0]["free_pages"]
+    with httpx.stream(
+        "POST", f"{cluster.url}/v1/chat/completions", json=body(max_tokens=400, stream=True), timeout=60
+    ) as r:
+        next(r.iter_lines())
+    assert eventually(lambda: cluster.state()["pipelines"][0]["free_pages"] == free, 20)
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code"),
+    [
+        (b"{", 400, None),
+        (json.dumps(body(model="nobody")).encode(), 404, "model_not_found"),
+        (json.dumps(body(messages=[{"role": "user", "content": "x" * 4000}])).encode(), 400, "context_length_exceeded"),
+    ],
+)
+def test_bad_requests_are_refused_with_an_openai_error(
+    cluster: Cluster, content: bytes, status: int, code: str
+) -> None:
+    answer = httpx.post(
+        f"{cluster.url}/v1/chat/completions", content=content, headers={"content-type": "application/json"}, timeout=60
+    )
+    assert (status, code) == (answer.status_code, answer.json()["error"]["code"])
+
+
+def test_a_stage_that_is_killed_costs_its_requests_an_error_and_the_service_returns(
+    cluster: Cluster, client: OpenAI
+) -> None:
+    """No hang: the stream ends with an error at once, and a new pipeline answers soon after."""
+    epoch = cluster.state()["pipelines"][0]["epoch"]
+    chunks = client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=400, stream=True, seed=1)  # type: ignore[arg-type]
+    next(iter(chunks))
+    os.kill(next(iter(cluster.processes("ray::_StageProcess"))), signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(openai.APIError, match="pipeline"):
+        for _ in chunks:
+            pass
+    assert time.monotonic() - began < 10
+    cluster.wait_until_ready()
+    assert eventually(lambda: (cluster.state()["pipelines"] or [{"epoch": epoch}])[0]["epoch"] > epoch, 60)
+    assert client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=4).choices  # type: ignore[arg-type]
+
+
+def test_ctrl_c_leaves_no_process_and_no_shared_memory(cluster: Cluster) -> None:
+    """Runs last: the server of this module is gone after it."""
+    cluster.interrupt()
+    assert eventually(lambda: cluster.left_behind() == ({}, set()), 30), cluster.left_behind()
