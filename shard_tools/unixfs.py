@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import FormatError
 
-LEAF_BYTES = 1 << 20  # unixfs-v1-2025; 1 MiB was the fastest block of those measured (research/ipfs-data.md A2, C3)
+LEAF_BYTES = 1 << 20  # unixfs-v1-2025; and the fastest of those measured: FORMATS.md
 WIDTH = 1024  # links of a node, unixfs-v1-2025
 MAX_DEPTH = 4  # 1024^4 leaves: more than any file; stops a tree made to be endless
 

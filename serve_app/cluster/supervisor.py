@@ -96,9 +96,11 @@ class _SupervisorProcess:
     async def _build(self) -> None:
         epoch = max({int(time.time())} | {e + 1 for e in known_epochs()})
         try:
-            self._group = await build_group(self._config, epoch)
+            group = await build_group(self._config, epoch)
+            self._group = group
             self._rebuilds += 1
-            _log.info("pipeline %d is ready: %d stages", epoch, len(self._group.stages))
+            await self._check(group)  # its first word about its stages, for status calls
+            _log.info("pipeline %d is ready: %d stages", epoch, len(group.stages))
         except (LlmdError, RayError, TimeoutError) as e:
             self._problem = f"the pipeline cannot start: {e or type(e).__name__}"
             _log.error("%s", self._problem)

@@ -57,8 +57,9 @@ def test_an_answer_comes_with_a_receipt_that_verifies(cluster: Cluster) -> None:
 
 def test_stages_hold_their_own_layers_only(cluster: Cluster) -> None:
     """Two actors, each with half of the layers, hash every row that was run."""
-    pipeline = cluster.state()["pipelines"][0]
-    assert [stage["layers"] for stage in pipeline["stages"]] == [[0, 2], [2, 4]]
+    assert eventually(lambda: len(cluster.state()["pipelines"][0]["stages"]) == 2, 10)
+    stages = cluster.state()["pipelines"][0]["stages"]
+    assert [stage["layers"] for stage in stages] == [[0, 2], [2, 4]]
     assert len(cluster.processes("ray::_StageProcess")) == 2
 
 
