@@ -405,7 +405,7 @@ def test_a_session_chains_its_statements() -> None:
 
 
 def test_the_check_needs_no_heavy_package(tmp_path: Path) -> None:
-    """A client with cryptography and cbrrr alone can run it."""
+    """A client with cryptography and cbor2 alone can run it."""
     bundle = tmp_path / "bundle"
     bundle.write_bytes(DATA)
     program = (
