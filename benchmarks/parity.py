@@ -185,7 +185,9 @@ def logit_differences(
     return out
 
 
-def pipeline_logits(store: BlockStore, manifest: Manifest, prompt: tuple[int, ...], dtype: Any) -> torch.Tensor:
+def pipeline_logits(
+    store: BlockStore, manifest: Manifest, prompt: tuple[int, ...], dtype: Any, device: Any = "cpu"
+) -> torch.Tensor:
     """Logits of every position of the prompt out of two stages."""
     half, n = manifest.n_layers // 2, len(prompt)
     rows = memoryview(np.array(prompt, "<u4").tobytes())
@@ -194,7 +196,7 @@ def pipeline_logits(store: BlockStore, manifest: Manifest, prompt: tuple[int, ..
         np.zeros(0, CLOSE), np.zeros(0, "<u8"),
     )  # fmt: skip
     for start, stop in ((0, half), (half, manifest.n_layers)):
-        engine = load_engine(store, manifest, start, stop, LoadOptions("cpu", dtype, 16, None))
+        engine = load_engine(store, manifest, start, stop, LoadOptions(device, dtype, 16, None))
         engine.reserve(8)
         out: StepOutput = engine.run(plan, rows)
         rows = out.hidden

@@ -43,9 +43,8 @@ def serve(
         raise typer.Exit(2) from e
     typer.echo(f"{file.app.model.name} will answer at {file.url}/v1 once it has generated a first token.")
     environment = {**os.environ, **file.app.environment(), "RAY_USAGE_STATS_ENABLED": "0"}
-    program = str(Path(sys.executable).with_name("serve"))  # Ray's, of this environment
-    args = [program, "run", *(["--address", "local"] if new_ray else []), str(path)]
-    os.execve(program, args, environment)
+    address = ["--address", "local"] if new_ray else []
+    os.execve(sys.executable, [sys.executable, "-m", "ray.serve.scripts", "run", *address, str(path)], environment)
 
 
 @app.command("demo")

@@ -37,7 +37,11 @@ def decode(data: bytes, *, max_bytes: int) -> Value:
         raise FormatError(f"{len(data)} bytes of DAG-CBOR where at most {max_bytes} are accepted")
     try:
         said = cbor2.loads(
-            data, max_depth=MAX_DEPTH + 2, allow_indefinite=False, allow_duplicate_keys=False, strict_hashable_types=True
+            data,
+            max_depth=MAX_DEPTH + 2,
+            allow_indefinite=False,
+            allow_duplicate_keys=False,
+            strict_hashable_types=True,
         )
     except (cbor2.CBORError, ValueError, OverflowError) as e:
         raise FormatError(f"not canonical DAG-CBOR: {e}") from e
@@ -97,7 +101,7 @@ def _all_small(values: Any) -> bool:
     """Whether a list holds ints of CBOR's range alone: then no item needs a look of its own (five times as fast)."""
     if not values or set(map(type, values)) != {int}:
         return False
-    return bool(_INT_LOW <= min(values) and max(values) <= _INT_HIGH)
+    return bool(min(values) >= _INT_LOW and max(values) <= _INT_HIGH)
 
 
 class Fields:
