@@ -53,7 +53,9 @@ def main() -> int:
         figures["publish_s"] = round(time.perf_counter() - began, 2)
         (root / "publisher.pub").write_text(key_text(signer.public) + "\n")
         figures |= compare(model.to(a.device), store, record.manifest, a.device)
+        print(figures, flush=True)
         del model
+        torch.cuda.empty_cache()
         for stages in (1, 2):
             figures[f"{stages}_stages"] = serve_and_ask(root, a.device, stages)
     save(Result("gpu_application", figures), a.out)

@@ -248,7 +248,8 @@ def _pages(config: AppConfig, manifest: Manifest, reports: Sequence[StageReport]
         profile = report.profile
         memory = config.pipeline.kv_memory_bytes
         if profile.device.startswith("cuda"):
-            memory = int(profile.memory_bytes * _GPU_KV_SHARE)
+            # Of a shared GPU each stage may fill its share only: all of them saw the same memory free.
+            memory = int(profile.memory_bytes * _GPU_KV_SHARE * config.pipeline.gpus_per_stage)
         rooms.append(memory // profile.kv_page_bytes)
     # More than all requests at full length can never be used.
     useful = config.pipeline.max_requests * -(-manifest.context_length // config.pipeline.page_size)
