@@ -115,9 +115,11 @@ class Scheduler:
                 f"the request may grow to {need * self._page_size} tokens and this pipeline has room for "
                 f"{self._pool.n_pages * self._page_size}: ask for fewer tokens or raise pipeline.kv_pages"
             )
-        if len(self._waiting) >= self._max_waiting:
-            raise OverloadedError(f"{len(self._waiting)} requests are waiting already")
         self._waiting.append(_Sequence(ticket, list(ticket.prompt_ids), need))
+        self._let_in()  # only what cannot run yet counts as waiting
+        if len(self._waiting) > self._max_waiting:
+            self._waiting.pop()
+            raise OverloadedError(f"{self.running} requests run and {len(self._waiting)} wait already")
 
     def stop(self, seq: int, reason: Literal["stop", "cancelled"]) -> Committed | None:
         """End a sequence now, or when its step in flight is back.
@@ -252,7 +254,7 @@ class Scheduler:
         self._pool.give_back(sequence.pages, sequence.promised)
         if sequence.opened:
             drew = len(sequence.tokens) > len(sequence.ticket.prompt_ids)
-            seal = reason in ("stop", "length", "cancelled") and drew
+            seal = reason in ("stop", "length") and drew  # a client that hung up waits for no receipt
             self._closes.append((sequence.ticket.seq, sequence.computed, seal))
 
     def _pages_for(self, ticket: Ticket) -> int:

@@ -1,4 +1,4 @@
-"""The pipeline says what transformers says, on real weights. benchmarks/parity.py is the whole of it: 20 x 64 tokens."""
+"""The pipeline says what transformers says, on real weights; benchmarks/parity.py asks 20 x 64 tokens."""
 
 from __future__ import annotations
 

@@ -1,0 +1,109 @@
+"""Bytes between Head and stages: what is encoded comes back, and nothing else is accepted."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve_app.errors import ProtocolError
+from serve_app.messages.step import (
+    CLOSE,
+    OPEN,
+    SPAN,
+    Fault,
+    Reply,
+    Roots,
+    Signed,
+    StepPlan,
+    StepResult,
+    closing_plan,
+    decode_reply,
+    encode_reply,
+)
+
+u32 = st.integers(0, (1 << 32) - 1)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> StepPlan:
+    spans = draw(st.lists(st.tuples(u32, u32, st.integers(1, 50), st.integers(0, 5), st.integers(0, 1)), max_size=5))
+    pages = draw(st.lists(u32, min_size=sum(s[3] for s in spans), max_size=sum(s[3] for s in spans)))
+    opens = np.zeros(draw(st.integers(0, 3)), OPEN)
+    opens["seq"] = range(len(opens))
+    closes = draw(st.lists(st.tuples(u32, u32, st.integers(0, 1)), max_size=3))
+    signs = draw(st.lists(u32, max_size=3))
+    return StepPlan(
+        draw(u32),
+        draw(u32),
+        opens,
+        np.array(spans, SPAN),
+        np.array(pages, "<u4"),
+        np.array(closes, CLOSE),
+        np.array(signs, "<u8"),
+    )
+
+
+def same(a: StepPlan, b: StepPlan) -> bool:
+    return all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(StepPlan))
+
+
+@given(plans(), st.binary(max_size=200))
+def test_a_plan_and_its_rows_come_back(plan: StepPlan, rows: bytes) -> None:
+    decoded, payload = StepPlan.decode(plan.encode(rows))
+    assert same(plan, decoded)
+    assert rows == bytes(payload)
+
+
+@settings(max_examples=300, deadline=None)
+@given(plans(), st.data())
+def test_a_damaged_message_is_refused_or_is_another_plan_but_never_a_crash(plan: StepPlan, data: st.DataObject) -> None:
+    """No byte string makes decode raise anything but ProtocolError."""
+    message = bytearray(plan.encode(b"rows"))
+    if data.draw(st.booleans()):
+        message = message[: data.draw(st.integers(0, len(message)))]
+    else:
+        message[data.draw(st.integers(0, len(message) - 1))] ^= data.draw(st.integers(1, 255))
+    try:
+        StepPlan.decode(bytes(message))
+    except ProtocolError:
+        pass
+
+
+@given(st.binary(max_size=300))
+def test_noise_is_refused(noise: bytes) -> None:
+    for decode in (StepPlan.decode, decode_reply):
+        with pytest.raises(ProtocolError):
+            decode(noise)
+
+
+REPLIES = st.one_of(
+    st.builds(StepResult, u32, u32, st.lists(u32, max_size=9).map(tuple)),
+    st.builds(
+        Roots,
+        u32,
+        st.integers(0, 99),
+        u32,
+        u32,
+        st.binary(min_size=32, max_size=32),
+        st.binary(min_size=32, max_size=32),
+    ),
+    st.builds(Signed, u32, st.integers(0, 99), u32, st.binary(min_size=1, max_size=99)),
+    st.builds(Fault, u32, st.integers(0, 99), u32, st.text(max_size=99)),
+)
+
+
+@given(REPLIES)
+def test_a_reply_comes_back(reply: Reply) -> None:
+    assert reply == decode_reply(encode_reply(reply))
+
+
+def test_endings_of_a_failed_step_keep_what_closes_and_what_is_to_be_signed() -> None:
+    plan = dataclasses.replace(
+        closing_plan(3, 7, 12), signs=np.array([5], "<u8"), spans=np.array([(1, 0, 2, 0, 1)], SPAN)
+    )
+    left = plan.endings()
+    assert left.rows == 0 and left.closes["seq"].tolist() == [7] and left.signs.tolist() == [5]

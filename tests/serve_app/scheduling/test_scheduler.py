@@ -1,0 +1,186 @@
+"""Laws of the scheduler, over random courses of requests, stops and steps in flight."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve_app.errors import OverloadedError, RequestError
+from serve_app.messages.request import Sampling
+from serve_app.messages.step import StepPlan, StepResult
+from serve_app.scheduling.scheduler import Scheduler, Ticket
+
+STOP = 9
+
+
+def ticket(seq: int, prompt: int, max_tokens: int) -> Ticket:
+    return Ticket(seq, bytes(32), tuple(range(10, 10 + prompt)), max_tokens, Sampling(0), bytes(8), frozenset([STOP]))
+
+
+def scheduler(**changes: int) -> Scheduler:
+    limits = {
+        "epoch": 1,
+        "n_pages": 40,
+        "page_size": 4,
+        "max_step_tokens": 8,
+        "max_running": 5,
+        "max_waiting": 100,
+        "micro_batches": 2,
+    }
+    return Scheduler(**(limits | changes))
+
+
+class Drive:
+    """Runs a scheduler to its end and checks on every plan what must hold for each."""
+
+    def __init__(self, under_test: Scheduler, draw: random.Random, flights: int, budget: int = 8) -> None:
+        self.scheduler, self.draw, self.flights, self.budget = under_test, draw, flights, budget
+        self.running: dict[int, int] = {}  # rows that have run, by open sequence
+        self.pages: dict[int, list[int]] = {}
+        self.ended: dict[int, str] = {}
+        self.tokens: dict[int, int] = {}
+        self.sent: list[StepPlan] = []
+
+    def step(self) -> bool:
+        """Plan what can be planned, then answer one step. False when nothing is left to do."""
+        while self.scheduler.in_flight < self.flights and (plan := self.scheduler.plan()) is not None:
+            self.check(plan)
+            if plan.rows:
+                self.sent.append(plan)
+        if not self.sent:
+            return False
+        plan = self.sent.pop(0)
+        tokens = tuple(self.draw.choice([STOP, 1, 2, 3, 4, 5]) for s in plan.spans if s["sample"])
+        for committed in self.scheduler.apply(StepResult(1, plan.step, tokens)):
+            self.tokens[committed.seq] = self.tokens.get(committed.seq, 0) + (committed.token is not None)
+            if committed.reason is not None:
+                self.ended[committed.seq] = committed.reason
+        return True
+
+    def check(self, plan: StepPlan) -> None:
+        assert plan.rows <= self.budget
+        in_flight = {int(s["seq"]) for p in self.sent for s in p.spans}
+        for seq in plan.opens["seq"].tolist():
+            assert seq not in self.running
+            self.running[seq], self.pages[seq] = 0, []
+        page = 0
+        for span in plan.spans:
+            seq, start, count, new = (int(span[k]) for k in ("seq", "start", "count", "new_pages"))
+            assert seq not in in_flight, "in two steps at a time"
+            assert start == self.running[seq], "a gap or an overlap"
+            self.running[seq] = start + count
+            self.pages[seq] += plan.pages[page : page + new].tolist()
+            page += new
+            assert len(self.pages[seq]) == -(-self.running[seq] // 4)
+        for close in plan.closes:
+            assert int(close["rows"]) == self.running.pop(int(close["seq"]))
+            del self.pages[int(close["seq"])]
+        held = [p for pages in self.pages.values() for p in pages]
+        assert len(held) == len(set(held)), "a page held by two sequences"
+        assert len(self.running) <= 5 + self.flights
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    requests=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20)), min_size=1, max_size=14),
+    stops=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 13), st.booleans()), max_size=8),
+    flights=st.integers(1, 4),
+    seed=st.integers(0, 1 << 30),
+)
+def test_every_request_ends_once_and_all_pages_come_back(
+    requests: list[tuple[int, int]], stops: list[tuple[int, int, bool]], flights: int, seed: int
+) -> None:
+    """Whatever is stopped whenever: no page is lost, no sequence runs twice at a time, none is forgotten."""
+    drive = Drive(scheduler(), random.Random(seed), flights)
+    for seq, (prompt, max_tokens) in enumerate(requests):
+        drive.scheduler.admit(ticket(seq, prompt, max_tokens))
+    for turn in range(2000):
+        for _, seq, keep in (s for s in stops if s[0] == turn):
+            ended = drive.scheduler.stop(seq, "stop" if keep else "cancelled")
+            if ended is not None:
+                assert seq not in drive.ended
+                drive.ended[seq] = str(ended.reason)
+        if not drive.step() and turn > 60:
+            break
+    assert set(drive.ended) == set(range(len(requests)))
+    assert drive.scheduler.free_pages == 40
+    assert drive.scheduler.running == drive.scheduler.waiting == drive.scheduler.in_flight == 0
+    for seq, (_, max_tokens) in enumerate(requests):
+        assert drive.tokens.get(seq, 0) <= max_tokens
+
+
+def test_an_answer_has_exactly_max_tokens_unless_a_stop_id_came() -> None:
+    s = scheduler()
+    s.admit(ticket(0, 3, 4))
+    reasons = []
+    for _ in range(4):
+        plan = s.plan()
+        assert plan is not None
+        reasons += [c.reason for c in s.apply(StepResult(1, plan.step, (1,)))]
+    assert reasons == [None, None, None, "length"]
+
+
+def test_decoding_rows_go_before_prefill_and_the_rest_of_the_budget_is_filled() -> None:
+    """A long prompt delays nobody's next token by more than one budget."""
+    s = scheduler(micro_batches=1)
+    s.admit(ticket(0, 2, 10))
+    first = s.plan()
+    assert first is not None
+    s.apply(StepResult(1, first.step, (1,)))
+    s.admit(ticket(1, 30, 2))
+    plan = s.plan()
+    assert plan is not None
+    assert [(int(x["seq"]), int(x["count"]), int(x["sample"])) for x in plan.spans] == [(0, 1, 1), (1, 7, 0)]
+
+
+def test_a_large_request_is_not_starved_by_small_ones_behind_it() -> None:
+    """First come, first served: what does not fit now is not overtaken."""
+    s = scheduler(n_pages=4)
+    s.admit(ticket(0, 8, 5))  # 3 pages
+    s.admit(ticket(1, 12, 5))  # 4 pages: must wait for all
+    s.admit(ticket(2, 1, 1))  # 1 page, free now
+    plan = s.plan()
+    assert plan is not None and plan.opens["seq"].tolist() == [0]
+    assert (s.running, s.waiting) == (1, 2)
+
+
+def test_what_can_never_fit_is_refused_at_once() -> None:
+    with pytest.raises(RequestError, match="room for 160"):
+        scheduler().admit(ticket(0, 100, 100))
+
+
+def test_a_full_queue_says_so() -> None:
+    """Waiting is what cannot run yet: with no place to wait, one may still run."""
+    s = scheduler(max_waiting=0, max_running=1)
+    s.admit(ticket(0, 1, 1))
+    with pytest.raises(OverloadedError, match="1 requests run and 0 wait"):
+        s.admit(ticket(1, 1, 1))
+    assert (s.running, s.waiting) == (1, 0)
+
+
+def test_a_step_that_fails_takes_only_its_own_sequences_along() -> None:
+    s = scheduler(micro_batches=2)
+    for seq in (0, 1):
+        s.admit(ticket(seq, 3, 4))
+    first, second = s.plan(), s.plan()
+    assert first is not None and second is not None
+    assert s.drop_step(first.step) == [0]
+    assert [c.seq for c in s.apply(StepResult(1, second.step, (1,)))] == [1]
+    closing = s.plan()
+    assert closing is not None and closing.closes["seal"].tolist() == [0]
+
+
+def test_only_answers_with_tokens_that_someone_waits_for_are_sealed() -> None:
+    """A hang-up needs no receipt; a stop string's answer does."""
+    for reason, seal in (("stop", 1), ("cancelled", 0)):
+        s = scheduler()
+        s.admit(ticket(0, 3, 9))
+        plan = s.plan()
+        assert plan is not None
+        s.apply(StepResult(1, plan.step, (1,)))
+        s.stop(0, reason)  # type: ignore[arg-type]
+        closing = s.plan()
+        assert closing is not None and closing.closes["seal"].tolist() == [seal]
