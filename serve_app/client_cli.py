@@ -215,20 +215,31 @@ def _options(
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _print_state(state: dict[str, Any]) -> None:
-    """Single facts as one table; a list of things, such as pipelines, as a table with a column for each."""
-    facts = Table(show_header=False)
-    for name, value in state.items():
+def _print_state(state: dict[str, Any], name: str = "") -> None:
+    """Single facts as one table; a list of things, such as stages, as a table with a row for each, under it."""
+    facts = Table(show_header=False, title=escape(name), title_justify="left")
+    below: list[tuple[str, list[dict[str, Any]]]] = []
+    for key, value in state.items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            rows = dict.fromkeys(key for item in value for key in item)
-            table = Table("", *map(str, range(len(value))), title=escape(name), title_justify="left")
-            for row in rows:
-                table.add_row(escape(row), *(_cell(item.get(row)) for item in value))
-            out.print(table)
+            below.append((key, value))
         else:
-            facts.add_row(escape(name), _cell(value))
+            facts.add_row(escape(key), _cell(value))
     if facts.row_count:
         out.print(facts)
+    for key, items in below:
+        if any(isinstance(value, list) and value and isinstance(value[0], dict) for i in items for value in i.values()):
+            for i, item in enumerate(items):
+                _print_state(item, f"{key} {i}")
+        else:
+            _print_items(key, items)
+
+
+def _print_items(name: str, items: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(key for item in items for key in item))
+    table = Table(*map(escape, columns), title=escape(name), title_justify="left")
+    for item in items:
+        table.add_row(*(_cell(item.get(column)) for column in columns))
+    out.print(table)
 
 
 def _cell(value: object) -> str:

@@ -135,7 +135,7 @@ class _StageProcess:
             "dtype": self._engine.profile.dtype,
             "parameter_bytes": self._engine.profile.parameter_bytes,
             "load_ms": int(self._load_s * 1000),
-            "node": self._session.node.hex(),
+            "node": self._session.node.hex()[:16],
             "steps": stage.steps if stage else 0,
             "busy_ms": int(stage.busy_s * 1000) if stage else 0,
             "rows_hashed": stage.witness.rows_hashed if stage else 0,
