@@ -21,7 +21,7 @@ test: test-fast test-ray
 
 # No Ray, no network, under two minutes.
 test-fast: $(READY)
-	$(BIN)/pytest -m 'not ray and not slow'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not ray and not slow' -n auto --dist loadfile
 
 # A real Ray and real HTTP on loopback, and what takes more than seconds.
 test-ray: $(READY)

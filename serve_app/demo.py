@@ -93,7 +93,12 @@ class _Server:
         self._log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*_LLMD, "serve", "--new-ray"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                [*_LLMD, "serve", "--new-ray"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_hear_ctrl_c,
             )
         return self
 
@@ -124,6 +129,11 @@ class _Server:
 
     def wait(self) -> None:
         self._process.wait()
+
+
+def _hear_ctrl_c() -> None:
+    """A job that a shell started in the background is deaf to SIGINT, by which the server is stopped."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _ask_and_verify(file: ServeFile, question: str) -> int:

@@ -10,10 +10,10 @@ ROOT = Path(__file__).parents[1]
 
 def tree_paths() -> list[str]:
     """Every path that the README's tree names, from the root."""
-    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
-    tree = next(block for block in blocks if block.startswith("shard_tools/"))
+    found = re.search(r"^shard_tools/ .*?(?=^```)", (ROOT / "README.md").read_text(), re.S | re.M)
+    assert found, "the README has no tree"
     paths, top = [], ""
-    for line in tree.splitlines():
+    for line in found[0].splitlines():
         indented = line.startswith(" ")
         if not indented:
             top = line.split()[0]

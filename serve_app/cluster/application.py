@@ -67,7 +67,7 @@ class _Ingress:
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self._args, self._config = args, AppConfig.parse(args)
         refuse_exposure(_listening_host(), self._config)
-        self._name = uuid.uuid4().hex
+        self._name, self._began = uuid.uuid4().hex, time.time()
         self._supervisor = supervisor_of(args)
         self._renewing = asyncio.get_running_loop().create_task(self._renew())
         self._client = HeadClient(self._locate)
@@ -117,7 +117,7 @@ class _Ingress:
     async def _renew(self) -> None:
         while True:
             try:
-                await self._supervisor.lease.remote(self._name, self._args)
+                await self._supervisor.lease.remote(self._name, self._args, self._began)
             except RayError:
                 _log.warning("the supervisor does not answer; making sure there is one")
                 self._supervisor = supervisor_of(self._args)

@@ -39,6 +39,7 @@ class _SupervisorProcess:
         """args: of our Serve application, as AppConfig.parse takes them."""
         self._args = args
         self._config = AppConfig.parse(args)
+        self._args_began = 0.0
         self._leases: dict[str, float] = {}
         self._born = time.monotonic()
         self._group: PipelineGroup | None = None
@@ -46,10 +47,15 @@ class _SupervisorProcess:
         self._rebuilds = -1
         self._main: asyncio.Task[None] | None = None
 
-    async def lease(self, ingress: str, args: dict[str, Any]) -> None:
-        """An ingress is alive and serves this configuration. A changed one replaces the pipeline."""
+    async def lease(self, ingress: str, args: dict[str, Any], began: float) -> None:
+        """An ingress is alive and serves this configuration; a changed one replaces the pipeline.
+
+        began: when the ingress was made, Unix time. While Serve replaces its replicas, old and new ones
+        hold leases side by side: the youngest decides.
+        """
         self._leases[ingress] = time.monotonic()
-        if args != self._args:
+        if args != self._args and began > self._args_began:
+            self._args_began = began
             before, self._args, self._config = self._config, args, AppConfig.parse(args)
             if digest_of(before) != digest_of(self._config):
                 await self._lose("the configuration changed")

@@ -26,6 +26,7 @@ from shard_tools.errors import FormatError
 MAX_MESSAGE_BYTES = MAX_REQUEST_BYTES + (1 << 16)
 _MAX_EVENTS = 1 << 16
 _MAX_RECEIPT_BYTES = 1 << 24
+_MAX_MESSAGE_CHARS = 4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ def _event_value(event: Event) -> Value:
         case FinishedEvent(id, reason, receipt):
             return {"e": "end", "id": id, "why": reason, "r": receipt}
         case FailedEvent(id, kind, message, evidence):
-            return {"e": "fail", "id": id, "k": kind, "m": message, "s": evidence}
+            return {"e": "fail", "id": id, "k": kind, "m": message[:_MAX_MESSAGE_CHARS], "s": evidence}
 
 
 def _event(value: Value) -> Event:
@@ -125,5 +126,5 @@ def _event(value: Value) -> Event:
             what = f.text("k", 20)
             if what not in ("request", "overloaded", "pipeline", "integrity"):
                 raise FormatError(f"a failure of kind {what!r}")
-            return FailedEvent(id, what, f.text("m", 4000), f.data("s", 0, 1 << 16))  # type: ignore[arg-type]
+            return FailedEvent(id, what, f.text("m", _MAX_MESSAGE_CHARS), f.data("s", 0, 1 << 16))  # type: ignore[arg-type]
         raise FormatError(f"an event of unknown kind {kind!r}")

@@ -25,7 +25,7 @@ from serve_app.messages.request import (
     RequestId,
     TokensEvent,
 )
-from serve_app.messages.step import Fault, Reply, Roots, Signed, StepResult, closing_plan, decode_reply
+from serve_app.messages.step import Fault, Reply, Roots, Signed, StepPlan, StepResult, closing_plan, decode_reply
 from serve_app.receipts.commitment import request_hash, sampling_key
 from serve_app.receipts.identity import Session
 from serve_app.receipts.issue import issue
@@ -187,10 +187,13 @@ class Head:
             if plan.rows:
                 self._started[plan.step] = time.monotonic()
                 self.rows_run += plan.rows
-            try:
-                self._first.send(plan.encode(self._scheduler.rows_of(plan)))
-            except PipelineError as e:
-                self.fail(str(e))
+            self._send(plan, self._scheduler.rows_of(plan))
+
+    def _send(self, plan: StepPlan, rows: bytes) -> None:
+        try:
+            self._first.send(plan.encode(rows))
+        except PipelineError as e:
+            self.fail(str(e))
 
     def _take(self, reply: Reply) -> None:
         match reply:
@@ -239,9 +242,9 @@ class Head:
             self._scheduler.sign(roots.seq)
             return
         evidence = self._session.seal(ERROR_TYPE, canonical.encode({"v": 1, "request": running.hash, "error": wrong}))
-        self._first.send(closing_plan(self._facts.epoch, roots.seq, roots.rows).encode(b""))
         encoded = canonical.encode(evidence.to_value())
         self._end(roots.seq, FailedEvent(running.request.id, "integrity", wrong, encoded))
+        self._send(closing_plan(self._facts.epoch, roots.seq, roots.rows), b"")
 
     def _mismatch(self, running: _Running, chain: Sequence[Roots]) -> str | None:
         """What is wrong with the stages' roots, or None. Nothing is signed before this is None."""

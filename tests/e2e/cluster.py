@@ -91,6 +91,7 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=_hear_ctrl_c,
             )
 
     def wait_until_ready(self, timeout_s: float = 150) -> None:
@@ -161,6 +162,11 @@ def free_port() -> int:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]
         return port
+
+
+def _hear_ctrl_c() -> None:
+    """A job that a shell started in the background is deaf to SIGINT, and so would be what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _segments() -> set[str]:

@@ -35,6 +35,22 @@ def test_deploy_answers_and_shutdown_removes_the_detached_pipeline(cluster: Clus
     answer = httpx.post(f"{cluster.url}/v1/completions", json=request, timeout=60)
     assert answer.status_code == 200 and answer.json()["llmd"]["receipt"]
 
+    # The same file with another number of stages: the pipeline is replaced, whichever replica's lease comes first.
+    text = cluster.config.read_text()
+    assert "stages: 2" in text
+    cluster.config.write_text(text.replace("stages: 2", "stages: 1"))
+    assert cluster.run("serve", "deploy", str(cluster.config), "-a", address).returncode == 0
+    assert eventually(lambda: stages(cluster) == [[0, 4]], 90)
+
     assert cluster.run("serve", "shutdown", "-y", "-a", address).returncode == 0
     ours = ("ray::_StageProcess", "ray::_HeadProcess", "ray::_SupervisorProcess")
     assert eventually(lambda: not any(cluster.processes(title) for title in ours), 30)
+
+
+def stages(cluster: Cluster) -> list[list[int]]:
+    """The layers of each stage that serves now."""
+    try:
+        pipelines = cluster.state().get("pipelines", [])
+    except httpx.HTTPError:
+        return []
+    return [stage["layers"] for pipeline in pipelines for stage in pipeline["stages"]]

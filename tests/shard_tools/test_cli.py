@@ -120,7 +120,13 @@ def test_ctrl_c_names_nothing_and_says_how_to_go_on(tmp_path: Path) -> None:
     desk = Desk(tmp_path / "desk")
     code = "import typer; from shard_tools.cli import register; app = typer.Typer(); register(app); app()"
     words = [sys.executable, "-c", code, "publish", str(folder), "--name", "m", "--store", str(desk.store)]
-    publisher = subprocess.Popen([*words, "--key", str(desk.key)], stderr=subprocess.PIPE, text=True, cwd=Path.cwd())
+    publisher = subprocess.Popen(
+        [*words, "--key", str(desk.key)],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path.cwd(),
+        preexec_fn=hear_ctrl_c,
+    )
     deadline = time.monotonic() + 60
     while not any((desk.store / "blocks").glob("*/*")) and time.monotonic() < deadline and publisher.poll() is None:
         time.sleep(0.002)  # until the first block is there, not for luck
@@ -130,3 +136,8 @@ def test_ctrl_c_names_nothing_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert not list((desk.store / "names").glob("*")) and not list((desk.store / "tmp").glob("*"))
     assert desk.run("publish", folder, "--name", "m").exit_code == 0
     assert desk.run("verify", "m").exit_code == 0
+
+
+def hear_ctrl_c() -> None:
+    """A job that a shell started in the background is deaf to SIGINT, and so would be what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
