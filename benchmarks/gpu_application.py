@@ -102,7 +102,7 @@ def compare(model: Any, store: DirectoryStore, cid: Any, device: str) -> dict[st
 
 
 def serve_and_ask(root: Path, device: str, stages: int) -> dict[str, Any]:
-    """Start the application, ask it, verify the receipt, measure 16 streams, stop it."""
+    """Start the application, ask it, verify the receipt, measure 8 streams, stop it."""
     document = yaml.safe_load(config_path(None).read_text())
     args = document["applications"][0]["args"]
     args["model"] |= {"name": NAME, "store": str(root / "store"), "trust": [str(root / "publisher.pub")]}
@@ -126,7 +126,7 @@ def serve_and_ask(root: Path, device: str, stages: int) -> dict[str, Any]:
         beside = ("--request", f"{receipt}.request.json", "--response", f"{receipt}.response.json")
         trust = ("--trust", str(root / "state" / "operator.pub"), "--store", str(root / "store"))
         llmd("receipt", "verify", str(receipt), *trust, *beside)
-        subprocess.run([sys.executable, "-m", "benchmarks.concurrency"], check=True)
+        subprocess.run([sys.executable, "-m", "benchmarks.concurrency", "--requests", "8"], check=True)
         pipeline = httpx.get(f"{URL}/v1/cluster/state", timeout=5).json()["pipelines"][0]
         return {"ready_s": round(ready_s, 1), "stages": pipeline["stages"]}
     finally:
