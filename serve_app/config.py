@@ -83,7 +83,7 @@ class ModelConfig:
 class PipelineConfig:
     """How the model is cut over machines, and how much each stage may hold at once."""
 
-    stages: Annotated[int, Field(ge=1, le=1024)] = 2  # two is the least that shows the point: nobody holds it all
+    stages: Annotated[int, Field(ge=1, le=64)] = 2  # two is the least that shows the point: nobody holds it all
     placement: Literal["even"] = "even"  # equal layer counts; the only planner so far
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where Ray has a GPU for every stage, else cpu
     # auto: the manifest's, or float32 where a stage's CPU has no arithmetic of the manifest's (16 rows of bfloat16 took
@@ -91,11 +91,11 @@ class PipelineConfig:
     dtype: Literal["auto", "manifest", "float32", "bfloat16", "float16"] = "auto"
     page_size: Annotated[int, Field(ge=1, le=1024)] = 16  # tokens; waste is half a page per request, 8 tokens
     kv_pages: Annotated[int, Field(ge=1, le=1 << 28)] | Literal["auto"] = "auto"  # auto: what kv_memory_bytes holds
-    kv_memory_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30  # per stage; 1 GiB leaves room on an 8 GiB laptop
+    kv_memory_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30  # per stage, not on cuda; 1 GiB suits an 8 GiB laptop
     max_step_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 512  # per step; bounds how long a prompt delays others
     max_requests: Annotated[int, Field(ge=1, le=65536)] = 64  # running at once; 64 rows fill a CPU's matrix units
     max_waiting: Annotated[int, Field(ge=0, le=1 << 20)] = 256  # admitted, not yet running; beyond it clients get 429
-    threads_per_stage: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"  # auto: a node's cores / stages
+    threads_per_stage: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"  # auto: a fair share
     gpus_per_stage: Annotated[float, Field(gt=0, le=1)] = 1.0  # only on cuda; less than 1 shares a GPU, as in tests
     node_labels: NodeLabels = field(default_factory=dict)  # Ray node labels that a stage's node must have; {}: any node
 
@@ -127,9 +127,9 @@ class IngressConfig:
 class IdentityConfig:
     """Who signs, and who vouches for the signers."""
 
-    state_dir: AbsolutePath = Path("~/.llmd").expanduser()  # a node's key and receipts; outside Ray's object store
+    state_dir: AbsolutePath = Path("~/.llmd").expanduser()  # a node's key, operator.pub; outside Ray's object store
     operator_key: AbsolutePath | None = None  # null: state_dir/operator.key, made at first use; for one machine
-    registry: AbsolutePath | None = None  # signed list of node keys; null: state_dir/registry, made with operator_key
+    registry: AbsolutePath | None = None  # signed list of node keys; null: made with operator_key
     session_lifetime_s: Annotated[int, Field(ge=60, le=30 * 86_400)] = 86_400  # a day: a leaked session key dies soon
 
 

@@ -110,6 +110,7 @@ class LocalPipeline:
             step_timeout_s=60.0,
             certificates=tuple(session.certificate for session in sessions),
             registry=registry.seal(self.operator),
+            expires_s=now_s + _LIFETIME_S,
         )
         head_session = node.open_session("head", _EPOCH, now_s, _LIFETIME_S)
         self.head = Head(facts, scheduler, LocalEdge(self.stages[0].deliver), head_session)

@@ -117,7 +117,9 @@ def fetch(
         with _progress() as progress:
             span = _layers(layers, model)
             fetching.fetch(remote, local, model.cid, layers=span, progress=progress)
+        signature = remote_index.resolve(name).signature
         if span is not None:
+            local.put(signature.codec, remote.get(signature))  # a stage opens its part by manifest and signature
             _line(f"Fetched layers {span[0]}:{span[1]} of manifest {model.cid}; a part of a model is not named.")
             return
         record = remote_index.resolve(name)

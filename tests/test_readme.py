@@ -37,3 +37,8 @@ def test_the_tree_names_every_folder_of_code() -> None:
     folders = [f"{p}/" for p in packages]
     folders += [f"{p}/{d.name}/" for p in packages[:2] for d in (ROOT / p).iterdir() if (d / "__init__.py").exists()]
     assert set(folders) <= set(tree_paths())
+
+
+def test_the_tree_names_every_file_beside_those_folders() -> None:
+    files = [f"{p}/{f.name}" for p in ("shard_tools", "serve_app") for f in (ROOT / p).glob("*.py")]
+    assert {f for f in files if not f.endswith("__init__.py")} <= set(tree_paths())

@@ -16,7 +16,7 @@ from serve_app.messages.request import Event, FailedEvent, FinishedEvent
 from serve_app.pipeline.head import Head, PipelineFacts
 from serve_app.pipeline.head_server import HeadServer
 from serve_app.pipeline.warm_up import warm_up_request
-from serve_app.receipts.identity import NodeIdentity
+from serve_app.receipts.identity import NodeIdentity, first_expiry
 from serve_app.scheduling.scheduler import Scheduler
 from serve_app.transport.link import LinkAddress
 from shard_tools.canonical import Value
@@ -51,6 +51,7 @@ class _HeadProcess:
             step_timeout_s=_STEP_TIMEOUT_S,
             certificates=spec.certificates,
             registry=spec.registry,
+            expires_s=first_expiry((*spec.certificates, session.certificate), spec.registry, int(time.time())),
         )
         self._spec = spec
         self._node = identity.key

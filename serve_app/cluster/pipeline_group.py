@@ -35,7 +35,7 @@ _PLACE_S = 60.0  # for the cluster to find room; a missing GPU would otherwise b
 _LOAD_S = 1800.0  # for all stages to load: 140 GB at 100 MB/s
 _ADOPT_S = 5.0
 _HEAD_CPUS = 0.1  # it plans and hashes; on a two-core laptop whole CPUs would not fit
-_STAGE_CPU_SHARE = 0.8  # of the cluster's CPUs for all stages, so that ingress and Head find room
+_STAGE_CPU_SHARE = 0.8  # of the CPUs that would be a stage's, so that ingress and Head find room
 _GPU_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
 
@@ -227,14 +227,21 @@ def _stage_actor(spec: StageSpec, group: Any, wants: _Resources) -> Any:
 
 
 def _resources(config: AppConfig) -> _Resources:
-    stages, total = config.pipeline.stages, ray.cluster_resources()
-    share = total.get("CPU", 1.0) * _STAGE_CPU_SHARE / stages
-    auto = max(1, int(total.get("CPU", 1.0) / stages))
-    threads = auto if config.pipeline.threads_per_stage == "auto" else config.pipeline.threads_per_stage
-    cpus = round(min(float(threads), share), 2)
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    return _wanted(config, nodes, ray.cluster_resources().get("GPU", 0.0))
+
+
+def _wanted(config: AppConfig, node_cpus: Sequence[float], gpus_there: float) -> _Resources:
+    """node_cpus: CPUs of each node. A stage never asks for more than the largest node can give it."""
+    stages = config.pipeline.stages
+    with_cpus = [cpus for cpus in node_cpus if cpus > 0] or [1.0]
+    beside = -(-stages // len(with_cpus))  # stages on one node, if they spread
+    fair = min(sum(with_cpus) / stages, max(with_cpus) / beside)
+    asked = config.pipeline.threads_per_stage
+    threads = max(1, int(fair)) if asked == "auto" else asked
+    cpus = round(min(float(threads), fair * _STAGE_CPU_SHARE), 2)
     gpus = config.pipeline.gpus_per_stage
-    enough = total.get("GPU", 0.0) >= gpus * stages
-    if config.pipeline.device == "cuda" or (config.pipeline.device == "auto" and enough):
+    if config.pipeline.device == "cuda" or (config.pipeline.device == "auto" and gpus_there >= gpus * stages):
         return _Resources("cuda", min(cpus, 1.0), gpus, threads)
     return _Resources("cpu", cpus, 0.0, threads)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,6 +103,9 @@ class KvPages:
                 self._lengths.pop(int(seq), None)
 
     def _check(self, plan: StepPlan) -> None:
+        for what, seqs in (("opens", plan.opens["seq"]), ("runs", plan.spans["seq"])):
+            if len(np.unique(seqs)) != len(seqs):
+                raise ProtocolError(f"a step that {what} one sequence twice")
         opening = {int(s) for s in plan.opens["seq"]}
         if opening & self._tables.keys():
             raise ProtocolError(f"sequence {min(opening & self._tables.keys())} is open already")

@@ -1,8 +1,9 @@
-"""Draws one token from one row of logits, the same way on every machine.
+"""Draws one token from one row of logits, by one rule on every machine.
 
 Given equal logits the draw depends only on (sampling, key, position): all arithmetic after the logits is float64
-on the CPU, ties go to the lowest id, and the noise is Philox by (position, token id). What else is in
-the batch cannot matter, since a row is drawn alone. PROTOCOL.md says how an auditor repeats it.
+on the CPU, ties go to the lowest id, and the noise is Philox by (position, token id). Only the last bits of exp and log
+may differ between builds of numpy. What else is in the batch cannot matter, since a row is drawn alone.
+PROTOCOL.md says how an auditor repeats it.
 """
 
 from __future__ import annotations

@@ -65,10 +65,11 @@ class TorchEngine:
             raise ProtocolError(f"{len(rows)} bytes for {plan.rows} rows of {self._row_bytes}")
         tokens: tuple[int, ...] = ()
         out = memoryview(b"")
+        inputs = self._tensor(rows) if plan.rows else None  # before the step begins: it may be refused
         with self._kv.step(plan):
             self._open(plan)
-            if plan.rows:
-                hidden = self._model.forward(self._tensor(rows), self._positions())
+            if inputs is not None:
+                hidden = self._model.forward(inputs, self._positions())
                 if self._has_head:
                     tokens = self._draw(plan, hidden)
                 out = hidden.contiguous().cpu().view(torch.uint8).numpy().reshape(-1).data

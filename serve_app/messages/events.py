@@ -97,7 +97,9 @@ def decode_events(data: bytes) -> tuple[list[Event], Status | None]:
         with Fields(canonical.decode(data, max_bytes=_MAX_RECEIPT_BYTES * 4), "events") as f:
             events = [_event(v) for v in f.items("ev", _MAX_EVENTS)]
             facts = f.any("st")
-            return events, Status(facts) if isinstance(facts, dict) else None
+            if facts is not None and not isinstance(facts, dict):
+                raise FormatError(f"a status that is no map but {type(facts).__name__}")
+            return events, None if facts is None else Status(facts)
     except FormatError as e:
         raise ProtocolError(f"not a Head's events: {e}") from e
 
@@ -109,7 +111,9 @@ def _event_value(event: Event) -> Value:
         case FinishedEvent(id, reason, receipt):
             return {"e": "end", "id": id, "why": reason, "r": receipt}
         case FailedEvent(id, kind, message, evidence):
-            return {"e": "fail", "id": id, "k": kind, "m": message[:_MAX_MESSAGE_CHARS], "s": evidence}
+            # What cannot be written as UTF-8 must not silence the other requests' events in this message.
+            said = message[:_MAX_MESSAGE_CHARS].encode("utf-8", "replace").decode()
+            return {"e": "fail", "id": id, "k": kind, "m": said, "s": evidence}
 
 
 def _event(value: Value) -> Event:

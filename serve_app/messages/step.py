@@ -110,7 +110,7 @@ class StepPlan:
         plan = cls(epoch, step, *arrays)
         if plan.rows != rows or int(plan.spans["new_pages"].sum(dtype=np.int64)) != len(plan.pages):
             raise ProtocolError("a step message whose spans do not add up to its rows or pages")
-        if rows and not plan.spans["count"].all():
+        if not plan.spans["count"].all():
             raise ProtocolError("a step message with an empty span")
         return plan, view[offset:]
 
@@ -164,6 +164,7 @@ class Fault:
 
 Reply = StepResult | Roots | Signed | Fault
 
+NO_STEP = (1 << 63) - 1  # in a Fault: not of a step that runs; the pipeline cannot go on
 _U32, _U64 = (1 << 32) - 1, (1 << 63) - 1
 _MAX_REPLY_BYTES = 1 << 20
 
@@ -180,7 +181,9 @@ def encode_reply(reply: Reply) -> bytes:
         case Signed(epoch, stage, seq, statement):
             return canonical.encode({"r": "signed", "e": epoch, "i": stage, "q": seq, "b": statement})
         case Fault(epoch, stage, step, message):
-            return canonical.encode({"r": "fault", "e": epoch, "i": stage, "s": step, "m": message[:2000]})
+            # An error may quote a file name that is no Unicode: the Head must hear of it all the same.
+            said = message[:2000].encode("utf-8", "replace").decode()
+            return canonical.encode({"r": "fault", "e": epoch, "i": stage, "s": step, "m": said})
 
 
 def decode_reply(data: bytes) -> Reply:

@@ -39,6 +39,7 @@ from shard_tools.errors import LlmdError
 from shard_tools.signing import Envelope
 
 _log = logging.getLogger(__name__)
+EXPIRY_MARGIN_S = 30  # a receipt signed later than this before the end might be refused by a clock that runs ahead
 ERROR_TYPE = "application/vnd.llmd.error.v1+dag-cbor"
 
 Sink = Callable[[Event], None]
@@ -57,6 +58,7 @@ class PipelineFacts:
     step_timeout_s: float  # a step that takes longer has died: 60 s is ten times a 512-row step on two CPU cores
     certificates: tuple[Envelope, ...]  # of the stages' sessions
     registry: Envelope
+    expires_s: int  # Unix time: when the first of registry and session keys runs out
 
 
 @dataclass(slots=True)
@@ -67,6 +69,7 @@ class _Running:
     node_nonce: bytes
     tokens: list[int] = field(default_factory=list)
     reason: FinishReason | None = None
+    ended_s: float | None = None  # on the monotonic clock: when reason was known
     roots: dict[int, Roots] = field(default_factory=dict)
     statements: dict[int, Envelope] = field(default_factory=dict)
 
@@ -136,11 +139,20 @@ class Head:
             self._pump()
 
     def watch(self) -> None:
-        """Called every second or so: a step that is overdue means that a stage hangs."""
+        """Called every second or so: a step or a signature that is overdue means that a stage hangs."""
+        if time.time() > self._facts.expires_s - EXPIRY_MARGIN_S:
+            # Whatever were signed from here on, no client could verify.
+            self.fail("its session keys or registry run out, and it is made anew with fresh ones")
+            return
         now = time.monotonic()
         for step, began in self._started.items():
             if now - began > self._facts.step_timeout_s:
                 self.fail(f"step {step} took more than {self._facts.step_timeout_s:.0f} s")
+                return
+        for running in self._running.values():
+            if running.ended_s is not None and now - running.ended_s > self._facts.step_timeout_s:
+                silent = sorted(set(range(self._facts.n_stages)) - running.statements.keys())
+                self.fail(f"stage {silent[0]} signed nothing for {self._facts.step_timeout_s:.0f} s after a request")
                 return
 
     def fail(self, why: str) -> None:
@@ -198,10 +210,16 @@ class Head:
     def _take(self, reply: Reply) -> None:
         match reply:
             case StepResult():
-                if self._started.pop(reply.step, None) is None:
-                    self.fail(f"the last stage answered step {reply.step}, which was not asked")
+                if max(reply.tokens, default=0) >= self._facts.vocab_size:
+                    self.fail(f"the last stage drew token {max(reply.tokens)} of {self._facts.vocab_size}")
                     return
-                for committed in self._scheduler.apply(reply):
+                try:
+                    ended = self._scheduler.apply(reply)
+                except ProtocolError as e:
+                    self.fail(f"the last stage answered nonsense: {e}")
+                    return
+                self._started.pop(reply.step, None)
+                for committed in ended:
                     self._commit(committed)
             case Roots():
                 self._compare(reply)
@@ -225,13 +243,20 @@ class Head:
             running.sink(TokensEvent(running.request.id, (committed.token,)))
         if committed.reason is None:
             return
-        running.reason = committed.reason
+        running.reason, running.ended_s = committed.reason, time.monotonic()
         if committed.reason == "cancelled" or not running.tokens:
             self._end(committed.seq, FinishedEvent(running.request.id, "cancelled", b""))
 
+    def _ended(self, reply: Roots | Signed) -> _Running | None:
+        """The request a stage speaks of, if it has ended here and waits for that stage's word."""
+        running = self._running.get(reply.seq)
+        if running is None or running.reason is None or not 0 <= reply.stage < self._facts.n_stages:
+            return None
+        return running
+
     def _compare(self, roots: Roots) -> None:
-        running = self._running.get(roots.seq)
-        if running is None or not 0 <= roots.stage < self._facts.n_stages:
+        running = self._ended(roots)
+        if running is None:
             return
         running.roots[roots.stage] = roots
         if len(running.roots) < self._facts.n_stages:
@@ -258,8 +283,8 @@ class Head:
         return None if short is None else f"stage {short.stage} hashed {short.rows} rows of {len(fed)}"
 
     def _collect(self, signed: Signed) -> None:
-        running = self._running.get(signed.seq)
-        if running is None or not 0 <= signed.stage < self._facts.n_stages:
+        running = self._ended(signed)
+        if running is None:
             return
         try:
             value = canonical.decode(signed.statement, max_bytes=1 << 16)

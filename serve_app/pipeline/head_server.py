@@ -39,6 +39,7 @@ class HeadServer:
         self._secret = secrets.token_bytes(SECRET_BYTES)
         self._servers: list[asyncio.Server] = []
         self._links: set[Link] = set()
+        self._closed = False
 
     async def listen(self, host: str) -> LinkAddress:
         """Begin to listen on one free port of this host's address and of loopback, for ingresses beside us."""
@@ -51,6 +52,7 @@ class HeadServer:
 
     def close(self) -> None:
         """Cut every link and stop listening."""
+        self._closed = True
         for server in self._servers:
             server.close()
         for link in list(self._links):
@@ -59,6 +61,9 @@ class HeadServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link = await accept(reader, writer, self._secret, MAX_MESSAGE_BYTES)
         if link is None:
+            return
+        if self._closed:  # while it proved itself
+            link.close()
             return
         caller = _Caller(self._head, link, self._facts)
         self._links.add(link)
@@ -84,9 +89,12 @@ class _Caller:
     def take(self, call: Call) -> None:
         match call:
             case Submit(request):
+                if request.id in self._requests:
+                    # A refusal under this id would end the one that runs, for its reader.
+                    raise ProtocolError(f"request {request.id} was submitted twice")
+                self._requests.add(request.id)  # before: submit may tell of its end at once
                 try:
                     self._head.submit(request, self._tell)
-                    self._requests.add(request.id)
                 except RequestError as e:
                     self._tell(FailedEvent(request.id, "request", str(e)))
                 except OverloadedError as e:

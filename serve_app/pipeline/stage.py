@@ -13,7 +13,7 @@ import time
 
 from serve_app.engine.engine import Engine
 from serve_app.errors import PipelineError
-from serve_app.messages.step import Fault, Reply, StepPlan, StepResult, encode_reply
+from serve_app.messages.step import NO_STEP, Fault, Reply, StepPlan, StepResult, encode_reply
 from serve_app.pipeline.witness import StageSpan, Witness
 from serve_app.receipts.statement import StatementChain
 from serve_app.transport.edge import Edge
@@ -51,8 +51,10 @@ class Stage:
         while (message := self._inbox.get()) is not None:
             try:
                 self._handle(message)
-            except Exception:
+            except Exception as e:
                 _log.exception("stage %d lost a message", self._span.stage)
+                # What it would have opened, closed or signed is not known here, and the Head counts on it.
+                self._reply(Fault(self._epoch, self._span.stage, NO_STEP, f"a message was lost: {e}"))
 
     def _handle(self, message: bytes) -> None:
         plan, rows = StepPlan.decode(message)
@@ -79,5 +81,9 @@ class Stage:
         self.witness.saw(plan, rows, out.hidden)
 
     def _reply(self, reply: Reply) -> None:
+        """Tell the Head. One that is gone ends nothing here: both threads go on until they are closed."""
         with self._head_lock:
-            self._head.send(encode_reply(reply))
+            try:
+                self._head.send(encode_reply(reply))
+            except PipelineError as e:
+                _log.warning("stage %d has no head to answer: %s", self._span.stage, e)

@@ -221,6 +221,12 @@ class NodeIdentity:
         return Session(signer, terms, terms.seal(self._signer))
 
 
+def first_expiry(certificates: Iterable[Envelope], registry: Envelope, now_s: int) -> int:
+    """Unix time after which a receipt resting on all of these is refused. Raises as Registry.open does."""
+    ends = [Certificate.decode(envelope.payload).not_after for envelope in certificates]
+    return min(Registry.open(registry, registry.key, now_s).expires_at, *ends)
+
+
 def _require_valid(what: str, start: int, stop: int, now_s: int, advice: str) -> None:
     if now_s >= stop:
         raise ReceiptError(f"{what}: expired at {stop}, and it is used at {now_s} (seconds since 1970). {advice}")

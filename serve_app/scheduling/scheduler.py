@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from serve_app.errors import OverloadedError, RequestError
+from serve_app.errors import OverloadedError, ProtocolError, RequestError
 from serve_app.messages.request import FinishReason, Sampling
 from serve_app.messages.step import CLOSE, OPEN, SPAN, StepPlan, StepResult
 from serve_app.scheduling.pages import PagePool
@@ -193,8 +193,18 @@ class Scheduler:
         return b"".join(p.tobytes() for p in parts)
 
     def apply(self, result: StepResult) -> list[Committed]:
-        """Take in what the last stage drew; ended sequences give their pages back and are to be closed."""
-        flight = self._flights.pop(result.step)
+        """Take in what the last stage drew; ended sequences give their pages back and are to be closed.
+
+        Raises ProtocolError for a step not in flight or another number of tokens than it asked for; then
+        nothing changed.
+        """
+        flight = self._flights.get(result.step)
+        if flight is None:
+            raise ProtocolError(f"step {result.step} was answered, which is not in flight")
+        asked = sum(sampled for _, sampled in flight)
+        if len(result.tokens) != asked:
+            raise ProtocolError(f"step {result.step} asked for {asked} tokens and got {len(result.tokens)}")
+        del self._flights[result.step]
         tokens = iter(result.tokens)
         out: list[Committed] = []
         for sequence, sampled in flight:

@@ -115,6 +115,7 @@ def test_it_carries_the_documented_config_but_for_what_the_cluster_changes() -> 
     assert {key: theirs[key] for key in theirs if theirs[key] != ours.get(key)} == {
         ".model.store": Path("/var/lib/llmd/store"),
         ".model.trust": ("/etc/llmd/trust/publisher.pub",),
+        ".pipeline.threads_per_stage": 3,
         ".pipeline.node_labels": {"llmd-role": "stage"},
         ".ingress.node_labels": {"llmd-role": "ingress"},
         ".ingress.api_keys.file": Path("/etc/llmd/keys/api-keys"),
@@ -140,6 +141,9 @@ def test_labels_paths_and_counts_agree_within_the_manifest() -> None:
     app = carried().app
     assert groups["stage"]["replicas"] == app.pipeline.stages
     assert groups["stage"]["labels"] == app.pipeline.node_labels
+    (stage,) = groups["stage"]["template"]["spec"]["containers"]
+    assert app.pipeline.threads_per_stage != "auto", "auto counts the other pods' CPUs too"
+    assert app.pipeline.threads_per_stage < int(stage["resources"]["limits"]["cpu"]), "no room for the Head"
     assert groups["ingress"]["labels"] == app.ingress.node_labels
     assert front["spec"]["selector"] == groups["ingress"]["template"]["metadata"]["labels"]
     assert groups["stage"]["template"]["metadata"]["labels"] != front["spec"]["selector"]

@@ -98,6 +98,8 @@ def test_paged_equals_dense_over_chunks_decodes_and_mixed_batches(
         (plan([(7, 2, 9)], [[]], []), "too few pages"),
         (plan([(7, 2, 1)], [[99]], []), "page 99 of 12"),
         (plan([(7, 0, 1)], [[1]], [7]), "open already"),
+        (plan([(7, 2, 1), (7, 2, 1)], [[], []], []), "runs one sequence twice"),
+        (plan([(8, 0, 1)], [[1]], [8, 8]), "opens one sequence twice"),
     ],
 )
 def test_a_plan_that_does_not_continue_what_is_open_changes_nothing(broken: StepPlan, message: str) -> None:
@@ -111,3 +113,32 @@ def test_a_plan_that_does_not_continue_what_is_open_changes_nothing(broken: Step
         assert kv.spans[0].length == 3
     with kv.step(plan([(7, 0, 1)], [[0]], [7])):
         pass  # closed, so the number may be used again
+
+
+def test_a_page_that_another_sequence_left_full_of_nan_changes_nothing() -> None:
+    """Nothing of a closed sequence is seen through the pages it gave back."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(1, 2, 5, 8, dtype=torch.float64) for _ in range(3))
+    nan = torch.full_like(k, float("nan"))
+    outs = []
+    for before in (None, nan):
+        kv = KvPages(PAGE, torch.device("cpu"))
+        kv.reserve(2)
+        module = SimpleNamespace(layer_idx=0, sliding_window=None, **{KV_ATTRIBUTE: kv})
+        if before is not None:
+            with kv.step(plan([(1, 0, 5)], [[0, 1]], [1], closes=(1,))):
+                paged_attention(module, q, before, before, None)
+        with kv.step(plan([(2, 0, 5)], [[1, 0]], [2])):
+            outs.append(paged_attention(module, q, k, v, None)[0])
+    assert torch.equal(outs[0], outs[1]) and outs[1].isfinite().all()
+
+
+def test_a_step_that_fails_midway_still_forgets_what_it_closes() -> None:
+    """The Head has given those pages to others already."""
+    kv = KvPages(PAGE, torch.device("cpu"))
+    kv.reserve(2)
+    with pytest.raises(ZeroDivisionError), kv.step(plan([(1, 0, 2)], [[0]], [1], closes=(1,))):
+        raise ZeroDivisionError
+    assert kv.spans == ()
+    with kv.step(plan([(1, 0, 2)], [[0]], [1])):
+        pass

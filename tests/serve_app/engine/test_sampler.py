@@ -91,3 +91,29 @@ def test_a_nucleus_wider_than_the_first_sort_is_found_whole() -> None:
     logits = np.zeros(4000, np.float32)
     draws = {Draw(MICRO, 0, 999_000, KEY).token(logits, p) for p in range(3000)}
     assert max(draws) > 3500 and len(draws) > 1500
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30),
+    temperature_micro=st.sampled_from([1, 1_000, 300_000, MICRO, 2 * MICRO]),
+    top_k=st.sampled_from([0, 1, 7, 64, 599, 600, 1 << 24]),
+    top_p_micro=st.sampled_from([1, 500_000, 990_000, 999_999, MICRO]),
+    levels=st.sampled_from([2, 12, 10_000]),
+)
+def test_sorting_few_draws_as_sorting_all_does(
+    seed: int, temperature_micro: int, top_k: int, top_p_micro: int, levels: int
+) -> None:
+    """Top-k and top-p from a whole sort, equals by lowest id, then Gumbel-max: the same token. Few levels: ties."""
+    logits = np.random.default_rng(seed).integers(0, levels, 600).astype(np.float32) * np.float32(8 / levels)
+    scaled = logits.astype(np.float64) / (temperature_micro / MICRO)
+    kept = np.array(sorted(range(600), key=lambda i: (-scaled[i], i))[: top_k or 600])
+    weights = np.exp(scaled[kept] - scaled.max())
+    if top_p_micro < MICRO:
+        total = weights.sum() if top_k else np.exp(scaled - scaled.max()).sum()
+        reached = np.cumsum(weights) >= total * (top_p_micro / MICRO)
+        kept = kept[: int(np.argmax(reached)) + 1] if reached.any() else kept
+    kept = np.sort(kept)
+    expected = int(kept[np.argmax(scaled[kept] + gumbel(KEY, 3, kept))])
+    draw = Draw(temperature_micro, top_k, top_p_micro, KEY)
+    assert [draw.token(logits, 3), draw.token(logits, 3)] == [expected, expected]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 
 import numpy as np
 import pytest
@@ -107,3 +108,38 @@ def test_endings_of_a_failed_step_keep_what_closes_and_what_is_to_be_signed() ->
     )
     left = plan.endings()
     assert left.rows == 0 and left.closes["seq"].tolist() == [7] and left.signs.tolist() == [5]
+
+
+@pytest.mark.parametrize("spans", [[(1, 0, 0, 0, 0)], [(1, 0, 2, 0, 0), (2, 0, 0, 0, 1)]])
+def test_a_span_without_rows_is_refused(spans: list[tuple[int, ...]]) -> None:
+    """Also where no span of the step has any."""
+    plan = dataclasses.replace(closing_plan(1, 9, 9), spans=np.array(spans, SPAN))
+    with pytest.raises(ProtocolError, match="empty span"):
+        StepPlan.decode(plan.encode(b""))
+
+
+@pytest.mark.parametrize("field", range(3, 9))
+def test_a_count_beyond_the_bounds_is_refused_before_anything_is_read(field: int) -> None:
+    """magic, epoch, step, then six counts: none can make the reader allocate."""
+    header = [0x504D4C31, 1, 1, 0, 0, 0, 0, 0, 0]
+    header[field] = (1 << 32) - 1
+    with pytest.raises(ProtocolError, match="too many"):
+        StepPlan.decode(struct.pack("<IIQIIIIII", *header))
+
+
+def test_a_fault_is_told_whatever_its_message_is_made_of() -> None:
+    """An error may quote a file name that is no Unicode, or a whole matrix: the Head must still hear of it."""
+    reply = decode_reply(encode_reply(Fault(1, 2, 3, "no file \udcff" + "x" * 9999)))
+    assert isinstance(reply, Fault) and reply.message.startswith("no file ?") and len(reply.message) == 2000
+
+
+@settings(max_examples=200, deadline=None)
+@given(REPLIES, st.data())
+def test_a_damaged_reply_is_refused_or_is_another_reply_but_never_a_crash(reply: Reply, data: st.DataObject) -> None:
+    message = bytearray(encode_reply(reply))
+    message[data.draw(st.integers(0, len(message) - 1))] ^= data.draw(st.integers(1, 255))
+    for received in (bytes(message), bytes(message[: data.draw(st.integers(0, len(message) - 1))])):
+        try:
+            decode_reply(received)
+        except ProtocolError:
+            pass

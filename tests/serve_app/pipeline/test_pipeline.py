@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -204,6 +205,21 @@ def test_a_step_that_never_comes_back_fails_the_pipeline_instead_of_hanging(tiny
         release.set()
         assert isinstance(end, FailedEvent) and "more than 60 s" in end.message
         with pytest.raises(PipelineError, match="being rebuilt"):
+            await collect(pipeline, request(tiny[1]))
+
+    run(tiny, 2, work)
+
+
+def test_a_pipeline_whose_keys_run_out_is_given_up_before_it_signs_what_nobody_can_verify(tiny: Tiny) -> None:
+    """Its Supervisor then makes one with fresh keys."""
+
+    async def work(pipeline: LocalPipeline) -> None:
+        pipeline.head.watch()
+        assert pipeline.head.failure is None
+        soon = dataclasses.replace(pipeline.head._facts, expires_s=int(time.time()) + 10)
+        pipeline.head._facts = soon
+        pipeline.head.watch()
+        with pytest.raises(PipelineError, match="run out"):
             await collect(pipeline, request(tiny[1]))
 
     run(tiny, 2, work)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.errors import OverloadedError, RequestError
+from serve_app.errors import OverloadedError, ProtocolError, RequestError
 from serve_app.messages.request import Sampling
 from serve_app.messages.step import StepPlan, StepResult
 from serve_app.scheduling.scheduler import Scheduler, Ticket
@@ -184,3 +184,28 @@ def test_only_answers_with_tokens_that_someone_waits_for_are_sealed() -> None:
         s.stop(0, reason)  # type: ignore[arg-type]
         closing = s.plan()
         assert closing is not None and closing.closes["seal"].tolist() == [seal]
+
+
+@pytest.mark.parametrize("tokens", [(), (1,), (1, 2, 3)])
+def test_an_answer_with_too_few_or_too_many_tokens_is_refused_and_changes_nothing(tokens: tuple[int, ...]) -> None:
+    """The last stage may be another's machine: what it says is counted before it is believed."""
+    s = scheduler(micro_batches=1)
+    for seq in (0, 1):
+        s.admit(ticket(seq, 3, 4))
+    plan = s.plan()
+    assert plan is not None and plan.spans["sample"].tolist() == [1, 1]
+    with pytest.raises(ProtocolError, match=f"2 tokens and got {len(tokens)}"):
+        s.apply(StepResult(1, plan.step, tokens))
+    assert s.in_flight == 1
+    assert [c.token for c in s.apply(StepResult(1, plan.step, (4, 5)))] == [4, 5]
+
+
+def test_nobody_is_passed_over_for_ever_when_more_decode_than_fit_in_a_step() -> None:
+    """max_step_tokens below max_running: the oldest go first, and all end."""
+    s = scheduler(max_step_tokens=2, micro_batches=1)
+    for seq in range(5):
+        s.admit(ticket(seq, 3, 6))
+    drive = Drive(s, random.Random(0), flights=1, budget=2)
+    while drive.step():
+        pass
+    assert set(drive.ended) == set(range(5)) and s.free_pages == 40

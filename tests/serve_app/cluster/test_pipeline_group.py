@@ -1,0 +1,33 @@
+"""What each stage asks of a cluster, so that it can be placed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from serve_app.cluster.pipeline_group import _HEAD_CPUS, _wanted
+from serve_app.config import AppConfig
+
+
+def config(stages: int) -> AppConfig:
+    model = {"name": "m", "store": "/store", "trust": ["/publisher.pub"]}
+    return AppConfig.parse({"model": model, "pipeline": {"stages": stages}})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "stages", "threads"),
+    [
+        ([2.0], 2, 1),  # the laptop
+        ([2.0], 5, 1),
+        ([0.0, 2.0, 4.0, 4.0], 2, 4),  # rayservice.yaml: head, ingress, two stage pods
+        ([16.0] * 8, 2, 16),  # more nodes than stages
+        ([16.0, 16.0], 8, 4),
+    ],
+)
+def test_a_stage_never_asks_for_more_than_a_node_has(nodes: Sequence[float], stages: int, threads: int) -> None:
+    """Also with the Head in its bundle."""
+    wants = _wanted(config(stages), nodes, 0.0)
+    assert wants.device == "cpu" and wants.threads == threads
+    assert wants.cpus + _HEAD_CPUS <= max(nodes)
+    assert wants.cpus * stages + _HEAD_CPUS <= sum(nodes)
