@@ -72,7 +72,7 @@ class LocalPipeline:
         self.stages: list[Stage] = []
         for i, (start, stop) in reversed(list(enumerate(plan_evenly(manifest.n_layers, stages)))):
             engine = load_engine(store, manifest, start, stop, options)
-            engine.reserve(limits.n_pages)
+            engine.reserve(limits.n_pages, limits.max_running)
             outlet = Boundary(manifest.cid, stop, options.dtype, manifest.hidden_size)
             span = StageSpan(
                 manifest=manifest.cid,
@@ -89,8 +89,8 @@ class LocalPipeline:
             chain = StatementChain(sessions[i])
             self.stages.insert(0, Stage(engine, span, chain, next=after, head=to_head, epoch=_EPOCH))
 
-        # One more micro-batch than stages keeps each stage busy while tokens travel back; one stage needs one.
-        flights = 1 if stages == 1 else stages + 1
+        # One more step in flight than stages keeps each stage busy while tokens travel back.
+        flights = stages + 1
         scheduler = Scheduler(
             epoch=_EPOCH,
             n_pages=limits.n_pages,
@@ -98,7 +98,8 @@ class LocalPipeline:
             max_step_tokens=limits.max_step_tokens,
             max_running=limits.max_running,
             max_waiting=limits.max_waiting,
-            micro_batches=min(flights, stages),
+            micro_batches=stages,
+            lookahead=stages == 1,
         )
         facts = PipelineFacts(
             epoch=_EPOCH,

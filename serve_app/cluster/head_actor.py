@@ -30,8 +30,8 @@ class _HeadProcess:
     def __init__(self, spec: HeadSpec, first: Any) -> None:
         identity = NodeIdentity.load_or_create(node_key_path(spec.state_dir))
         session = identity.open_session("head", spec.epoch, int(time.time()), spec.session_lifetime_s)
-        # P + 1 steps in flight keep every stage busy while tokens travel back; a lone stage has nothing to hide.
-        flights = 1 if spec.n_stages == 1 else spec.n_stages + 1
+        # P + 1 steps in flight keep every stage busy while tokens travel back.
+        flights = spec.n_stages + 1
         scheduler = Scheduler(
             epoch=spec.epoch,
             n_pages=spec.n_pages,
@@ -40,6 +40,7 @@ class _HeadProcess:
             max_running=spec.max_requests,
             max_waiting=spec.max_waiting,
             micro_batches=spec.n_stages,
+            lookahead=spec.n_stages == 1,
         )
         facts = PipelineFacts(
             epoch=spec.epoch,

@@ -178,7 +178,10 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
     ).remote(spec, stages[0])
     after = [*stages[1:], None]
-    await asyncio.gather(*(s.connect.remote(head, n, n_pages) for s, n in zip(stages, after, strict=True)))
+    max_requests = config.pipeline.max_requests
+    await asyncio.gather(
+        *(s.connect.remote(head, n, n_pages, max_requests) for s, n in zip(stages, after, strict=True))
+    )
     async with asyncio.timeout(_LOAD_S):
         address: LinkAddress = await head.start.remote()
     return PipelineGroup(epoch, tuple(stages), head, address)

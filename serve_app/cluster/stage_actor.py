@@ -90,12 +90,12 @@ class _StageProcess:
             opened_blocks=len(self._store.opened),
         )
 
-    async def connect(self, head: Any, after: Any | None, n_pages: int) -> None:
+    async def connect(self, head: Any, after: Any | None, n_pages: int, max_requests: int) -> None:
         """Open the edges to the Head and to the next stage (None for the last), and be ready for steps."""
         from serve_app.engine.load import shards_of
 
         spec, manifest = self._spec, self._manifest
-        self._engine.reserve(n_pages)
+        self._engine.reserve(n_pages, max_requests)
         outlet = Boundary(manifest.cid, spec.stop, self._engine.profile.dtype, manifest.hidden_size)
         span = StageSpan(
             manifest=manifest.cid,

@@ -31,13 +31,34 @@ class EngineProfile:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """hidden: the rows leaving the last layer, little-endian, in row order; owned by the caller.
+    """What one step took in and gave.
 
-    tokens: what was drawn, one per span that asked; empty on a stage without the head.
+    received: the rows as they were computed from, which differ from those sent only where an id was DRAWN_LAST.
+    hidden: the rows leaving the last layer, little-endian, in row order. tokens: what was drawn, one per span that
+    asked; empty on a stage without the head. Nobody writes to either buffer any more.
     """
 
+    received: memoryview
     hidden: memoryview
     tokens: tuple[int, ...]
+
+
+class Launched(Protocol):
+    """A step under way."""
+
+    def result(self) -> StepOutput:
+        """Wait for it. Raises PipelineError if what it computed is of no use; later steps are not touched by that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that ended before `launch` returned: of an engine that has nothing to overlap."""
+
+    output: StepOutput
+
+    def result(self) -> StepOutput:
+        """Its output."""
+        return self.output
 
 
 class Engine(Protocol):
@@ -47,11 +68,11 @@ class Engine(Protocol):
     def profile(self) -> EngineProfile:
         """Facts about this engine; constant once it is built."""
 
-    def reserve(self, n_pages: int) -> None:
-        """Make room for this many KV pages. Called once, before the first step."""
+    def reserve(self, n_pages: int, max_sequences: int) -> None:
+        """Make room for this many KV pages and sequences open at a time. Called once, before the first step."""
 
-    def run(self, plan: StepPlan, rows: memoryview) -> StepOutput:
-        """Do one step: open, compute, draw, close, in this order.
+    def launch(self, plan: StepPlan, rows: memoryview) -> Launched:
+        """Begin one step: open, compute, draw, close, in this order. Steps take effect in the order of launching.
 
         rows: token ids (uint32) if this range holds the embedding, else activations. Raises ProtocolError
         for a plan that does not fit what is open; the engine is then as before the call.

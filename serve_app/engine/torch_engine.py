@@ -8,12 +8,12 @@ import transformers
 from torch import Tensor
 
 from serve_app.engine.attention import NAME
-from serve_app.engine.engine import ActivationDtype, EngineProfile, StepOutput
+from serve_app.engine.engine import ActivationDtype, Done, EngineProfile, StepOutput
 from serve_app.engine.kv_pages import KvPages
 from serve_app.engine.sampler import Draw
 from serve_app.engine.stage_model import StageModel
 from serve_app.errors import PipelineError, ProtocolError
-from serve_app.messages.step import CLOSE, OPEN, SPAN, StepPlan
+from serve_app.messages.step import CLOSE, DRAWN_LAST, OPEN, SPAN, StepPlan
 
 TORCH_DTYPES: dict[ActivationDtype, torch.dtype] = {
     "float32": torch.float32,
@@ -42,6 +42,7 @@ class TorchEngine:
         self._hidden_size, self._vocab_size = hidden_size, vocab_size
         self._device, self._dtype = device, TORCH_DTYPES[dtype]
         self._draws: dict[int, Draw] = {}
+        self._last: dict[int, int] = {}  # the token each open sequence drew last
         self._row_bytes = 4 if embeds else hidden_size * self._dtype.itemsize
         self.profile = EngineProfile(
             description=(
@@ -56,15 +57,20 @@ class TorchEngine:
             memory_bytes=_free_bytes(device),
         )
 
-    def reserve(self, n_pages: int) -> None:
+    def reserve(self, n_pages: int, max_sequences: int = 0) -> None:
         self._kv.reserve(n_pages)
+
+    def launch(self, plan: StepPlan, rows: memoryview) -> Done:
+        return Done(self.run(plan, rows))
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, rows: memoryview) -> StepOutput:
+        """The step, at once."""
         if len(rows) != plan.rows * self._row_bytes:
             raise ProtocolError(f"{len(rows)} bytes for {plan.rows} rows of {self._row_bytes}")
         tokens: tuple[int, ...] = ()
         out = memoryview(b"")
+        rows = self._resolve(plan, rows)
         inputs = self._tensor(rows) if plan.rows else None  # before the step begins: it may be refused
         with self._kv.step(plan):
             self._open(plan)
@@ -75,7 +81,8 @@ class TorchEngine:
                 out = hidden.contiguous().cpu().view(torch.uint8).numpy().reshape(-1).data
         for seq in plan.closes["seq"]:
             self._draws.pop(int(seq), None)
-        return StepOutput(out, tokens)
+            self._last.pop(int(seq), None)
+        return StepOutput(rows, out, tokens)
 
     @torch.inference_mode()
     def logits_of(self, hidden: memoryview) -> Tensor:
@@ -88,6 +95,22 @@ class TorchEngine:
             for o in plan.opens:
                 draw = Draw(int(o["temperature_micro"]), int(o["top_k"]), int(o["top_p_micro"]), o["key"].tobytes())
                 self._draws[int(o["seq"])] = draw
+
+    def _resolve(self, plan: StepPlan, rows: memoryview) -> memoryview:
+        """The rows with ids in place of DRAWN_LAST; the same buffer if there are none."""
+        if not (self._embeds and self._has_head and plan.rows):
+            return rows
+        ids = np.frombuffer(rows, "<u4")
+        later = np.flatnonzero(ids == DRAWN_LAST)
+        if not len(later):
+            return rows
+        ids, first = ids.copy(), np.cumsum(plan.spans["count"]) - plan.spans["count"]
+        for row in later.tolist():
+            seq = int(plan.spans["seq"][np.searchsorted(first, row, "right") - 1])
+            if seq not in self._last:
+                raise ProtocolError(f"sequence {seq} has drawn no token yet")
+            ids[row] = self._last[seq]
+        return ids.data.cast("B")
 
     def _tensor(self, rows: memoryview) -> Tensor:
         """The rows of a message, on the device; copied, since torch may not write into bytes."""
@@ -110,7 +133,9 @@ class TorchEngine:
         logits = self._model.logits(hidden.index_select(0, last)).cpu().numpy()
         if not np.isfinite(logits).all():
             raise PipelineError("the last stage computed logits that are not finite")
-        return tuple(self._draws[seq].token(row, s.length) for row, (s, seq) in zip(logits, asked, strict=True))
+        drawn = tuple(self._draws[seq].token(row, s.length) for row, (s, seq) in zip(logits, asked, strict=True))
+        self._last |= zip((seq for _, seq in asked), drawn, strict=True)
+        return drawn
 
     @torch.inference_mode()
     def _measure_page(self) -> int:

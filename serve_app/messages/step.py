@@ -39,12 +39,17 @@ SPAN = np.dtype(
         ("sample", "u1"),  # 1: draw the token that follows the last row
     ]
 )
-CLOSE = np.dtype([("seq", "<u8"), ("rows", "<u4"), ("seal", "u1")])  # seal 1: tell the Head both roots
+# rows: those that count; one more may have run before it was known that the sequence ends. seal 1: tell the Head both
+# roots.
+CLOSE = np.dtype([("seq", "<u8"), ("rows", "<u4"), ("seal", "u1")])
 
 Array = npt.NDArray[Any]
 
 _MAGIC = 0x504D4C31
 _HEADER = struct.Struct("<IIQIIIIII")  # magic, epoch, step, opens, spans, pages, closes, signs, rows
+DRAWN_LAST = (
+    0xFFFFFFFF  # in place of a token id: the one this stage drew last for the sequence, unknown to the Head yet
+)
 MAX_ITEMS = 1 << 16  # of each kind in one plan: 256 sequences is a large step today
 MAX_ROWS = 1 << 17
 MAX_PAYLOAD_BYTES = 1 << 30

@@ -1,7 +1,8 @@
-"""One stage at work: take a message, compute, hand on, witness. Knows nothing of requests or of Ray.
+"""One stage at work: take a message, launch its step, hand on what came out, witness. Knows nothing of requests or Ray.
 
-Messages come in order through `deliver`; one thread works through them. Between compute and hashing the
-rows leave for the next stage, so a receipt costs the pipeline no waiting.
+Messages come in order through `deliver`. One thread launches steps, another waits for them and hands on, so that an
+engine whose launch returns early has its next step queued before the last one ends. What was handed on is hashed
+behind both, so a receipt costs the pipeline no waiting.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import logging
 import queue
 import threading
 import time
+from dataclasses import dataclass
 
-from serve_app.engine.engine import Engine
+from serve_app.engine.engine import Engine, Launched
 from serve_app.errors import PipelineError
 from serve_app.messages.step import NO_STEP, Fault, Reply, StepPlan, StepResult, encode_reply
 from serve_app.pipeline.witness import StageSpan, Witness
@@ -20,6 +22,15 @@ from serve_app.transport.edge import Edge
 
 _log = logging.getLogger(__name__)
 MAX_QUEUED = 64  # messages: far above the steps a Head keeps in flight; past it the sender blocks
+MAX_LAUNCHED = 2  # steps launched and not yet collected
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    plan: StepPlan
+    launched: Launched
+    failed: bool  # the step itself could not run: only its endings did
+    began: float
 
 
 class Stage:
@@ -29,56 +40,92 @@ class Stage:
         self, engine: Engine, span: StageSpan, chain: StatementChain, *, next: Edge | None, head: Edge, epoch: int
     ) -> None:
         self._engine, self._span, self._next, self._head, self._epoch = engine, span, next, head, epoch
-        self._head_lock = threading.Lock()  # the witness speaks to the Head too
+        self._head_lock = threading.Lock()  # the witness and the collector speak to the Head too
         self.witness = Witness(span, chain, self._reply)
         self._inbox: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUED)
+        self._flights: queue.Queue[_Flight | None] = queue.Queue(MAX_LAUNCHED)
         self.steps = 0
-        self.busy_s = 0.0  # spent computing, for `llmd status`
-        self._thread = threading.Thread(target=self._run, name=f"stage-{span.stage}", daemon=True)
-        self._thread.start()
+        self.busy_s = 0.0  # with at least one step launched and not ended, for `llmd status`
+        self._busy_until = 0.0
+        self._threads = [
+            threading.Thread(target=work, name=f"stage-{span.stage}-{work.__name__.strip('_')}", daemon=True)
+            for work in (self._launch_all, self._collect_all)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def deliver(self, message: bytes) -> None:
         """Take a message in, after all before it."""
         self._inbox.put(message)
 
     def close(self) -> None:
-        """Work off what came, then stop both threads."""
+        """Work off what came, then stop every thread."""
         self._inbox.put(None)
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self.witness.close()
 
-    def _run(self) -> None:
+    def _launch_all(self) -> None:
         while (message := self._inbox.get()) is not None:
             try:
-                self._handle(message)
+                self._launch(message)
             except Exception as e:
-                _log.exception("stage %d lost a message", self._span.stage)
-                # What it would have opened, closed or signed is not known here, and the Head counts on it.
-                self._reply(Fault(self._epoch, self._span.stage, NO_STEP, f"a message was lost: {e}"))
+                self._lost_message(e)
+        self._flights.put(None)
 
-    def _handle(self, message: bytes) -> None:
+    def _launch(self, message: bytes) -> None:
         plan, rows = StepPlan.decode(message)
         if plan.epoch != self._epoch:
             return  # of a pipeline that was: its Head no longer counts on an answer
         began = time.perf_counter()
         try:
-            out = self._engine.run(plan, rows)
+            flight = _Flight(plan, self._engine.launch(plan, rows), False, began)
         except Exception as e:
-            _log.exception("stage %d failed in step %d", self._span.stage, plan.step)
-            self._reply(Fault(plan.epoch, self._span.stage, plan.step, f"{type(e).__name__}: {e}"))
+            self._failed(plan, e)
             # Its rows are lost, but sequences that only end or wait for a signature in it must not be.
-            plan, rows = plan.endings(), memoryview(b"")
-            out = self._engine.run(plan, rows)
-        self.busy_s += time.perf_counter() - began
+            flight = _Flight(plan, self._engine.launch(plan.endings(), memoryview(b"")), True, began)
+        self._flights.put(flight)
+
+    def _collect_all(self) -> None:
+        while (flight := self._flights.get()) is not None:
+            try:
+                self._collect(flight)
+            except Exception as e:
+                self._lost_message(e)
+
+    def _collect(self, flight: _Flight) -> None:
+        plan, failed = flight.plan, flight.failed
+        try:
+            out = flight.launched.result()
+        except Exception as e:
+            self._failed(plan, e)
+            failed = True
+        now = time.perf_counter()
+        self.busy_s += now - max(flight.began, self._busy_until)
+        self._busy_until = now
         self.steps += 1
         try:
+            if failed:
+                if self._next is not None:
+                    self._next.send(plan.endings().encode(b""))
+                self.witness.lost(plan)
+                return
             if self._next is not None:
                 self._next.send(plan.encode(out.hidden))
             elif plan.rows:
                 self._reply(StepResult(plan.epoch, plan.step, out.tokens))
         except PipelineError as e:
             self._reply(Fault(plan.epoch, self._span.stage, plan.step, f"the next stage is gone: {e}"))
-        self.witness.saw(plan, rows, out.hidden)
+        self.witness.saw(plan, out.received, out.hidden)
+
+    def _failed(self, plan: StepPlan, error: Exception) -> None:
+        _log.error("stage %d failed in step %d", self._span.stage, plan.step, exc_info=error)
+        self._reply(Fault(plan.epoch, self._span.stage, plan.step, f"{type(error).__name__}: {error}"))
+
+    def _lost_message(self, error: Exception) -> None:
+        _log.error("stage %d lost a message", self._span.stage, exc_info=error)
+        # What it would have opened, closed or signed is not known here, and the Head counts on it.
+        self._reply(Fault(self._epoch, self._span.stage, NO_STEP, f"a message was lost: {error}"))
 
     def _reply(self, reply: Reply) -> None:
         """Tell the Head. One that is gone ends nothing here: both threads go on until they are closed."""

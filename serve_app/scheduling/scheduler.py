@@ -1,9 +1,11 @@
 """Which rows run next: continuous batching with chunked prefill under a token budget.
 
-Pure: no Ray, no torch, no clock. `admit`, then `plan` / `apply` in turn; a sequence is in at most one step at a
-time, and several steps may be in flight, so that every stage of a pipeline has work. Requests join and leave
-between any two steps. A request is let in when pages for its longest course can be promised: one that runs
-never waits for pages. Decoding rows go first, then prefill chunks fill the budget, oldest request first.
+Pure: no Ray, no torch, no clock. `admit`, then `plan` / `apply` in turn, with several steps in flight, so that every
+stage of a pipeline has work. The chunks of a prompt may be in several steps at a time. A sequence that draws waits
+for its token, unless one engine both draws and embeds: then with `lookahead` it also runs the row of the token on its
+way (DRAWN_LAST), so that the engine never waits for the Head; if that token ends the sequence, the row is void.
+Requests join and leave between any two steps. A request is let in when pages for its longest course can be promised:
+one that runs never waits for pages. Decoding rows go first, then prefill chunks fill the budget, oldest request first.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 
 from serve_app.errors import OverloadedError, ProtocolError, RequestError
 from serve_app.messages.request import FinishReason, Sampling
-from serve_app.messages.step import CLOSE, OPEN, SPAN, StepPlan, StepResult
+from serve_app.messages.step import CLOSE, DRAWN_LAST, OPEN, SPAN, StepPlan, StepResult
 from serve_app.scheduling.pages import PagePool
 
 
@@ -49,14 +51,26 @@ class _Sequence:
     tokens: list[int]  # prompt, then what was drawn
     promised: int  # pages set aside and not yet taken
     pages: list[int] = field(default_factory=list)
-    computed: int = 0  # rows that have run, or run in the step in flight
+    computed: int = 0  # rows that have run, or run in a step in flight
     opened: bool = False
-    in_flight: bool = False
+    flights: int = 0  # steps on their way that hold rows of it
+    drawing: int = 0  # of these, how many draw a token
     ending: Literal["stop", "cancelled"] | None = None
+    ended: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens, those on their way counted."""
+        return len(self.tokens) + self.drawing
 
     @property
     def decoding(self) -> bool:
-        return self.computed == len(self.tokens) - 1 and len(self.tokens) > len(self.ticket.prompt_ids)
+        return self.length > len(self.ticket.prompt_ids)
+
+    @property
+    def complete(self) -> bool:
+        """With the tokens on their way it is as long as it may get."""
+        return self.length - len(self.ticket.prompt_ids) >= self.ticket.max_tokens
 
 
 class Scheduler:
@@ -72,7 +86,9 @@ class Scheduler:
         max_running: int,
         max_waiting: int,
         micro_batches: int,
+        lookahead: bool = False,
     ) -> None:
+        """micro_batches: into how many steps the running sequences are shared out. lookahead: see above."""
         self._epoch = epoch
         self._pool = PagePool(n_pages)
         self._page_size = page_size
@@ -80,6 +96,7 @@ class Scheduler:
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._micro_batches = micro_batches
+        self._lookahead = int(lookahead)
         self._waiting: deque[_Sequence] = deque()
         self._running: dict[int, _Sequence] = {}
         self._flights: dict[int, list[tuple[_Sequence, bool]]] = {}  # step -> its sequences, sampled or not
@@ -134,7 +151,7 @@ class Scheduler:
         sequence = self._running.get(seq)
         if sequence is None:
             return None
-        if sequence.in_flight:
+        if sequence.flights:
             sequence.ending = reason
             return None
         self._finish(sequence, reason)
@@ -150,22 +167,23 @@ class Scheduler:
         budget = self._max_step_tokens
         # An equal share for every micro-batch in flight: a front-loaded first one leaves the others' stages idle.
         quota = math.ceil(len(self._running) / self._micro_batches)
-        ready = [s for s in self._running.values() if not s.in_flight]
+        ready = [s for s in self._running.values() if self._may_run(s)]
         ready.sort(key=lambda s: not s.decoding)  # stable: decoding first, else oldest first
         for sequence in ready[:quota]:
-            count = min(len(sequence.tokens) - sequence.computed, budget)
+            count = min(sequence.length - sequence.computed, budget)
             if count <= 0:
                 break
             budget -= count
             new = self._grow(sequence, sequence.computed + count)
-            sample = sequence.computed + count == len(sequence.tokens)
+            sample = sequence.computed + count == sequence.length
             spans.append((sequence.ticket.seq, sequence.computed, count, len(new), int(sample)))
             pages += new
             if not sequence.opened:
                 sequence.opened = True
                 opens.append(sequence)
             sequence.computed += count
-            sequence.in_flight = True
+            sequence.flights += 1
+            sequence.drawing += sample
             flight.append((sequence, sample))
         if not spans and not self._closes and not self._signs:
             return None
@@ -186,11 +204,11 @@ class Scheduler:
 
     def rows_of(self, plan: StepPlan) -> bytes:
         """The token ids of a plan's rows, uint32 little-endian: stage 0's payload."""
-        parts = []
-        for span in plan.spans:
-            start, count = int(span["start"]), int(span["count"])
-            parts.append(np.array(self._running[int(span["seq"])].tokens[start : start + count], "<u4"))
-        return b"".join(p.tobytes() for p in parts)
+        parts: list[int] = []
+        for seq, start, count in zip(*(plan.spans[k].tolist() for k in ("seq", "start", "count")), strict=True):
+            ids = self._running[seq].tokens[start : start + count]
+            parts += ids or (DRAWN_LAST,)
+        return np.array(parts, "<u4").tobytes()
 
     def apply(self, result: StepResult) -> list[Committed]:
         """Take in what the last stage drew; ended sequences give their pages back and are to be closed.
@@ -208,11 +226,14 @@ class Scheduler:
         tokens = iter(result.tokens)
         out: list[Committed] = []
         for sequence, sampled in flight:
-            sequence.in_flight = False
+            sequence.flights -= 1
+            sequence.drawing -= sampled
+            token = next(tokens) if sampled else None
+            if sequence.ended:
+                continue  # while this step ran: its rows are void
             ticket = sequence.ticket
             reason: FinishReason | None = sequence.ending
-            if sampled:
-                token = next(tokens)
+            if token is not None:
                 sequence.tokens.append(token)
                 if reason is None and token in ticket.stop_ids:
                     reason = "stop"
@@ -239,10 +260,15 @@ class Scheduler:
 
     def drop_step(self, step: int) -> list[int]:
         """A step failed in some stage: its sequences are dropped. Returns them."""
-        dropped = [s.ticket.seq for s, _ in self._flights.pop(step, [])]
+        dropped = [s.ticket.seq for s, _ in self._flights.pop(step, []) if not s.ended]
         for seq in dropped:
             self.drop(seq)
         return dropped
+
+    def _may_run(self, sequence: _Sequence) -> bool:
+        if sequence.ending is not None or sequence.complete:
+            return False
+        return sequence.drawing <= (self._lookahead if sequence.decoding else 0)
 
     def _let_in(self) -> None:
         while self._waiting and len(self._running) < self._max_running:
@@ -261,11 +287,13 @@ class Scheduler:
         # Stages work through messages in order, so a page given back here is rewritten only after every
         # step that read it has run.
         del self._running[sequence.ticket.seq]
+        sequence.ended = True
         self._pool.give_back(sequence.pages, sequence.promised)
         if sequence.opened:
             drew = len(sequence.tokens) > len(sequence.ticket.prompt_ids)
             seal = reason in ("stop", "length") and drew  # a client that hung up waits for no receipt
-            self._closes.append((sequence.ticket.seq, sequence.computed, seal))
+            rows = len(sequence.tokens) - 1 if drew else sequence.computed
+            self._closes.append((sequence.ticket.seq, rows, seal))
 
     def _pages_for(self, ticket: Ticket) -> int:
         # The last token is never fed back, so it needs no row.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.errors import OverloadedError, ProtocolError, RequestError
 from serve_app.messages.request import Sampling
-from serve_app.messages.step import StepPlan, StepResult
+from serve_app.messages.step import DRAWN_LAST, StepPlan, StepResult
 from serve_app.scheduling.scheduler import Scheduler, Ticket
 
 STOP = 9
@@ -34,53 +35,76 @@ def scheduler(**changes: int) -> Scheduler:
 
 
 class Drive:
-    """Runs a scheduler to its end and checks on every plan what must hold for each."""
+    """Runs a scheduler to its end and checks on every plan what must hold for each.
 
-    def __init__(self, under_test: Scheduler, draw: random.Random, flights: int, budget: int = 8) -> None:
+    Answers as the stages would: the ids of a plan's rows are taken in turn, DRAWN_LAST being what was drawn last.
+    """
+
+    def __init__(
+        self, under_test: Scheduler, draw: random.Random, flights: int, budget: int = 8, lookahead: bool = False
+    ) -> None:
         self.scheduler, self.draw, self.flights, self.budget = under_test, draw, flights, budget
-        self.running: dict[int, int] = {}  # rows that have run, by open sequence
+        self.lookahead = lookahead
+        self.running: dict[int, list[int]] = {}  # ids that have run, by open sequence
         self.pages: dict[int, list[int]] = {}
+        self.drawn: dict[int, list[int]] = {}  # by the stages
         self.ended: dict[int, str] = {}
-        self.tokens: dict[int, int] = {}
-        self.sent: list[StepPlan] = []
+        self.tokens: dict[int, list[int]] = {}  # committed
+        self.sent: list[tuple[StepPlan, tuple[int, ...]]] = []
 
     def step(self) -> bool:
         """Plan what can be planned, then answer one step. False when nothing is left to do."""
         while self.scheduler.in_flight < self.flights and (plan := self.scheduler.plan()) is not None:
-            self.check(plan)
+            tokens = self.check(plan)
             if plan.rows:
-                self.sent.append(plan)
+                self.sent.append((plan, tokens))
         if not self.sent:
             return False
-        plan = self.sent.pop(0)
-        tokens = tuple(self.draw.choice([STOP, 1, 2, 3, 4, 5]) for s in plan.spans if s["sample"])
+        plan, tokens = self.sent.pop(0)
         for committed in self.scheduler.apply(StepResult(1, plan.step, tokens)):
-            self.tokens[committed.seq] = self.tokens.get(committed.seq, 0) + (committed.token is not None)
+            assert committed.seq not in self.ended
+            if committed.token is not None:
+                self.tokens.setdefault(committed.seq, []).append(committed.token)
             if committed.reason is not None:
                 self.ended[committed.seq] = committed.reason
         return True
 
-    def check(self, plan: StepPlan) -> None:
+    def check(self, plan: StepPlan) -> tuple[int, ...]:
+        """What the stages do with the plan; the tokens they draw."""
         assert plan.rows <= self.budget
-        in_flight = {int(s["seq"]) for p in self.sent for s in p.spans}
+        ids = np.frombuffer(self.scheduler.rows_of(plan), "<u4").tolist()
+        assert len(ids) == plan.rows
         for seq in plan.opens["seq"].tolist():
             assert seq not in self.running
-            self.running[seq], self.pages[seq] = 0, []
-        page = 0
-        for span in plan.spans:
-            seq, start, count, new = (int(span[k]) for k in ("seq", "start", "count", "new_pages"))
-            assert seq not in in_flight, "in two steps at a time"
-            assert start == self.running[seq], "a gap or an overlap"
-            self.running[seq] = start + count
+            self.running[seq], self.pages[seq], self.drawn[seq] = [], [], []
+        page, row, tokens = 0, 0, []
+        for seq, start, count, new, sample in plan.spans.tolist():
+            assert start == len(self.running[seq]), "a gap or an overlap"
+            for id in ids[row : row + count]:
+                if id == DRAWN_LAST:
+                    assert self.lookahead and count == 1, "a token is not waited for"
+                    id = self.drawn[seq][-1]
+                self.running[seq].append(id)
+            row += count
             self.pages[seq] += plan.pages[page : page + new].tolist()
             page += new
-            assert len(self.pages[seq]) == -(-self.running[seq] // 4)
-        for close in plan.closes:
-            assert int(close["rows"]) == self.running.pop(int(close["seq"]))
-            del self.pages[int(close["seq"])]
+            assert len(self.pages[seq]) == -(-len(self.running[seq]) // 4)
+            if sample:
+                tokens.append(self.draw.choice([STOP, 1, 2, 3, 4, 5]))
+                self.drawn[seq].append(tokens[-1])
+        for seq, rows, seal in plan.closes.tolist():
+            ran = self.running.pop(seq)
+            assert rows <= len(ran) and (len(ran) - rows <= int(self.lookahead) or not seal)
+            if seal:
+                # What is hashed and signed: the prompt and every committed token but the last.
+                committed = self.tokens[seq]
+                assert ran[rows - len(committed) + 1 : rows] == committed[:-1]
+                assert self.drawn[seq][: len(committed)] == committed
+            del self.pages[seq]
         held = [p for pages in self.pages.values() for p in pages]
         assert len(held) == len(set(held)), "a page held by two sequences"
         assert len(self.running) <= 5 + self.flights
+        return tuple(tokens)
 
 
 @settings(max_examples=150, deadline=None)
@@ -88,13 +112,17 @@ class Drive:
     requests=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20)), min_size=1, max_size=14),
     stops=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 13), st.booleans()), max_size=8),
     flights=st.integers(1, 4),
+    lookahead=st.booleans(),
     seed=st.integers(0, 1 << 30),
 )
 def test_every_request_ends_once_and_all_pages_come_back(
-    requests: list[tuple[int, int]], stops: list[tuple[int, int, bool]], flights: int, seed: int
+    requests: list[tuple[int, int]], stops: list[tuple[int, int, bool]], flights: int, lookahead: bool, seed: int
 ) -> None:
-    """Whatever is stopped whenever: no page is lost, no sequence runs twice at a time, none is forgotten."""
-    drive = Drive(scheduler(), random.Random(seed), flights)
+    """Whatever is stopped whenever: no page is lost, no row runs twice, none is forgotten."""
+    if lookahead:
+        drive = Drive(scheduler(lookahead=True, micro_batches=1), random.Random(seed), min(flights, 2), lookahead=True)
+    else:
+        drive = Drive(scheduler(), random.Random(seed), flights)
     for seq, (prompt, max_tokens) in enumerate(requests):
         drive.scheduler.admit(ticket(seq, prompt, max_tokens))
     for turn in range(2000):
@@ -109,7 +137,7 @@ def test_every_request_ends_once_and_all_pages_come_back(
     assert drive.scheduler.free_pages == 40
     assert drive.scheduler.running == drive.scheduler.waiting == drive.scheduler.in_flight == 0
     for seq, (_, max_tokens) in enumerate(requests):
-        assert drive.tokens.get(seq, 0) <= max_tokens
+        assert len(drive.tokens.get(seq, ())) <= max_tokens
 
 
 def test_an_answer_has_exactly_max_tokens_unless_a_stop_id_came() -> None:
@@ -121,6 +149,36 @@ def test_an_answer_has_exactly_max_tokens_unless_a_stop_id_came() -> None:
         assert plan is not None
         reasons += [c.reason for c in s.apply(StepResult(1, plan.step, (1,)))]
     assert reasons == [None, None, None, "length"]
+
+
+def test_with_lookahead_the_next_row_is_planned_before_its_token_is_known_but_never_beyond_max_tokens() -> None:
+    s = scheduler(lookahead=True, micro_batches=1)
+    s.admit(ticket(0, 3, 2))
+    first, second = s.plan(), s.plan()
+    assert first is not None and second is not None and s.plan() is None
+    assert np.frombuffer(s.rows_of(second), "<u4").tolist() == [DRAWN_LAST]
+    assert [c.reason for c in s.apply(StepResult(1, first.step, (1,)))] == [None]
+    assert [c.reason for c in s.apply(StepResult(1, second.step, (2,)))] == ["length"]
+
+
+def test_a_stop_token_makes_the_row_after_it_void() -> None:
+    """It ran already: it is not among the rows that count, and what it drew is nobody's."""
+    s = scheduler(lookahead=True, micro_batches=1)
+    s.admit(ticket(0, 3, 9))
+    first, second = s.plan(), s.plan()
+    assert first is not None and second is not None
+    assert [c.reason for c in s.apply(StepResult(1, first.step, (STOP,)))] == ["stop"]
+    assert s.free_pages == 40
+    closing = s.plan()
+    assert closing is not None and closing.closes.tolist() == [(0, 3, 1)]
+    assert s.apply(StepResult(1, second.step, (5,))) == []
+
+
+def test_the_chunks_of_a_prompt_are_in_flight_together() -> None:
+    s = scheduler(micro_batches=1)
+    s.admit(ticket(0, 20, 2))
+    plans = [s.plan() for _ in range(4)]
+    assert [p.spans.tolist() for p in plans if p] == [[(0, 0, 8, 2, 0)], [(0, 8, 8, 2, 0)], [(0, 16, 4, 1, 1)]]
 
 
 def test_decoding_rows_go_before_prefill_and_the_rest_of_the_budget_is_filled() -> None:

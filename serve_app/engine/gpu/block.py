@@ -1,0 +1,208 @@
+"""What the GPU engine must know of one decoder layer, read off transformers' module: never off the family's name.
+
+A module that does not look like norm, attention, norm, gated MLP is refused; whether one that looks so also computes so
+is for the self-check (self_check.py) to say. Merging projections leaves the module's own parameters as views into
+the merged ones, so the layer stays whole and nothing is held twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from serve_app.engine.gpu.kernels.activation import Activation
+
+_FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # frequencies that do not change with the length
+
+
+class NotFusable(Exception):
+    """This layer is none that the fused path computes; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMS norm. offset: it multiplies by 1 + weight (Gemma)."""
+
+    weight: Tensor
+    eps: float
+    offset: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """weight [out, in], bias [out] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One decoder layer. cos, sin: [positions, rotary / 2] float32."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    scale: float
+    softcap: float | None
+    window: int | None
+    sinks: Tensor | None
+    cos: Tensor
+    sin: Tensor
+    norm_in: Norm
+    qkv: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+    out: Linear
+    after_attention: Norm | None  # on what attention gives, before it is added (Gemma)
+    norm_mid: Norm
+    gate_up: Linear
+    down: Linear
+    after_mlp: Norm | None
+    activation: Activation
+
+
+def read_block(layer: nn.Module, rotary: Any, context_length: int) -> Block:
+    """The facts and merged weights of one layer. Raises NotFusable."""
+    attention, mlp = _child(layer, "self_attn"), _child(layer, "mlp")
+    qkv = _merged(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
+    gate_up = _merged(mlp, ("gate_proj", "up_proj"), "gate_up_proj")
+    out, down = _linear(attention, "o_proj"), _linear(mlp, "down_proj")
+    dim = int(attention.head_dim)
+    heads = out.weight.shape[1] // dim
+    kv_heads = (qkv.weight.shape[0] // dim - heads) // 2
+    if dim & (dim - 1) or dim < 16:
+        raise NotFusable(f"heads of {dim} dimensions, which is no power of two of 16 or more")
+    if (heads + 2 * kv_heads) * dim != qkv.weight.shape[0] or heads % kv_heads:
+        raise NotFusable(f"{qkv.weight.shape[0]} outputs of q, k and v do not make up heads of {dim}")
+    has_post_norms = hasattr(layer, "post_feedforward_layernorm")
+    if has_post_norms != hasattr(layer, "pre_feedforward_layernorm"):
+        raise NotFusable("norms in an unknown arrangement")
+    q_norm, k_norm = _optional_norm(attention, "q_norm"), _optional_norm(attention, "k_norm")
+    if (q_norm is None) != (k_norm is None) or (q_norm is not None and q_norm.weight.shape != (dim,)):
+        raise NotFusable("query and key norms that are not per head")
+    cos, sin = _rotation(rotary, layer, qkv.weight.device, context_length)
+    window = getattr(attention, "sliding_window", None)
+    return Block(
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        scale=float(attention.scaling),
+        softcap=getattr(attention, "attn_logit_softcapping", None),
+        window=int(window) if window is not None else None,
+        sinks=getattr(attention, "sinks", None),
+        cos=cos,
+        sin=sin,
+        norm_in=_norm(layer, "input_layernorm"),
+        qkv=qkv,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        out=out,
+        after_attention=_norm(layer, "post_attention_layernorm") if has_post_norms else None,
+        norm_mid=_norm(layer, "pre_feedforward_layernorm" if has_post_norms else "post_attention_layernorm"),
+        gate_up=gate_up,
+        down=down,
+        after_mlp=_norm(layer, "post_feedforward_layernorm") if has_post_norms else None,
+        activation=_activation(getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)),
+    )
+
+
+def _child(module: nn.Module, name: str) -> Any:
+    child = getattr(module, name, None)
+    if not isinstance(child, nn.Module):
+        raise NotFusable(f"{type(module).__name__} has no {name}")
+    return child
+
+
+def _linear(module: nn.Module, name: str) -> Linear:
+    child = _child(module, name)
+    if type(child) is not nn.Linear:
+        raise NotFusable(f"{name} is no plain linear layer but {type(child).__name__}")
+    return Linear(child.weight.detach(), child.bias.detach() if child.bias is not None else None)
+
+
+def _merged(module: nn.Module, parts: tuple[str, ...], whole: str) -> Linear:
+    """One matrix of several projections of the same input; their parameters become views into it."""
+    if hasattr(module, whole):
+        return _linear(module, whole)
+    linears = [_linear(module, name) for name in parts]
+    if len({linear.bias is None for linear in linears}) != 1:
+        raise NotFusable(f"some of {', '.join(parts)} have a bias and some have none")
+    weight = _join(module, parts, "weight")
+    return Linear(weight, None if linears[0].bias is None else _join(module, parts, "bias"))
+
+
+def _join(module: nn.Module, parts: tuple[str, ...], leaf: str) -> Tensor:
+    owners = [module.get_submodule(name) for name in parts]
+    merged = torch.cat([owner._parameters[leaf].detach() for owner in owners])  # type: ignore[union-attr]
+    at = 0
+    for owner in owners:
+        old = owner._parameters[leaf]
+        assert old is not None
+        old.data = merged[at : at + len(old)]
+        at += len(old)
+    return merged
+
+
+def _optional_norm(module: nn.Module, name: str) -> Norm | None:
+    return _norm(module, name) if isinstance(getattr(module, name, None), nn.Module) else None
+
+
+def _norm(module: nn.Module, name: str) -> Norm:
+    return read_norm(_child(module, name))
+
+
+@torch.inference_mode()
+def read_norm(norm: nn.Module) -> Norm:
+    """Which RMS norm a module is, seen from what it does to a random row. Raises NotFusable."""
+    weight: Any = getattr(norm, "weight", None)
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if not isinstance(weight, Tensor) or not isinstance(eps, float) or getattr(norm, "bias", None) is not None:
+        raise NotFusable(f"{type(norm).__name__} is no RMS norm with a weight")
+    x = torch.randn((4, len(weight)), device=weight.device, dtype=weight.dtype)
+    wanted, scaled = norm(x).float(), x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    for offset in (False, True):
+        found = scaled * (weight.float() + float(offset))
+        if (found - wanted).norm() <= 0.01 * wanted.norm():
+            return Norm(weight.detach(), eps, offset)
+    raise NotFusable(f"{type(norm).__name__} does not compute an RMS norm")
+
+
+@torch.inference_mode()
+def _activation(module: Any) -> Activation:
+    if module is None:
+        raise NotFusable("the MLP names no activation")
+    x = torch.linspace(-6, 6, 64)
+    known: dict[Activation, Tensor] = {
+        "silu": nn.functional.silu(x),
+        "gelu_tanh": nn.functional.gelu(x, approximate="tanh"),
+    }
+    wanted = module(x)
+    for name, found in known.items():
+        if torch.allclose(found, wanted, atol=1e-5):
+            return name
+    raise NotFusable(f"activation {type(module).__name__}")
+
+
+@torch.inference_mode()
+def _rotation(rotary: Any, layer: Any, device: torch.device, context_length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position, half of each row (the other half is the same), in float32."""
+    if rotary is None:
+        raise NotFusable("no rotary embedding")
+    arguments: dict[str, Any] = {}
+    kind: Any = getattr(rotary, "rope_type", None)
+    if "layer_type" in inspect.signature(rotary.forward).parameters:
+        arguments["layer_type"] = getattr(layer.self_attn, "layer_type", None)
+        kind = kind.get(arguments["layer_type"]) if isinstance(kind, dict) else kind
+    if kind not in _FIXED_ROPES:
+        raise NotFusable(f"rotary embedding of type {kind!r}")
+    positions = torch.arange(context_length, device=device)[None]
+    cos, sin = rotary(torch.zeros((), device=device), positions, **arguments)
+    half = cos.shape[-1] // 2
+    if not torch.equal(cos[..., :half], cos[..., half:]):
+        raise NotFusable("a rotary embedding that is not in half-split form")
+    return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
