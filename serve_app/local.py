@@ -25,7 +25,7 @@ from serve_app.pipeline.witness import StageSpan
 from serve_app.receipts.identity import NodeIdentity, RegisteredNode, Registry
 from serve_app.receipts.rows import Boundary
 from serve_app.receipts.statement import StatementChain
-from serve_app.scheduling.scheduler import Scheduler
+from serve_app.scheduling.scheduler import Scheduler, lookahead, max_flights
 from serve_app.transport.edge import LocalEdge
 from shard_tools.canonical import Value
 from shard_tools.manifest import Manifest
@@ -89,8 +89,6 @@ class LocalPipeline:
             chain = StatementChain(sessions[i])
             self.stages.insert(0, Stage(engine, span, chain, next=after, head=to_head, epoch=_EPOCH))
 
-        # One more step in flight than stages keeps each stage busy while tokens travel back.
-        flights = stages + 1
         scheduler = Scheduler(
             epoch=_EPOCH,
             n_pages=limits.n_pages,
@@ -99,7 +97,7 @@ class LocalPipeline:
             max_running=limits.max_running,
             max_waiting=limits.max_waiting,
             micro_batches=stages,
-            lookahead=stages == 1,
+            lookahead=lookahead(stages),
         )
         facts = PipelineFacts(
             epoch=_EPOCH,
@@ -107,7 +105,7 @@ class LocalPipeline:
             n_stages=stages,
             context_length=manifest.context_length,
             vocab_size=manifest.vocab_size,
-            max_flights=flights,
+            max_flights=max_flights(stages),
             step_timeout_s=60.0,
             certificates=tuple(session.certificate for session in sessions),
             registry=registry.seal(self.operator),

@@ -17,7 +17,7 @@ from serve_app.pipeline.head import Head, PipelineFacts
 from serve_app.pipeline.head_server import HeadServer
 from serve_app.pipeline.warm_up import warm_up_request
 from serve_app.receipts.identity import NodeIdentity, first_expiry
-from serve_app.scheduling.scheduler import Scheduler
+from serve_app.scheduling.scheduler import Scheduler, lookahead, max_flights
 from serve_app.transport.link import LinkAddress
 from shard_tools.canonical import Value
 
@@ -30,8 +30,6 @@ class _HeadProcess:
     def __init__(self, spec: HeadSpec, first: Any) -> None:
         identity = NodeIdentity.load_or_create(node_key_path(spec.state_dir))
         session = identity.open_session("head", spec.epoch, int(time.time()), spec.session_lifetime_s)
-        # P + 1 steps in flight keep every stage busy while tokens travel back.
-        flights = spec.n_stages + 1
         scheduler = Scheduler(
             epoch=spec.epoch,
             n_pages=spec.n_pages,
@@ -40,7 +38,7 @@ class _HeadProcess:
             max_running=spec.max_requests,
             max_waiting=spec.max_waiting,
             micro_batches=spec.n_stages,
-            lookahead=spec.n_stages == 1,
+            lookahead=lookahead(spec.n_stages),
         )
         facts = PipelineFacts(
             epoch=spec.epoch,
@@ -48,7 +46,7 @@ class _HeadProcess:
             n_stages=spec.n_stages,
             context_length=spec.context_length,
             vocab_size=spec.vocab_size,
-            max_flights=flights,
+            max_flights=max_flights(spec.n_stages),
             step_timeout_s=_STEP_TIMEOUT_S,
             certificates=spec.certificates,
             registry=spec.registry,

@@ -29,18 +29,27 @@ class EngineProfile:
     memory_bytes: int  # free for KV on the device, a snapshot
 
 
+class Digests(Protocol):
+    """Hashes of a step's rows that the engine made itself."""
+
+    def wait(self) -> tuple[memoryview, memoryview]:
+        """32 bytes a row, of those that came in and of those that went out."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """What one step took in and gave.
 
     received: the rows as they were computed from, which differ from those sent only where an id was DRAWN_LAST.
-    hidden: the rows leaving the last layer, little-endian, in row order. tokens: what was drawn, one per span that
-    asked; empty on a stage without the head. Nobody writes to either buffer any more.
+    hidden: the rows leaving the last layer, little-endian, in row order; empty if `hash_rows` said that nobody needs
+    them. tokens: what was drawn, one per span that asked; empty on a stage without the head. Nobody writes to either
+    buffer any more. digests: None unless `hash_rows` was agreed to.
     """
 
     received: memoryview
     hidden: memoryview
     tokens: tuple[int, ...]
+    digests: Digests | None = None
 
 
 class Launched(Protocol):
@@ -70,6 +79,13 @@ class Engine(Protocol):
 
     def reserve(self, n_pages: int, max_sequences: int) -> None:
         """Make room for this many KV pages and sequences open at a time. Called once, before the first step."""
+
+    def hash_rows(self, inlet: bytes, outlet: bytes, *, hand_on: bool) -> bool:
+        """Asks for the SHA-256 of each row behind one of these 56-byte prefixes and its position as a u64.
+
+        Called once, before the first step. hand_on: the rows are needed as well. Returns False, and changes nothing,
+        if rows are on the host anyway: who wants hashes makes them from the bytes.
+        """
 
     def launch(self, plan: StepPlan, rows: memoryview) -> Launched:
         """Begin one step: open, compute, draw, close, in this order. Steps take effect in the order of launching.

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import json
+import logging
+import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from serve_app.engine.engine import ActivationDtype, DeviceName
+from serve_app.engine.engine import ActivationDtype, DeviceName, Engine, StepOutput
 from serve_app.engine.kv_pages import KvPages
 from serve_app.engine.stage_model import StageModel
 from serve_app.engine.torch_engine import TORCH_DTYPES, TorchEngine
 from serve_app.errors import ConfigError
+from serve_app.messages.step import StepPlan
 from shard_tools.cid import Cid
 from shard_tools.fetch import read_file, read_tensor
 from shard_tools.manifest import Manifest
 from shard_tools.store.block_store import BlockStore
+
+_log = logging.getLogger(__name__)
+
+
+class LoadedEngine(Engine, Protocol):
+    """An engine whose arithmetic can be looked at."""
+
+    def run(self, plan: StepPlan, rows: memoryview) -> StepOutput:
+        """The step, waited for."""
+
+    def logits_of(self, hidden: memoryview) -> Tensor:
+        """float32 [rows, vocab] of rows that left the last layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +43,11 @@ class LoadOptions:
     dtype: ActivationDtype
     page_size: int
     threads: int | None  # None: leave torch's own
+    fused: bool = True  # False: plain torch ops, whatever the device
 
 
-def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> TorchEngine:
-    """The engine of layers [start, stop), with embedding and head where they belong.
+def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> LoadedEngine:
+    """The engine of layers [start, stop), with embedding and head where they belong: the fastest that can compute them.
 
     Raises NotFoundError, CorruptBlockError naming the block, ConfigError for a device or model that cannot be.
     """
@@ -64,7 +80,7 @@ def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, op
         device=device,
         dtype=TORCH_DTYPES[options.dtype],
     )
-    return TorchEngine(
+    plain = TorchEngine(
         model,
         kv,
         embeds=start == 0,
@@ -74,6 +90,28 @@ def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, op
         device=device,
         dtype=options.dtype,
     )
+    if options.fused and options.device == "cuda" and options.dtype != "float32":
+        return _fused(plain, options)
+    return plain
+
+
+def _fused(plain: TorchEngine, options: LoadOptions) -> LoadedEngine:
+    """The GPU engine on the same weights, or the plain one where it does not fit the model: slower, never wrong."""
+    try:
+        from serve_app.engine.gpu.block import NotFusable
+        from serve_app.engine.gpu.engine import GpuEngine
+        from serve_app.engine.gpu.stage_weights import read_weights
+    except ImportError as e:
+        _log.warning("no Triton, so this stage computes with plain torch ops, many times slower: %s", e)
+        return plain
+    try:
+        began = time.perf_counter()
+        engine = GpuEngine(plain, read_weights(plain, options.page_size), options.page_size)
+        engine.timings["check_s"] = time.perf_counter() - began
+        return engine
+    except NotFusable as e:
+        _log.warning("this stage computes with plain torch ops, many times slower, because of %s", e)
+        return plain
 
 
 def computes_fast_in(dtype: ActivationDtype, device: DeviceName) -> bool:

@@ -65,6 +65,7 @@ class StageModel:
         """
         attention.register()
         self._device, self._dtype = device, dtype
+        self._start, self._stop = start, stop
         self._parameters: dict[str, nn.Parameter] = {}
         names = list(names)
         self._body = _skeleton(config, dtype)
@@ -83,6 +84,39 @@ class StageModel:
         unplaced = sorted(set(names) - self._parameters.keys())
         if unplaced:
             raise ConfigError(f"the model's code has no place for {unplaced[0]} ({len(unplaced)} such tensors)")
+
+    @property
+    def body(self) -> Any:
+        """transformers' model of this range: foreign layers pass through, the final norm is taken out."""
+        return self._body
+
+    @property
+    def head(self) -> Any:
+        """transformers' model from the final norm on, if the head is here."""
+        return self._head
+
+    @property
+    def config(self) -> Any:
+        """transformers' parsed configuration."""
+        return self._body.config
+
+    @property
+    def holder(self) -> Any:
+        """The module that holds the decoder layers and what belongs to all of them."""
+        return _layer_list(self._body)[0]
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers of this range, in order."""
+        holder, name = _layer_list(self._body)
+        return list(getattr(holder, name))[self._start : self._stop]
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm between the last layer and the output layer."""
+        holder, _ = _layer_list(self._head)
+        found: nn.Module = next(getattr(holder, name) for name in _FINAL_NORMS if hasattr(holder, name))
+        return found
 
     @property
     def parameter_bytes(self) -> int:

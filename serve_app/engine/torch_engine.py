@@ -37,13 +37,12 @@ class TorchEngine:
         device: torch.device,
         dtype: ActivationDtype,
     ) -> None:
-        self._model, self._kv = model, kv
-        self._embeds, self._has_head = embeds, head
-        self._hidden_size, self._vocab_size = hidden_size, vocab_size
-        self._device, self._dtype = device, TORCH_DTYPES[dtype]
+        self.model, self.embeds, self.has_head, self.vocab_size = model, embeds, head, vocab_size
+        self.device, self.dtype = device, TORCH_DTYPES[dtype]
+        self._kv, self._hidden_size = kv, hidden_size
         self._draws: dict[int, Draw] = {}
         self._last: dict[int, int] = {}  # the token each open sequence drew last
-        self._row_bytes = 4 if embeds else hidden_size * self._dtype.itemsize
+        self._row_bytes = 4 if embeds else hidden_size * self.dtype.itemsize
         self.profile = EngineProfile(
             description=(
                 f"torch {torch.__version__}, transformers {transformers.__version__}, {NAME}, {dtype}, "
@@ -60,6 +59,9 @@ class TorchEngine:
     def reserve(self, n_pages: int, max_sequences: int = 0) -> None:
         self._kv.reserve(n_pages)
 
+    def hash_rows(self, inlet: bytes, outlet: bytes, *, hand_on: bool) -> bool:
+        return False
+
     def launch(self, plan: StepPlan, rows: memoryview) -> Done:
         return Done(self.run(plan, rows))
 
@@ -75,8 +77,8 @@ class TorchEngine:
         with self._kv.step(plan):
             self._open(plan)
             if inputs is not None:
-                hidden = self._model.forward(inputs, self._positions())
-                if self._has_head:
+                hidden = self.model.forward(inputs, self._positions())
+                if self.has_head:
                     tokens = self._draw(plan, hidden)
                 out = hidden.contiguous().cpu().view(torch.uint8).numpy().reshape(-1).data
         for seq in plan.closes["seq"]:
@@ -87,18 +89,18 @@ class TorchEngine:
     @torch.inference_mode()
     def logits_of(self, hidden: memoryview) -> Tensor:
         """float32 [rows, vocab] of rows that left the last layer: for whoever checks this engine's arithmetic."""
-        rows = torch.frombuffer(bytearray(hidden), dtype=self._dtype).view(-1, self._hidden_size)
-        return self._model.logits(rows.to(self._device))
+        rows = torch.frombuffer(bytearray(hidden), dtype=self.dtype).view(-1, self._hidden_size)
+        return self.model.logits(rows.to(self.device))
 
     def _open(self, plan: StepPlan) -> None:
-        if self._has_head:
+        if self.has_head:
             for o in plan.opens:
                 draw = Draw(int(o["temperature_micro"]), int(o["top_k"]), int(o["top_p_micro"]), o["key"].tobytes())
                 self._draws[int(o["seq"])] = draw
 
     def _resolve(self, plan: StepPlan, rows: memoryview) -> memoryview:
         """The rows with ids in place of DRAWN_LAST; the same buffer if there are none."""
-        if not (self._embeds and self._has_head and plan.rows):
+        if not (self.embeds and self.has_head and plan.rows):
             return rows
         ids = np.frombuffer(rows, "<u4")
         later = np.flatnonzero(ids == DRAWN_LAST)
@@ -114,23 +116,23 @@ class TorchEngine:
 
     def _tensor(self, rows: memoryview) -> Tensor:
         """The rows of a message, on the device; copied, since torch may not write into bytes."""
-        if not self._embeds:
-            flat = torch.frombuffer(bytearray(rows), dtype=self._dtype)
-            return flat.view(-1, self._hidden_size).to(self._device)
+        if not self.embeds:
+            flat = torch.frombuffer(bytearray(rows), dtype=self.dtype)
+            return flat.view(-1, self._hidden_size).to(self.device)
         ids = np.frombuffer(rows, "<u4")
-        if int(ids.max()) >= self._vocab_size:
-            raise ProtocolError(f"token id {int(ids.max())} in a vocabulary of {self._vocab_size}")
-        return torch.from_numpy(ids.astype(np.int64)).to(self._device)
+        if int(ids.max()) >= self.vocab_size:
+            raise ProtocolError(f"token id {int(ids.max())} in a vocabulary of {self.vocab_size}")
+        return torch.from_numpy(ids.astype(np.int64)).to(self.device)
 
     def _positions(self) -> Tensor:
-        return torch.cat([torch.arange(s.start, s.length) for s in self._kv.spans]).to(self._device)
+        return torch.cat([torch.arange(s.start, s.length) for s in self._kv.spans]).to(self.device)
 
     def _draw(self, plan: StepPlan, hidden: Tensor) -> tuple[int, ...]:
         asked = [(s, int(span["seq"])) for s, span in zip(self._kv.spans, plan.spans, strict=True) if span["sample"]]
         if not asked:
             return ()
-        last = torch.tensor([s.row + s.count - 1 for s, _ in asked], device=self._device)
-        logits = self._model.logits(hidden.index_select(0, last)).cpu().numpy()
+        last = torch.tensor([s.row + s.count - 1 for s, _ in asked], device=self.device)
+        logits = self.model.logits(hidden.index_select(0, last)).cpu().numpy()
         if not np.isfinite(logits).all():
             raise PipelineError("the last stage computed logits that are not finite")
         drawn = tuple(self._draws[seq].token(row, s.length) for row, (s, seq) in zip(logits, asked, strict=True))

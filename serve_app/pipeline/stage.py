@@ -41,7 +41,8 @@ class Stage:
     ) -> None:
         self._engine, self._span, self._next, self._head, self._epoch = engine, span, next, head, epoch
         self._head_lock = threading.Lock()  # the witness and the collector speak to the Head too
-        self.witness = Witness(span, chain, self._reply)
+        hashed = engine.hash_rows(span.inlet.leaf_prefix, span.outlet.leaf_prefix, hand_on=next is not None)
+        self.witness = Witness(span, chain, self._reply, hashed)
         self._inbox: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUED)
         self._flights: queue.Queue[_Flight | None] = queue.Queue(MAX_LAUNCHED)
         self.steps = 0
@@ -116,7 +117,7 @@ class Stage:
                 self._reply(StepResult(plan.epoch, plan.step, out.tokens))
         except PipelineError as e:
             self._reply(Fault(plan.epoch, self._span.stage, plan.step, f"the next stage is gone: {e}"))
-        self.witness.saw(plan, out.received, out.hidden)
+        self.witness.saw(plan, out)
 
     def _failed(self, plan: StepPlan, error: Exception) -> None:
         _log.error("stage %d failed in step %d", self._span.stage, plan.step, exc_info=error)

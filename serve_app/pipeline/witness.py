@@ -2,8 +2,8 @@
 
 A thread of its own works through steps in order, at most BEHIND of them late; then the stage waits. For every open
 sequence it grows two trees, of the bytes as they came in and as they went out. A close says how many rows count, which
-may be one less than ran, so the last row that drew is hashed only when it is known to count. A close makes it tell the
-Head both roots; only when the Head says that all stages' roots match does it sign.
+may be some less than ran, so the last rows that drew are hashed only when they are known to count. A close makes it
+tell the Head both roots; only when the Head says that all stages' roots match does it sign.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from serve_app.engine.engine import StepOutput
 from serve_app.messages.step import Fault, Reply, Roots, Signed, StepPlan
 from serve_app.receipts.rows import Boundary, RowTree, ids_boundary
 from serve_app.receipts.statement import StageStatement, StatementChain
 from shard_tools import canonical
 from shard_tools.cid import Cid
 
+MAX_VOID = 4  # rows of a sequence that may run before it is known that it has ended: a Head looks two ahead
+_HELD = 16 + MAX_VOID
 BEHIND = 2  # steps: what DESIGN 2.7 allows between a row leaving and its hash
 _MAX_UNSIGNED = 4096  # closed sequences kept for a signature that never came (a Head that died)
 _log = logging.getLogger(__name__)
@@ -53,39 +56,54 @@ class _Trees:
     started_ms: int
     inlet: RowTree
     outlet: RowTree
-    held: tuple[int, memoryview, memoryview] | None = None  # position, bytes in, bytes out of a row that may be void
+    hashed: bool  # rows come as their leaves
+    held: list[tuple[memoryview, memoryview]] = field(default_factory=list)  # of the last rows: in and out
     ended_ms: int = 0
 
-    def append(self, start: int, received: memoryview, sent: memoryview) -> None:
-        self.inlet.append(start, received)
-        self.outlet.append(start, sent)
+    def append(self, received: memoryview | bytes, sent: memoryview | bytes) -> None:
+        """Rows that count."""
+        for tree, rows in ((self.inlet, received), (self.outlet, sent)):
+            (tree.append_leaves if self.hashed else tree.append)(len(tree), rows)
+
+    def hold(self, position: int, received: memoryview, sent: memoryview) -> None:
+        """A row that may turn out void. Older ones are hashed many at a time: each call has its price."""
+        held = self.held
+        if not held:
+            assert position == len(self.inlet), "rows with a gap"
+        held.append((received, sent))
+        if len(held) >= _HELD:
+            self.release(position + 1 - MAX_VOID)
 
     def release(self, rows: int) -> None:
-        """Hash the row held back, if it is one of the first `rows`."""
-        if self.held is not None and self.held[0] < rows:
-            self.append(*self.held)
-        self.held = None
+        """Of the rows held, those that are among the first `rows` of the sequence count."""
+        n = min(max(rows - len(self.inlet), 0), len(self.held))
+        if n:
+            self.append(*(b"".join(part) for part in zip(*self.held[:n], strict=True)))
+            del self.held[:n]
 
 
 class Witness:
     """One stage's memory of what it has seen; speaks to the Head through `reply`."""
 
-    def __init__(self, span: StageSpan, chain: StatementChain, reply: Callable[[Reply], None]) -> None:
-        self._span, self._chain, self._reply = span, chain, reply
-        self._work: queue.Queue[tuple[StepPlan, memoryview, memoryview, bool] | None] = queue.Queue(BEHIND)
+    def __init__(
+        self, span: StageSpan, chain: StatementChain, reply: Callable[[Reply], None], hashed: bool = False
+    ) -> None:
+        """hashed: steps come with the engine's own digests of their rows."""
+        self._span, self._chain, self._reply, self._hashed = span, chain, reply, hashed
+        self._work: queue.Queue[tuple[StepPlan, StepOutput | None] | None] = queue.Queue(BEHIND)
         self._open: dict[int, _Trees] = {}
         self._closed: OrderedDict[int, _Trees] = OrderedDict()
         self.rows_hashed = 0  # of closed sequences; benchmarks compare it with the tokens processed
         self._thread = threading.Thread(target=self._run, name="witness", daemon=True)
         self._thread.start()
 
-    def saw(self, plan: StepPlan, received: memoryview, sent: memoryview) -> None:
-        """A step has run. The caller no longer writes to either buffer. Blocks while BEHIND steps wait."""
-        self._work.put((plan, received, sent, False))
+    def saw(self, plan: StepPlan, output: StepOutput) -> None:
+        """A step has run. Blocks while BEHIND steps wait."""
+        self._work.put((plan, output))
 
     def lost(self, plan: StepPlan) -> None:
         """A step failed: its rows will never be known, so nothing is signed for its sequences."""
-        self._work.put((plan, memoryview(b""), memoryview(b""), True))
+        self._work.put((plan, None))
 
     def close(self) -> None:
         """Work off what is queued, then stop."""
@@ -94,34 +112,40 @@ class Witness:
 
     def _run(self) -> None:
         while (item := self._work.get()) is not None:
-            plan, received, sent, lost = item
+            plan, output = item
             try:
-                if lost:
+                if output is None:
                     for seq in plan.spans["seq"].tolist():
                         self._open.pop(seq, None)
                 else:
-                    self._hash(plan, received, sent)
+                    self._hash(plan, output)
                 self._end_and_sign(plan)
             except Exception as e:
                 _log.exception("stage %d could not witness step %d", self._span.stage, plan.step)
                 self._reply(Fault(plan.epoch, self._span.stage, plan.step, f"hashing or signing failed: {e}"))
 
-    def _hash(self, plan: StepPlan, received: memoryview, sent: memoryview) -> None:
+    def _hash(self, plan: StepPlan, output: StepOutput) -> None:
         for item in plan.opens:
             inlet, outlet = RowTree(self._span.inlet), RowTree(self._span.outlet)
-            self._open[int(item["seq"])] = _Trees(item["request"].tobytes(), _now_ms(), inlet, outlet)
-        size_in, size_out, row = self._span.inlet.row_bytes, self._span.outlet.row_bytes, 0
+            self._open[int(item["seq"])] = _Trees(item["request"].tobytes(), _now_ms(), inlet, outlet, self._hashed)
+        if self._hashed and plan.rows:
+            assert output.digests is not None
+            (received, sent), size_in, size_out = output.digests.wait(), 32, 32
+        else:
+            received, sent = output.received, output.hidden
+            size_in, size_out = self._span.inlet.row_bytes, self._span.outlet.row_bytes
+        row = 0
         columns = (plan.spans[k].tolist() for k in ("seq", "start", "count", "sample"))
         for seq, start, count, sample in zip(*columns, strict=True):
             trees = self._open.get(seq)
             if trees is not None:  # else an earlier step of it was lost
-                trees.release(start)
                 rows_in = received[row * size_in : (row + count) * size_in]
                 rows_out = sent[row * size_out : (row + count) * size_out]
                 if count == 1 and sample:
-                    trees.held = start, rows_in, rows_out
+                    trees.hold(start, rows_in, rows_out)
                 else:
-                    trees.append(start, rows_in, rows_out)
+                    trees.release(start)
+                    trees.append(rows_in, rows_out)
             row += count
 
     def _end_and_sign(self, plan: StepPlan) -> None:

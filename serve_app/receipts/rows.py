@@ -14,6 +14,7 @@ Bytes: PROTOCOL.md. Knows nothing of requests, signatures, numpy or torch: rows 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from shard_tools.cid import Cid, Codec
 
 RowDtype = Literal["ids", "float32", "bfloat16", "float16"]
 
+_REMEMBERED_IDS = 4096
 PAGE_ROWS = 16  # rows of a KV page; a power of two, or the law of pages would not hold
 
 _TAG = b"llmd.row.v1\0\0\0"  # 14 bytes: they make the header one 64-byte block of SHA-256
@@ -56,6 +58,11 @@ class Boundary:
         """Size of one row, bytes."""
         return self.width * _SIZES[self.dtype]
 
+    @property
+    def leaf_prefix(self) -> bytes:
+        """56 bytes: a row's leaf is the SHA-256 of these, its position as a little-endian u64, and its own bytes."""
+        return _HEADER.pack(b"\0", _TAG, self.manifest.digest, self.layer, _CODES[self.dtype], self.width)
+
 
 class RowTree:
     """Hashes rows as they come and keeps one root per full subtree: O(log n) memory, whatever the length."""
@@ -63,9 +70,7 @@ class RowTree:
     def __init__(self, boundary: Boundary, first_position: int = 0) -> None:
         self.boundary = boundary
         self._row_bytes = boundary.row_bytes
-        self._header = _HEADER.pack(
-            b"\0", _TAG, boundary.manifest.digest, boundary.layer, _CODES[boundary.dtype], boundary.width
-        )
+        self._header = boundary.leaf_prefix
         self._next = first_position
         self._count = 0
         self._roots: list[bytes] = []  # of the full subtrees that tile the rows so far, largest first
@@ -84,12 +89,31 @@ class RowTree:
         assert view.itemsize == 1 and rest == 0, f"{len(view)} bytes are no whole number of rows of {size}"
         assert first_position == self._next, f"rows of position {first_position} where {self._next} comes next"
         # One hash per row, a few hundred nanoseconds of Python each: names are bound outside the loop.
-        sha256, header, position, roots = hashlib.sha256, self._header, _POSITION.pack, self._roots
-        count = self._count
-        for i in range(n_rows):
-            hasher = sha256(header + position(first_position + i))
-            hasher.update(view[i * size : (i + 1) * size])
-            node = hasher.digest()
+        sha256, header, position = hashlib.sha256, self._header, _POSITION.pack
+        if size <= 64:  # one call, rather than one that a second continues, costs half for a token id
+            leaves = [
+                sha256(header + position(first_position + i) + view[i * size : (i + 1) * size]).digest()
+                for i in range(n_rows)
+            ]
+        else:
+            leaves = []
+            for i in range(n_rows):
+                hasher = sha256(header + position(first_position + i))
+                hasher.update(view[i * size : (i + 1) * size])
+                leaves.append(hasher.digest())
+        self._grow(leaves)
+
+    def append_leaves(self, first_position: int, leaves: bytes | memoryview) -> None:
+        """As append, where the leaves of the rows (32 bytes each) were made elsewhere by the rule of leaf_prefix."""
+        n_rows, rest = divmod(len(leaves), 32)
+        assert rest == 0, f"{len(leaves)} bytes are no whole number of leaves"
+        assert first_position == self._next, f"rows of position {first_position} where {self._next} comes next"
+        view = bytes(leaves)
+        self._grow([view[i : i + 32] for i in range(0, 32 * n_rows, 32)])
+
+    def _grow(self, leaves: list[bytes]) -> None:
+        sha256, roots, count = hashlib.sha256, self._roots, self._count
+        for node in leaves:
             filled = count
             while filled & 1:  # two subtrees of equal size become one
                 node = sha256(b"\1" + roots.pop() + node).digest()
@@ -97,7 +121,7 @@ class RowTree:
             roots.append(node)
             count += 1
         self._count = count
-        self._next += n_rows
+        self._next += len(leaves)
 
     def root(self) -> bytes:
         """32 bytes: the root over all rows so far; the tree goes on growing."""
@@ -128,6 +152,18 @@ def ids_bytes(ids: Sequence[int]) -> bytes:
 
 def ids_root(manifest: Cid, ids: Sequence[int], first_position: int = 0) -> bytes:
     """32 bytes: the root over token ids that stand at first_position and after."""
+    if len(ids) <= _REMEMBERED_IDS:
+        return _remembered_root(manifest, tuple(ids), first_position)
+    return _ids_root(manifest, ids, first_position)
+
+
+@functools.lru_cache(maxsize=512)
+def _remembered_root(manifest: Cid, ids: tuple[int, ...], first_position: int) -> bytes:
+    # A request's prompt and answer are each asked for three times between its submission and its receipt.
+    return _ids_root(manifest, ids, first_position)
+
+
+def _ids_root(manifest: Cid, ids: Sequence[int], first_position: int) -> bytes:
     tree = RowTree(ids_boundary(manifest), first_position)
     tree.append(first_position, ids_bytes(ids))
     return tree.root()

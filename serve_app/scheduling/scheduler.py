@@ -3,7 +3,7 @@
 Pure: no Ray, no torch, no clock. `admit`, then `plan` / `apply` in turn, with several steps in flight, so that every
 stage of a pipeline has work. The chunks of a prompt may be in several steps at a time. A sequence that draws waits
 for its token, unless one engine both draws and embeds: then with `lookahead` it also runs the row of the token on its
-way (DRAWN_LAST), so that the engine never waits for the Head; if that token ends the sequence, the row is void.
+way (DRAWN_LAST), so that the engine never waits for the Head; if that token ends the sequence, such rows are void.
 Requests join and leave between any two steps. A request is let in when pages for its longest course can be promised:
 one that runs never waits for pages. Decoding rows go first, then prefill chunks fill the budget, oldest request first.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,16 @@ from serve_app.errors import OverloadedError, ProtocolError, RequestError
 from serve_app.messages.request import FinishReason, Sampling
 from serve_app.messages.step import CLOSE, DRAWN_LAST, OPEN, SPAN, StepPlan, StepResult
 from serve_app.scheduling.pages import PagePool
+
+
+def max_flights(stages: int) -> int:
+    """Steps on their way at a time: one more than stages keeps each busy while tokens travel back."""
+    return stages + 1 + lookahead(stages) // 2
+
+
+def lookahead(stages: int) -> int:
+    """For a pipeline of so many stages. Two tokens ahead hide the Head even where a step takes a millisecond."""
+    return 2 if stages == 1 else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +46,7 @@ class Ticket:
     stop_ids: frozenset[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(NamedTuple):
     """What a step gave one sequence. token None: nothing was drawn. reason None: it goes on."""
 
     seq: int
@@ -49,28 +58,21 @@ class Committed:
 class _Sequence:
     ticket: Ticket
     tokens: list[int]  # prompt, then what was drawn
+    n_prompt: int
+    limit: int  # tokens at most
+    length: int  # tokens, those on their way counted
     promised: int  # pages set aside and not yet taken
     pages: list[int] = field(default_factory=list)
     computed: int = 0  # rows that have run, or run in a step in flight
     opened: bool = False
     flights: int = 0  # steps on their way that hold rows of it
-    drawing: int = 0  # of these, how many draw a token
     ending: Literal["stop", "cancelled"] | None = None
     ended: bool = False
 
-    @property
-    def length(self) -> int:
-        """Tokens, those on their way counted."""
-        return len(self.tokens) + self.drawing
-
-    @property
-    def decoding(self) -> bool:
-        return self.length > len(self.ticket.prompt_ids)
-
-    @property
-    def complete(self) -> bool:
-        """With the tokens on their way it is as long as it may get."""
-        return self.length - len(self.ticket.prompt_ids) >= self.ticket.max_tokens
+    @classmethod
+    def of(cls, ticket: Ticket, promised: int) -> _Sequence:
+        n = len(ticket.prompt_ids)
+        return cls(ticket, list(ticket.prompt_ids), n, n + ticket.max_tokens, n, promised)
 
 
 class Scheduler:
@@ -86,9 +88,12 @@ class Scheduler:
         max_running: int,
         max_waiting: int,
         micro_batches: int,
-        lookahead: bool = False,
+        lookahead: int = 0,
     ) -> None:
-        """micro_batches: into how many steps the running sequences are shared out. lookahead: see above."""
+        """micro_batches: into how many steps the running sequences are shared out.
+
+        lookahead: tokens that may be on their way when a further row is planned; 0 unless one engine draws and embeds.
+        """
         self._epoch = epoch
         self._pool = PagePool(n_pages)
         self._page_size = page_size
@@ -96,7 +101,7 @@ class Scheduler:
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._micro_batches = micro_batches
-        self._lookahead = int(lookahead)
+        self._lookahead = lookahead
         self._waiting: deque[_Sequence] = deque()
         self._running: dict[int, _Sequence] = {}
         self._flights: dict[int, list[tuple[_Sequence, bool]]] = {}  # step -> its sequences, sampled or not
@@ -132,7 +137,7 @@ class Scheduler:
                 f"the request may grow to {need * self._page_size} tokens and this pipeline has room for "
                 f"{self._pool.n_pages * self._page_size}: ask for fewer tokens or raise pipeline.kv_pages"
             )
-        self._waiting.append(_Sequence(ticket, list(ticket.prompt_ids), need))
+        self._waiting.append(_Sequence.of(ticket, need))
         self._let_in()  # only what cannot run yet counts as waiting
         if len(self._waiting) > self._max_waiting:
             self._waiting.pop()
@@ -160,47 +165,80 @@ class Scheduler:
     def plan(self) -> StepPlan | None:
         """The next micro-batch, or None if nothing can run and nothing is to be closed or signed."""
         self._let_in()
-        spans: list[tuple[int, int, int, int, int]] = []
         opens: list[_Sequence] = []
-        pages: list[int] = []
         flight: list[tuple[_Sequence, bool]] = []
-        budget = self._max_step_tokens
+        starts: list[int] = []
+        counts: list[int] = []
+        page_counts: list[int] = []
+        pages: list[int] = []
+        decoding, prompts = self._ready()
         # An equal share for every micro-batch in flight: a front-loaded first one leaves the others' stages idle.
         quota = math.ceil(len(self._running) / self._micro_batches)
-        ready = [s for s in self._running.values() if self._may_run(s)]
-        ready.sort(key=lambda s: not s.decoding)  # stable: decoding first, else oldest first
-        for sequence in ready[:quota]:
-            count = min(sequence.length - sequence.computed, budget)
+        budget = self._max_step_tokens
+        for sequence in decoding[: min(quota, budget)]:
+            start = sequence.computed
+            new = self._grow(sequence, start + 1) if start == len(sequence.pages) * self._page_size else []
+            starts.append(start)
+            counts.append(1)
+            page_counts.append(len(new))
+            pages += new
+            sequence.computed = start + 1
+            sequence.length += 1
+            sequence.flights += 1
+            flight.append((sequence, True))
+        budget -= len(flight)
+        for sequence in prompts[: quota - len(flight)]:
+            start = sequence.computed
+            count = min(sequence.n_prompt - start, budget)
             if count <= 0:
                 break
             budget -= count
-            new = self._grow(sequence, sequence.computed + count)
-            sample = sequence.computed + count == sequence.length
-            spans.append((sequence.ticket.seq, sequence.computed, count, len(new), int(sample)))
+            new = self._grow(sequence, start + count)
+            starts.append(start)
+            counts.append(count)
+            page_counts.append(len(new))
             pages += new
             if not sequence.opened:
                 sequence.opened = True
                 opens.append(sequence)
-            sequence.computed += count
+            sequence.computed = start + count
+            sample = sequence.computed == sequence.n_prompt
+            sequence.length += sample
             sequence.flights += 1
-            sequence.drawing += sample
             flight.append((sequence, sample))
-        if not spans and not self._closes and not self._signs:
+        if not flight and not self._closes and not self._signs:
             return None
+        spans = np.zeros(len(flight), SPAN)
+        spans["seq"] = [sequence.ticket.seq for sequence, _ in flight]
+        spans["sample"] = [sample for _, sample in flight]
+        spans["start"], spans["count"], spans["new_pages"] = starts, counts, page_counts
         plan = StepPlan(
             self._epoch,
             self._next_step,
             np.array([_open(s.ticket) for s in opens], OPEN),
-            np.array(spans, SPAN),
+            spans,
             np.array(pages, "<u4"),
             np.array(self._closes, CLOSE),
             np.array(self._signs, "<u8"),
         )
         self._closes, self._signs = [], []
-        if spans:
+        if flight:
             self._flights[self._next_step] = flight
         self._next_step += 1
         return plan
+
+    def _ready(self) -> tuple[list[_Sequence], list[_Sequence]]:
+        """What may run, oldest first: sequences that draw token after token; those with rows of their prompt left."""
+        decoding, prompts, ahead = [], [], self._lookahead
+        for sequence in self._running.values():
+            if sequence.ending is not None:
+                continue
+            length = sequence.length
+            if length == sequence.n_prompt:
+                prompts.append(sequence)
+            elif length < sequence.limit and length - len(sequence.tokens) <= ahead:
+                decoding.append(sequence)
+        return decoding, prompts
 
     def rows_of(self, plan: StepPlan) -> bytes:
         """The token ids of a plan's rows, uint32 little-endian: stage 0's payload."""
@@ -227,21 +265,19 @@ class Scheduler:
         out: list[Committed] = []
         for sequence, sampled in flight:
             sequence.flights -= 1
-            sequence.drawing -= sampled
             token = next(tokens) if sampled else None
             if sequence.ended:
                 continue  # while this step ran: its rows are void
-            ticket = sequence.ticket
             reason: FinishReason | None = sequence.ending
             if token is not None:
                 sequence.tokens.append(token)
-                if reason is None and token in ticket.stop_ids:
+                if reason is None and token in sequence.ticket.stop_ids:
                     reason = "stop"
-                if reason is None and len(sequence.tokens) - len(ticket.prompt_ids) >= ticket.max_tokens:
+                if reason is None and len(sequence.tokens) >= sequence.limit:
                     reason = "length"
-                out.append(Committed(ticket.seq, token, reason))
+                out.append(Committed(sequence.ticket.seq, token, reason))
             elif reason is not None:
-                out.append(Committed(ticket.seq, None, reason))
+                out.append(Committed(sequence.ticket.seq, None, reason))
             if reason is not None:
                 self._finish(sequence, reason)
         return out
@@ -265,11 +301,6 @@ class Scheduler:
             self.drop(seq)
         return dropped
 
-    def _may_run(self, sequence: _Sequence) -> bool:
-        if sequence.ending is not None or sequence.complete:
-            return False
-        return sequence.drawing <= (self._lookahead if sequence.decoding else 0)
-
     def _let_in(self) -> None:
         while self._waiting and len(self._running) < self._max_running:
             if not self._pool.promise(self._waiting[0].promised):
@@ -290,7 +321,7 @@ class Scheduler:
         sequence.ended = True
         self._pool.give_back(sequence.pages, sequence.promised)
         if sequence.opened:
-            drew = len(sequence.tokens) > len(sequence.ticket.prompt_ids)
+            drew = len(sequence.tokens) > sequence.n_prompt
             seal = reason in ("stop", "length") and drew  # a client that hung up waits for no receipt
             rows = len(sequence.tokens) - 1 if drew else sequence.computed
             self._closes.append((sequence.ticket.seq, rows, seal))

@@ -41,7 +41,7 @@ class Drive:
     """
 
     def __init__(
-        self, under_test: Scheduler, draw: random.Random, flights: int, budget: int = 8, lookahead: bool = False
+        self, under_test: Scheduler, draw: random.Random, flights: int, budget: int = 8, lookahead: int = 0
     ) -> None:
         self.scheduler, self.draw, self.flights, self.budget = under_test, draw, flights, budget
         self.lookahead = lookahead
@@ -94,7 +94,7 @@ class Drive:
                 self.drawn[seq].append(tokens[-1])
         for seq, rows, seal in plan.closes.tolist():
             ran = self.running.pop(seq)
-            assert rows <= len(ran) and (len(ran) - rows <= int(self.lookahead) or not seal)
+            assert rows <= len(ran) and (len(ran) - rows <= self.lookahead or not seal)
             if seal:
                 # What is hashed and signed: the prompt and every committed token but the last.
                 committed = self.tokens[seq]
@@ -112,15 +112,16 @@ class Drive:
     requests=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20)), min_size=1, max_size=14),
     stops=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 13), st.booleans()), max_size=8),
     flights=st.integers(1, 4),
-    lookahead=st.booleans(),
+    lookahead=st.integers(0, 2),
     seed=st.integers(0, 1 << 30),
 )
 def test_every_request_ends_once_and_all_pages_come_back(
-    requests: list[tuple[int, int]], stops: list[tuple[int, int, bool]], flights: int, lookahead: bool, seed: int
+    requests: list[tuple[int, int]], stops: list[tuple[int, int, bool]], flights: int, lookahead: int, seed: int
 ) -> None:
     """Whatever is stopped whenever: no page is lost, no row runs twice, none is forgotten."""
     if lookahead:
-        drive = Drive(scheduler(lookahead=True, micro_batches=1), random.Random(seed), min(flights, 2), lookahead=True)
+        under_test = scheduler(lookahead=lookahead, micro_batches=1)
+        drive = Drive(under_test, random.Random(seed), flights, lookahead=lookahead)
     else:
         drive = Drive(scheduler(), random.Random(seed), flights)
     for seq, (prompt, max_tokens) in enumerate(requests):
@@ -152,7 +153,7 @@ def test_an_answer_has_exactly_max_tokens_unless_a_stop_id_came() -> None:
 
 
 def test_with_lookahead_the_next_row_is_planned_before_its_token_is_known_but_never_beyond_max_tokens() -> None:
-    s = scheduler(lookahead=True, micro_batches=1)
+    s = scheduler(lookahead=1, micro_batches=1)
     s.admit(ticket(0, 3, 2))
     first, second = s.plan(), s.plan()
     assert first is not None and second is not None and s.plan() is None
@@ -163,7 +164,7 @@ def test_with_lookahead_the_next_row_is_planned_before_its_token_is_known_but_ne
 
 def test_a_stop_token_makes_the_row_after_it_void() -> None:
     """It ran already: it is not among the rows that count, and what it drew is nobody's."""
-    s = scheduler(lookahead=True, micro_batches=1)
+    s = scheduler(lookahead=1, micro_batches=1)
     s.admit(ticket(0, 3, 9))
     first, second = s.plan(), s.plan()
     assert first is not None and second is not None

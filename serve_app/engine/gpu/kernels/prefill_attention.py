@@ -69,7 +69,7 @@ def _attend_rows(
         page = tl.load(table + at // PAGE, mask=at < end, other=0).to(tl.int64)
         base = (page * KV_HEADS + head) * (PAGE * DIM) + (at % PAGE) * DIM
         k = tl.load(keys + base[None, :] + offs_d[:, None])
-        scores = tl.dot(query, k) * scale
+        scores = tl.dot(query, k, input_precision="ieee") * scale
         if HAS_SOFTCAP:
             scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E) / softcap) + 1.0))
         seen = at[None, :] <= mine[:, None]
@@ -81,7 +81,7 @@ def _attend_rows(
         weights = tl.where(seen, tl.exp2(scores - new_top[:, None]), 0.0)
         v = tl.load(values + base[:, None] + offs_d[None, :], mask=(at < end)[:, None], other=0.0)
         total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         top = new_top
     if HAS_SINKS:
         total += tl.exp2(tl.load(sinks + heads).to(tl.float32) * LOG2E - top)

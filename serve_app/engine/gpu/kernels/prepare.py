@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-N_FIELDS = 4  # int32 rows of a plan on the device: id (-1: drawn last), slot (-1: no row), position, new page (-1: none)
+N_FIELDS = (
+    4  # int32 rows of a plan on the device: id (-1: drawn last), slot (-1: no row), position, new page (-1: none)
+)
 
 
 @triton.jit
@@ -55,7 +57,7 @@ def prepare(
     positions: Tensor,
     lengths: Tensor,
 ) -> None:
-    """fields [N_FIELDS, rows] int32, rows contiguous -> ids, slots, positions, lengths [rows] int32; page_table changes."""
+    """fields [N_FIELDS, rows] int32 -> ids, slots, positions, lengths [rows] int32; page_table changes."""
     rows = fields.shape[1]
     _prepare[(triton.cdiv(rows, 256),)](
         fields,

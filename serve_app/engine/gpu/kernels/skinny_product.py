@@ -89,10 +89,10 @@ def _few_rows(
         inside = at_k < WIDTH
         xv = tl.load(x + at_m[:, None] * WIDTH + at_k[None, :], mask=real_m[:, None] & inside[None, :], other=0.0)
         both = real_n[None, :] & inside[:, None]
-        acc += tl.dot(xv, tl.load(w_at + at_k[:, None], mask=both, other=0.0))
+        acc += tl.dot(xv, tl.load(w_at + at_k[:, None], mask=both, other=0.0), input_precision="ieee")
         if GATED:
             up = w_at + n_out.to(tl.int64) * WIDTH
-            acc_up += tl.dot(xv, tl.load(up + at_k[:, None], mask=both, other=0.0))
+            acc_up += tl.dot(xv, tl.load(up + at_k[:, None], mask=both, other=0.0), input_precision="ieee")
     kind = out.dtype.element_ty
     if HAS_BIAS:
         acc += tl.load(bias + at_n, mask=real_n, other=0.0).to(tl.float32)[None, :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 
 import numpy as np
@@ -19,6 +20,7 @@ from serve_app.engine.gpu.kernels.decode_attention import decode_attention  # no
 from serve_app.engine.gpu.kernels.norm import rms_norm  # noqa: E402
 from serve_app.engine.gpu.kernels.prefill_attention import prefill_attention, rows_per_tile  # noqa: E402
 from serve_app.engine.gpu.kernels.rope import rotate_and_write  # noqa: E402
+from serve_app.engine.gpu.kernels.row_hash import RowHasher  # noqa: E402
 from serve_app.engine.gpu.kernels.sampler import SamplerSpace, sample  # noqa: E402
 from serve_app.engine.gpu.kernels.skinny_product import skinny_product  # noqa: E402
 from serve_app.engine.sampler import Draw  # noqa: E402
@@ -274,3 +276,16 @@ def test_logits_that_are_not_finite_are_told_apart() -> None:
     logits[2, 7] = float("inf")
     tokens = drawn(logits, [Draw(0, 0, 10**6, bytes(8))] * 3, [1, 1, 1])
     assert tokens[0] == int(logits[0].argmax()) and tokens[1:] == [-1, -1]
+
+
+@pytest.mark.parametrize("words", [1, 12, 13, 14, 16, 33])
+def test_row_hash_is_sha256_of_prefix_position_and_row(words: int) -> None:
+    """Widths on every side of where the padding needs one more block; and rows.py's leaf."""
+    n, prefix = 3, bytes(range(56))
+    rows = torch.randint(-(2**31), 2**31 - 1, (n, words), dtype=torch.int32, generator=torch.Generator().manual_seed(7))
+    positions = [0, 300, 2**31 - 1]
+    out = torch.zeros((n, 8), dtype=torch.int32, device=DEVICE)
+    RowHasher(prefix, 4 * words, DEVICE).hash(rows.to(DEVICE), ints(positions), out)
+    for row, position, digest in zip(rows, positions, out.cpu(), strict=True):
+        expected = hashlib.sha256(prefix + position.to_bytes(8, "little") + row.numpy().tobytes()).digest()
+        assert digest.numpy().tobytes() == expected

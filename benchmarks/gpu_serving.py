@@ -1,0 +1,266 @@
+"""One stage on a GPU: offline throughput and decode latency by batch size, through the real pipeline, receipts on.
+
+    python3 -m benchmarks.gpu_serving --model qwen3-0.6b --work nano decode
+    python3 -m benchmarks.gpu_serving --model llama3-8b --work decode
+
+Random weights of the exact published configuration are written as a checkpoint, published into a block store, loaded by
+CID and served by LocalPipeline: Head, scheduler, stage, witness, signed receipts. "nano" is nano-vllm's workload: 256
+requests, prompt and answer lengths U(100, 1024), seed 0, temperature 0.6. "decode" takes 128-token prompts and divides
+the time between answers of 2 and of 130 tokens by 128. Every run fails unless each request got its receipt and the rows
+hashed are those that were fed. The floor is what must be read per step over the memory's speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.report import Result, save
+from serve_app.engine.load import LoadOptions
+from serve_app.local import LocalLimits, LocalPipeline
+from serve_app.messages.request import (
+    FailedEvent,
+    FinishedEvent,
+    GenerationRequest,
+    RequestId,
+    Sampling,
+    TokensEvent,
+    fresh_salt,
+)
+from serve_app.receipts.check import check
+from shard_tools.fetch import load_manifest
+from shard_tools.index.directory import DirectoryIndex
+from shard_tools.publish import publish
+from shard_tools.signing import Signer
+from shard_tools.store.directory import DirectoryStore
+from tests.tiny_models import write_tokenizer
+
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {
+        "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "tie_word_embeddings": True, "rope_theta": 1000000.0, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+    },
+    "llama3-8b": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+        "tie_word_embeddings": False, "rope_theta": 500000.0, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+    },
+    "tiny": {
+        "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 1000,
+        "tie_word_embeddings": True, "rope_theta": 1000000.0, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+    },
+}  # fmt: skip
+MEMORY_GB_S = {"H100": 3350, "H200": 4800}  # nominal
+Asked = tuple[list[int], int]  # prompt, tokens to generate
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="qwen3-0.6b")
+    parser.add_argument("--work", nargs="+", choices=["nano", "decode"], default=["nano", "decode"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    parser.add_argument("--folder", type=Path, default=None, help="for the weights; default: a temporary one")
+    parser.add_argument("--step-tokens", type=int, default=8192)
+    parser.add_argument("--switch-interval", type=float, default=5e-3, help="seconds a thread may keep others waiting")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
+    parser.add_argument("--profile", action="store_true", help="a step of the largest batch, by kernel")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the result; default: benchmarks/results")
+    a = parser.parse_args()
+    sys.setswitchinterval(a.switch_interval)
+    with tempfile.TemporaryDirectory(dir=a.folder) as folder:
+        figures = asyncio.run(measure(a, Path(folder)))
+    save(Result("gpu_serving", {"model": a.model, **figures}), a.out)
+    return 0
+
+
+async def measure(a: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """Publish, load, run."""
+    figures: dict[str, Any] = {"torch": torch.__version__}
+    began = time.perf_counter()
+    n_parameters = write_checkpoint(root / "checkpoint", MODELS[a.model], a.device)
+    written = time.perf_counter()
+    store = DirectoryStore(root / "store")
+    record = publish(root / "checkpoint", store, DirectoryIndex(root / "store"), a.model, Signer.fresh())
+    published = time.perf_counter()
+    manifest = load_manifest(store, record.manifest)
+    page, context = 16, int(MODELS[a.model]["max_position_embeddings"])
+    options = LoadOptions(a.device, "bfloat16", page, None)
+    limits = LocalLimits(
+        n_pages=22_000 if a.model != "tiny" else 2_000,
+        max_step_tokens=a.step_tokens,
+        max_running=256 if a.model != "tiny" else 16,
+        max_waiting=1024,
+    )
+    pipeline = LocalPipeline(store, manifest, stages=1, options=options, limits=limits)
+    loaded = time.perf_counter()
+    await pipeline.warm_up()
+    figures["write_s"] = round(written - began, 2)
+    figures["publish_s"] = round(published - written, 2)
+    figures["load_s"] = round(loaded - published, 2)
+    figures["first_token_s"] = round(time.perf_counter() - loaded, 2)
+    figures["load"] = {k: round(v, 2) for k, v in getattr(pipeline.stages[0]._engine, "timings", {}).items()}
+    figures["engine"] = pipeline.stages[0]._engine.profile.description
+    print(figures, flush=True)
+    course = Course(pipeline, manifest.vocab_size)
+    if "nano" in a.work:
+        asked = nano(manifest.vocab_size, 256 if a.model != "tiny" else 20)
+        for attempt in range(2):
+            seconds, _ = await course.run(asked)
+            n = sum(tokens for _, tokens in asked)
+            figures[f"nano_tokens_per_s_{attempt}"] = round(n / seconds)
+            print(f"nano: {n} tokens in {seconds:.2f} s: {n / seconds:.0f} tok/s", flush=True)
+    if "decode" in a.work:
+        item = 2
+        shape = MODELS[a.model]
+        kv = shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"] if "head_dim" in shape else 0
+        speed = next((s for name, s in MEMORY_GB_S.items() if name in device_name(a.device)), None)
+        for batch in a.batches:
+            times = {}
+            for tokens in (2, 130):
+                prompts = [random.choices(range(manifest.vocab_size - 300), k=128) for _ in range(batch)]
+                times[tokens], _ = await course.run([(p, tokens) for p in prompts])
+            step = (times[130] - times[2]) / 128
+            figures[f"decode_{batch}_ms"] = round(step * 1e3, 3)
+            line = f"decode at batch {batch}: {step * 1e3:.3f} ms a step, {batch / step:.0f} tok/s"
+            if speed:
+                floor = item * (n_parameters + batch * (128 + 65) * 2 * kv) / speed / 1e9
+                figures[f"decode_{batch}_of_floor"] = round(step / floor, 3)
+                line += f", {step / floor:.2f} x the bandwidth floor of {floor * 1e3:.2f} ms"
+            print(line, flush=True)
+    figures["rows_hashed"], figures["rows_fed"] = course.check_rows()
+    if a.profile:
+        await profile(course)
+    assert context >= 2048
+    pipeline.close()
+    return figures
+
+
+class Course:
+    """Runs requests through one pipeline and counts what came."""
+
+    def __init__(self, pipeline: LocalPipeline, vocab_size: int) -> None:
+        self.pipeline, self.vocab_size = pipeline, vocab_size
+        self.numbers = iter(range(1 << 40))
+        self.fed = 2  # the warm-up's
+
+    async def run(self, asked: list[Asked]) -> tuple[float, list[bytes]]:
+        """Seconds from the first submission to the last token, and the receipts. All requests are sent at once."""
+        done = asyncio.Event()
+        left, last_token, receipts = len(asked), 0.0, []
+        counts: dict[str, int] = {}
+
+        def sink(event: Any) -> None:
+            nonlocal left, last_token
+            if isinstance(event, TokensEvent):
+                counts[event.id] = counts.get(event.id, 0) + len(event.tokens)
+                last_token = time.perf_counter()
+            elif isinstance(event, FailedEvent):
+                raise SystemExit(f"a request failed: {event.message}")
+            elif isinstance(event, FinishedEvent):
+                receipts.append(event.receipt)
+                left -= 1
+                if left == 0:
+                    done.set()
+
+        manifest = self.pipeline.manifest.cid
+        wanted: dict[str, int] = {}
+        began = time.perf_counter()
+        for prompt, tokens in asked:
+            id = RequestId(str(next(self.numbers)))
+            wanted[id] = tokens
+            sampling = Sampling(temperature_micro=600_000)
+            request = GenerationRequest(id, manifest, tuple(prompt), tokens, sampling, (), b"", fresh_salt())
+            self.pipeline.head.submit(request, sink)
+            await asyncio.sleep(0)
+        await done.wait()
+        assert counts == wanted and len(receipts) == len(asked) and all(receipts), "an answer or a receipt is missing"
+        checked = check(receipts[-1], self.pipeline.operator.public, now_s=int(time.time()))
+        assert len(checked.receipt.out_ids) in wanted.values()
+        self.fed += sum(len(prompt) + tokens - 1 for prompt, tokens in asked)
+        return last_token - began, receipts
+
+    def check_rows(self) -> tuple[int, int]:
+        """Rows hashed and rows fed; fails unless they are equal."""
+        hashed = self.pipeline.stages[0].witness.rows_hashed
+        assert hashed == self.fed, f"{hashed} rows were hashed of {self.fed}"
+        return hashed, self.fed
+
+
+def nano(vocab_size: int, n: int) -> list[Asked]:
+    """nano-vllm's workload, drawn as its benchmark draws it."""
+    draw = random.Random(0)
+    top = min(10_000, vocab_size - 1)
+    prompts = [[draw.randint(0, top) for _ in range(draw.randint(100, 1024))] for _ in range(n)]
+    return [(prompt, draw.randint(100, 1024)) for prompt in prompts]
+
+
+async def profile(course: Course) -> None:
+    """Which kernels a few steps of the largest batch spend their time in."""
+    prompts = [random.choices(range(course.vocab_size - 300), k=128) for _ in range(256)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
+        await course.run([(p, 12) for p in prompts])
+    print(prof.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=60), flush=True)
+
+
+def write_checkpoint(folder: Path, shape: dict[str, Any], device: str) -> int:
+    """Random weights as transformers would write them, made on the device. Returns the parameters read by a step."""
+    folder.mkdir(parents=True)
+    config = AutoConfig.for_model(**shape, bos_token_id=0, eos_token_id=2, pad_token_id=0)
+    config.architectures = [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[shape["model_type"]]]
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(0)
+    files: dict[str, str] = {}
+    pending: dict[str, torch.Tensor] = {}
+    total, size, n_files = 0, 0, 0
+    for name, parameter in model.named_parameters():
+        weight = torch.ones(parameter.shape, dtype=torch.bfloat16)
+        if parameter.ndim > 1:
+            drawn = torch.randn(parameter.shape, generator=generator, device=device, dtype=torch.bfloat16)
+            weight = (drawn * 0.02).cpu()
+        pending[name] = weight
+        # Of an embedding that is not tied only one row per token is read.
+        total += parameter.numel() if "embed_tokens" not in name or shape["tie_word_embeddings"] else 0
+        size += weight.nbytes
+        if size > 4 << 30:
+            n_files, size = flush(folder, pending, files, n_files), 0
+    flush(folder, pending, files, n_files)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_tokenizer(folder, context=shape["max_position_embeddings"])
+    return total
+
+
+def flush(folder: Path, pending: dict[str, torch.Tensor], files: dict[str, str], n: int) -> int:
+    """Write what is pending as one file; the number of the next."""
+    name = f"model-{n}.safetensors"
+    save_file(pending, folder / name, metadata={"format": "pt"})
+    files |= dict.fromkeys(pending, name)
+    pending.clear()
+    return n + 1
+
+
+def device_name(device: str) -> str:
+    """The GPU's name."""
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.exit(main())

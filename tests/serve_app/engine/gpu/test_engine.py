@@ -1,0 +1,185 @@
+"""The GPU engine gives what the plain engine gives, step by step; in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="the kernels are Triton's: pip install 'llm-d[test]'")
+
+from serve_app.engine.gpu.block import NotFusable
+from serve_app.engine.gpu.engine import GpuEngine
+from serve_app.engine.gpu.stage_weights import read_weights
+from serve_app.engine.load import LoadOptions, load_engine
+from serve_app.engine.torch_engine import TorchEngine
+from serve_app.errors import PipelineError, ProtocolError
+from serve_app.messages.step import CLOSE, DRAWN_LAST, OPEN, SPAN, StepPlan
+from shard_tools.checkpoint.source import open_checkpoint
+from shard_tools.checkpoint.split import split
+from shard_tools.manifest import Manifest
+from shard_tools.store.memory import MemoryStore
+from tests.tiny_models import write_tiny_checkpoint
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PAGE = 4
+Span = tuple[int, int, int, list[int], int]  # seq, start, count, new pages, sample
+
+
+def plan_of(
+    spans: list[Span], opens: dict[int, tuple[int, int, int]] | None = None, closes: tuple[int, ...] = ()
+) -> StepPlan:
+    """opens: seq -> temperature_micro, top_k, top_p_micro."""
+    opening = np.zeros(len(opens or {}), OPEN)
+    for i, (seq, (temperature, top_k, top_p)) in enumerate((opens or {}).items()):
+        opening[i] = (seq, [7] * 32, [seq, 1, 2, 3, 4, 5, 6, 7], temperature, top_k, top_p)
+    return StepPlan(
+        1,
+        0,
+        opening,
+        np.array([(seq, start, count, len(new), sample) for seq, start, count, new, sample in spans], SPAN),
+        np.array([page for span in spans for page in span[3]], "<u4"),
+        np.array([(seq, 0, 0) for seq in closes], CLOSE),
+        np.zeros(0, "<u8"),
+    )
+
+
+def ids(*values: int) -> memoryview:
+    return memoryview(np.array(values, "<u4").tobytes())
+
+
+def engines(
+    store: MemoryStore, manifest: Manifest, start: int = 0, stop: int | None = None
+) -> tuple[TorchEngine, GpuEngine]:
+    stop = manifest.n_layers if stop is None else stop
+    options = LoadOptions(DEVICE, "float32", PAGE, None, fused=False)
+    plain, other = (load_engine(store, manifest, start, stop, options) for _ in range(2))
+    assert isinstance(plain, TorchEngine) and isinstance(other, TorchEngine)
+    fused = GpuEngine(other, read_weights(other, PAGE), PAGE)
+    for engine in (plain, fused):
+        engine.reserve(40, 3)
+    return plain, fused
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[MemoryStore, Manifest]:
+    return published(tmp_path_factory.mktemp("tiny"), "llama")
+
+
+def published(folder: Path, family: str) -> tuple[MemoryStore, Manifest]:
+    store = MemoryStore()
+    checkpoint = write_tiny_checkpoint(folder / "checkpoint", family, layers=2, vocab=130)
+    return store, split(open_checkpoint(checkpoint), store, "tiny", "float32")
+
+
+STEPS: list[tuple[StepPlan, memoryview]] = [
+    # Two prompts, one of them in two chunks; greedy, and with every way to draw.
+    (
+        plan_of([(1, 0, 5, [3, 9], 1), (2, 0, 9, [0, 1, 2], 0)], {1: (0, 0, 10**6), 2: (800_000, 20, 900_000)}),
+        ids(*range(5, 10), *range(20, 29)),
+    ),
+    # A decode row, then the rest of a prompt, then a third sequence of one row.
+    (
+        plan_of([(1, 5, 1, [], 1), (2, 9, 2, [], 1), (3, 0, 1, [5], 1)], {3: (1_000_000, 0, 10**6)}),
+        ids(11, 30, 31, 7),
+    ),
+    # Decode rows only, of tokens that the Head does not know yet; one begins a page.
+    (plan_of([(3, 1, 1, [], 1), (1, 6, 1, [], 1), (2, 11, 1, [], 1)]), ids(*[DRAWN_LAST] * 3)),
+    (plan_of([(1, 7, 1, [], 1), (2, 12, 1, [6], 1)], closes=(3,)), ids(DRAWN_LAST, 90)),
+    (plan_of([(1, 8, 1, [11], 1)], closes=(2,)), ids(DRAWN_LAST)),
+    (plan_of([], closes=(1,)), ids()),
+    (plan_of([(4, 0, 3, [3], 1)], {4: (0, 0, 10**6)}), ids(1, 2, 3)),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3"])
+def test_equals_the_plain_engine_step_by_step(family: str, tmp_path: Path) -> None:
+    """Tokens and the ids they came from are equal; rows within rounding of float32."""
+    store, manifest = published(tmp_path, family)
+    plain, fused = engines(store, manifest)
+    for plan, rows in STEPS:
+        wanted, found = plain.run(plan, rows), fused.run(plan, rows)
+        assert found.tokens == wanted.tokens
+        assert bytes(found.received) == bytes(wanted.received)
+        expected, got = (np.frombuffer(out.hidden, "<f4") for out in (wanted, found))
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4 * max(np.abs(expected).max(initial=0), 1))
+
+
+def test_a_range_without_embedding_and_one_without_head_make_the_whole(tiny: tuple[MemoryStore, Manifest]) -> None:
+    store, manifest = tiny
+    plain, _ = engines(store, manifest)
+    (_, first), (_, second) = engines(store, manifest, 0, 1), engines(store, manifest, 1, 2)
+    for plan, rows in (s for s in STEPS if DRAWN_LAST not in np.frombuffer(s[1], "<u4")):
+        if len(plan.spans) and int(plan.spans["start"][0]) > 5:
+            continue
+        wanted = plain.run(plan, rows)
+        between = first.run(plan, rows)
+        assert between.tokens == ()
+        found = second.run(plan, between.hidden)
+        assert found.tokens == wanted.tokens and bytes(found.received) == bytes(between.hidden)
+
+
+@pytest.mark.parametrize(
+    ("plan", "rows", "message"),
+    [
+        (plan_of([(1, 0, 1, [0], 1)]), ids(5), "sequence 1 is not open"),
+        (plan_of([(7, 0, 2, [1], 1)]), ids(5, 6), "goes on at another position"),
+        (plan_of([(7, 3, 2, [], 1)]), ids(5, 6), "too few pages"),
+        (plan_of([(7, 3, 1, [40], 1)]), ids(5), "page 40 of 40"),
+        (plan_of([(7, 3, 1, [], 1)]), ids(130), "token id 130 in a vocabulary of 130"),
+        (plan_of([(7, 3, 1, [], 1), (7, 4, 1, [1], 1)]), ids(1, 2), "runs one sequence twice"),
+        (plan_of([(7, 3, 1, [], 1)], {7: (0, 0, 10**6)}), ids(5), "is open already"),
+        (plan_of([(8, 0, 1, [1], 1)], {8: (0, 0, 10**6)}), ids(DRAWN_LAST), "has drawn none"),
+        (plan_of([(7, 3, 1, [], 1)]), ids(1, 2), "8 bytes for 1 rows"),
+        (plan_of([(8, 0, 1, [1], 1)], {seq: (0, 0, 10**6) for seq in range(8, 40)}), ids(5), "there is room for"),
+        (plan_of([(7, 3, 600, list(range(2, 39)) * 5, 1)]), memoryview(bytes(2400)), "grows beyond 512"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_and_changes_nothing(
+    tiny: tuple[MemoryStore, Manifest], plan: StepPlan, rows: memoryview, message: str
+) -> None:
+    """After it the sequence goes on as if nothing had been asked."""
+    plain, fused = engines(*tiny)
+    begin = plan_of([(7, 0, 3, [0], 1)], {7: (0, 0, 10**6)})
+    assert fused.run(begin, ids(1, 2, 3)).tokens == plain.run(begin, ids(1, 2, 3)).tokens
+    with pytest.raises(ProtocolError, match=message):
+        fused.run(plan, rows)
+    after = plan_of([(7, 3, 1, [], 1)])
+    assert fused.run(after, ids(4)).tokens == plain.run(after, ids(4)).tokens
+
+
+def test_logits_that_are_not_finite_are_an_error_of_that_step_alone(tiny: tuple[MemoryStore, Manifest]) -> None:
+    _, fused = engines(*tiny)
+    embedding = fused._weights.embedding
+    assert embedding is not None
+    embedding[5] = float("nan")
+    spoilt = fused.launch(plan_of([(1, 0, 2, [0], 1)], {1: (0, 0, 10**6)}), ids(5, 6))
+    sound = fused.launch(plan_of([(2, 0, 2, [1], 1)], {2: (0, 0, 10**6)}), ids(7, 6))
+    with pytest.raises(PipelineError, match="not finite"):
+        spoilt.result()
+    assert len(sound.result().tokens) == 1
+
+
+def test_a_model_the_fused_path_does_not_compute_is_refused_with_the_reason(tmp_path: Path) -> None:
+    """Mixture of experts: the plain engine serves it."""
+    store, manifest = published(tmp_path, "mixtral")
+    plain = load_engine(store, manifest, 0, 2, LoadOptions(DEVICE, "float32", PAGE, None, fused=False))
+    assert isinstance(plain, TorchEngine)
+    with pytest.raises(NotFusable, match=r"mlp"):
+        read_weights(plain, PAGE)
+
+
+def test_a_layer_that_computes_something_else_is_found_at_start_up(tiny: tuple[MemoryStore, Manifest]) -> None:
+    """Modules that look as expected and differ in what they do."""
+    plain = load_engine(*tiny, 0, 2, LoadOptions(DEVICE, "float32", PAGE, None, fused=False))
+    assert isinstance(plain, TorchEngine)
+    plain.model.layers[1].self_attn.scaling *= 1.1
+    inner = plain.model.layers[1].forward
+    plain.model.layers[1].forward = lambda *args, **kwargs: inner(*args, **kwargs) * 1.05
+    with pytest.raises(NotFusable, match="layer 1 of this stage differs"):
+        read_weights(plain, PAGE)
