@@ -75,9 +75,10 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--folder", type=Path, default=None, help="for the weights; default: a temporary one")
     parser.add_argument("--step-tokens", type=int, default=8192)
-    parser.add_argument("--switch-interval", type=float, default=5e-3, help="seconds a thread may keep others waiting")
+    parser.add_argument("--switch-interval", type=float, default=2e-4, help="seconds a thread may keep others waiting")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
-    parser.add_argument("--profile", action="store_true", help="a step of the largest batch, by kernel")
+    parser.add_argument("--profile", type=int, nargs="*", default=[], help="decode steps of these batches, by kernel")
+    parser.add_argument("--trace", action="store_true", help="nano's steps by kind")
     parser.add_argument("--out", type=Path, default=None, help="folder for the result; default: benchmarks/results")
     a = parser.parse_args()
     sys.setswitchinterval(a.switch_interval)
@@ -116,6 +117,7 @@ async def measure(a: argparse.Namespace, root: Path) -> dict[str, Any]:
     figures["engine"] = pipeline.stages[0]._engine.profile.description
     print(figures, flush=True)
     course = Course(pipeline, manifest.vocab_size)
+    trace = Trace(pipeline) if a.trace else None
     if "nano" in a.work:
         asked = nano(manifest.vocab_size, 256 if a.model != "tiny" else 20)
         for attempt in range(2):
@@ -123,6 +125,8 @@ async def measure(a: argparse.Namespace, root: Path) -> dict[str, Any]:
             n = sum(tokens for _, tokens in asked)
             figures[f"nano_tokens_per_s_{attempt}"] = round(n / seconds)
             print(f"nano: {n} tokens in {seconds:.2f} s: {n / seconds:.0f} tok/s", flush=True)
+            if trace is not None:
+                trace.report()
     if "decode" in a.work:
         item = 2
         shape = MODELS[a.model]
@@ -142,8 +146,8 @@ async def measure(a: argparse.Namespace, root: Path) -> dict[str, Any]:
                 line += f", {step / floor:.2f} x the bandwidth floor of {floor * 1e3:.2f} ms"
             print(line, flush=True)
     figures["rows_hashed"], figures["rows_fed"] = course.check_rows()
-    if a.profile:
-        await profile(course)
+    for batch in a.profile:
+        await profile(course, batch)
     assert context >= 2048
     pipeline.close()
     return figures
@@ -208,12 +212,56 @@ def nano(vocab_size: int, n: int) -> list[Asked]:
     return [(prompt, draw.randint(100, 1024)) for prompt in prompts]
 
 
-async def profile(course: Course) -> None:
-    """Which kernels a few steps of the largest batch spend their time in."""
-    prompts = [random.choices(range(course.vocab_size - 300), k=128) for _ in range(256)]
+async def profile(course: Course, batch: int) -> None:
+    """Which kernels the decode steps of a batch spend their time in."""
+    prompts = [random.choices(range(course.vocab_size - 300), k=16) for _ in range(batch)]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
-        await course.run([(p, 12) for p in prompts])
-    print(prof.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=60), flush=True)
+        seconds, _ = await course.run([(p, 64) for p in prompts])
+    print(f"batch {batch}, 64 tokens in {seconds * 1e3:.1f} ms; of that on the device:")
+    rows = sorted(prof.key_averages(), key=lambda row: -row.device_time_total)[:16]
+    for row in rows:
+        print(f"{row.device_time_total / 64:9.1f} us a step {row.count / 64:7.2f} calls  {row.key[:70]}", flush=True)
+
+
+class Trace:
+    """When each step was launched and came back, and what it held."""
+
+    def __init__(self, pipeline: LocalPipeline) -> None:
+        self.lines: list[tuple[float, float, int, int]] = []
+        self.ends: list[float] = []
+        stage = pipeline.stages[0]
+        launch, collect = stage._engine.launch, stage._collect
+
+        def launching(plan: Any, rows: Any) -> Any:
+            began = time.perf_counter()
+            out = launch(plan, rows)
+            if plan.rows:
+                self.lines.append((began, time.perf_counter(), plan.rows, len(plan.spans)))
+            return out
+
+        def collecting(flight: Any) -> None:
+            flight.launched.result()
+            if flight.plan.rows:
+                self.ends.append(time.perf_counter())
+            collect(flight)
+
+        stage._engine.launch = launching  # type: ignore[method-assign]
+        stage._collect = collecting  # type: ignore[method-assign]
+
+    def report(self) -> None:
+        """By kind of step: how many, time from end to end, time in launch, and steps launched after the last ended."""
+        kinds: dict[str, list[tuple[float, float, bool]]] = {}
+        for i in range(1, len(self.ends)):
+            began, launched, rows, spans = self.lines[i]
+            kind = "prompts" if rows > spans else f"decode <= {-(-spans // 64) * 64}"
+            late = began > self.ends[i - 1]
+            kinds.setdefault(kind, []).append((self.ends[i] - self.ends[i - 1], launched - began, late))
+        for kind, steps in sorted(kinds.items()):
+            n, took, launching, late = len(steps), *(sum(s[k] for s in steps) for k in range(3))
+            each = f"{took / n * 1e3:6.2f} ms each, launch {launching / n * 1e3:5.2f} ms"
+            print(f"{kind:14} {n:5} steps {took:7.3f} s, {each}, late {late}")
+        self.lines.clear()
+        self.ends.clear()
 
 
 def write_checkpoint(folder: Path, shape: dict[str, Any], device: str) -> int:

@@ -2,7 +2,7 @@
 
 A thread of its own works through steps in order, at most BEHIND of them late; then the stage waits. For every open
 sequence it grows two trees, of the bytes as they came in and as they went out. A close says how many rows count, which
-may be some less than ran, so the last rows that drew are hashed only when they are known to count. A close makes it
+may be some less than ran, so the last rows that drew join the trees only when they are known to count. A close makes it
 tell the Head both roots; only when the Head says that all stages' roots match does it sign.
 """
 
@@ -14,20 +14,25 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from serve_app.engine.engine import StepOutput
 from serve_app.messages.step import Fault, Reply, Roots, Signed, StepPlan
-from serve_app.receipts.rows import Boundary, RowTree, ids_boundary
+from serve_app.receipts.rows import PAGE_ROWS, Boundary, RowTree, ids_boundary, leaves_of
 from serve_app.receipts.statement import StageStatement, StatementChain
 from shard_tools import canonical
 from shard_tools.cid import Cid
 
 MAX_VOID = 4  # rows of a sequence that may run before it is known that it has ended: a Head looks two ahead
-_HELD = 16 + MAX_VOID
+_RING = 2 * PAGE_ROWS
 BEHIND = 2  # steps: what DESIGN 2.7 allows between a row leaving and its hash
 _MAX_UNSIGNED = 4096  # closed sequences kept for a signature that never came (a Head that died)
 _log = logging.getLogger(__name__)
+
+Leaves = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,30 +61,8 @@ class _Trees:
     started_ms: int
     inlet: RowTree
     outlet: RowTree
-    hashed: bool  # rows come as their leaves
-    held: list[tuple[memoryview, memoryview]] = field(default_factory=list)  # of the last rows: in and out
+    slot: int  # of the leaves that wait
     ended_ms: int = 0
-
-    def append(self, received: memoryview | bytes, sent: memoryview | bytes) -> None:
-        """Rows that count."""
-        for tree, rows in ((self.inlet, received), (self.outlet, sent)):
-            (tree.append_leaves if self.hashed else tree.append)(len(tree), rows)
-
-    def hold(self, position: int, received: memoryview, sent: memoryview) -> None:
-        """A row that may turn out void. Older ones are hashed many at a time: each call has its price."""
-        held = self.held
-        if not held:
-            assert position == len(self.inlet), "rows with a gap"
-        held.append((received, sent))
-        if len(held) >= _HELD:
-            self.release(position + 1 - MAX_VOID)
-
-    def release(self, rows: int) -> None:
-        """Of the rows held, those that are among the first `rows` of the sequence count."""
-        n = min(max(rows - len(self.inlet), 0), len(self.held))
-        if n:
-            self.append(*(b"".join(part) for part in zip(*self.held[:n], strict=True)))
-            del self.held[:n]
 
 
 class Witness:
@@ -92,6 +75,10 @@ class Witness:
         self._span, self._chain, self._reply, self._hashed = span, chain, reply, hashed
         self._work: queue.Queue[tuple[StepPlan, StepOutput | None] | None] = queue.Queue(BEHIND)
         self._open: dict[int, _Trees] = {}
+        # Leaves of rows that may turn out void, by slot, in or out, and position % _RING.
+        self._waiting = np.zeros((64, 2, _RING, 32), np.uint8)
+        self._seen = np.zeros(64, np.int64)  # rows of the sequence in each slot
+        self._free = list(range(63, -1, -1))
         self._closed: OrderedDict[int, _Trees] = OrderedDict()
         self.rows_hashed = 0  # of closed sequences; benchmarks compare it with the tokens processed
         self._thread = threading.Thread(target=self._run, name="witness", daemon=True)
@@ -127,26 +114,65 @@ class Witness:
     def _hash(self, plan: StepPlan, output: StepOutput) -> None:
         for item in plan.opens:
             inlet, outlet = RowTree(self._span.inlet), RowTree(self._span.outlet)
-            self._open[int(item["seq"])] = _Trees(item["request"].tobytes(), _now_ms(), inlet, outlet, self._hashed)
-        if self._hashed and plan.rows:
+            slot = self._free.pop() if self._free else self._lengthen()
+            self._seen[slot] = 0
+            self._open[int(item["seq"])] = _Trees(item["request"].tobytes(), _now_ms(), inlet, outlet, slot)
+        if plan.rows == 0:
+            return
+        leaves_in, leaves_out = self._leaves(plan, output)
+        starts, counts = plan.spans["start"].astype(np.int64), plan.spans["count"].astype(np.int64)
+        first = np.cumsum(counts) - counts
+        seqs = plan.spans["seq"].tolist()
+        trees = [self._open.get(seq) for seq in seqs]  # None: an earlier step of it was lost
+        may_be_void = (counts == 1) & (plan.spans["sample"] != 0)
+        for i in np.flatnonzero(~may_be_void).tolist():
+            own, rows = trees[i], slice(int(first[i]), int(first[i] + counts[i]))
+            if own is not None:
+                self._release(own, int(starts[i]))
+                self._seen[own.slot] = starts[i] + counts[i]
+                own.inlet.append_leaves(int(starts[i]), leaves_in[rows].tobytes())
+                own.outlet.append_leaves(int(starts[i]), leaves_out[rows].tobytes())
+        # One assignment for all rows that wait, and a turn of Python only for the one in sixteen that fills its page.
+        kept = np.array([i for i in np.flatnonzero(may_be_void).tolist() if trees[i] is not None], np.int64)
+        slots = np.array([trees[i].slot for i in kept], np.int64)
+        assert (self._seen[slots] == starts[kept]).all(), "rows with a gap"
+        self._seen[slots] = starts[kept] + 1
+        places, rows_kept = starts[kept] % _RING, first[kept]
+        self._waiting[slots, 0, places] = leaves_in[rows_kept]
+        self._waiting[slots, 1, places] = leaves_out[rows_kept]
+        for i in kept[starts[kept] % PAGE_ROWS == MAX_VOID - 1].tolist():
+            self._release(trees[i], int(starts[i]) + 1 - MAX_VOID)
+
+    def _leaves(self, plan: StepPlan, output: StepOutput) -> tuple[Leaves, Leaves]:
+        """Leaves of the rows that came in and of those that went out, [rows, 32]."""
+        if self._hashed:
             assert output.digests is not None
-            (received, sent), size_in, size_out = output.digests.wait(), 32, 32
+            both = output.digests.wait()
         else:
-            received, sent = output.received, output.hidden
-            size_in, size_out = self._span.inlet.row_bytes, self._span.outlet.row_bytes
-        row = 0
-        columns = (plan.spans[k].tolist() for k in ("seq", "start", "count", "sample"))
-        for seq, start, count, sample in zip(*columns, strict=True):
-            trees = self._open.get(seq)
-            if trees is not None:  # else an earlier step of it was lost
-                rows_in = received[row * size_in : (row + count) * size_in]
-                rows_out = sent[row * size_out : (row + count) * size_out]
-                if count == 1 and sample:
-                    trees.hold(start, rows_in, rows_out)
-                else:
-                    trees.release(start)
-                    trees.append(rows_in, rows_out)
-            row += count
+            spans = [(start, count) for start, count in plan.spans[["start", "count"]].tolist()]
+            both = (
+                memoryview(leaves_of(self._span.inlet, spans, output.received)),
+                memoryview(leaves_of(self._span.outlet, spans, output.hidden)),
+            )
+        inlet, outlet = (np.frombuffer(part, np.uint8).reshape(-1, 32) for part in both)
+        return inlet, outlet
+
+    def _release(self, trees: _Trees, rows: int) -> None:
+        """Of the leaves that wait, those among the first `rows` of the sequence count."""
+        start = len(trees.inlet)
+        if rows > start:
+            places = np.arange(start, rows) % _RING
+            inlet, outlet = self._waiting[trees.slot][:, places]
+            trees.inlet.append_leaves(start, inlet.tobytes())
+            trees.outlet.append_leaves(start, outlet.tobytes())
+
+    def _lengthen(self) -> int:
+        """Room for more sequences; a slot of it."""
+        old = len(self._waiting)
+        self._waiting = np.concatenate([self._waiting, np.zeros_like(self._waiting)])
+        self._seen = np.concatenate([self._seen, np.zeros_like(self._seen)])
+        self._free += range(2 * old - 1, old, -1)
+        return old
 
     def _end_and_sign(self, plan: StepPlan) -> None:
         for seq, rows, seal in plan.closes.tolist():
@@ -159,7 +185,8 @@ class Witness:
         trees = self._open.pop(seq, None)
         if trees is None:
             return
-        trees.release(rows)
+        self._free.append(trees.slot)
+        self._release(trees, min(rows, int(self._seen[trees.slot])))
         self.rows_hashed += len(trees.outlet)
         if not seal:
             return

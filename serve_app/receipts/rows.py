@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,7 +70,6 @@ class RowTree:
     def __init__(self, boundary: Boundary, first_position: int = 0) -> None:
         self.boundary = boundary
         self._row_bytes = boundary.row_bytes
-        self._header = boundary.leaf_prefix
         self._next = first_position
         self._count = 0
         self._roots: list[bytes] = []  # of the full subtrees that tile the rows so far, largest first
@@ -88,20 +87,8 @@ class RowTree:
         n_rows, rest = divmod(len(view), size)
         assert view.itemsize == 1 and rest == 0, f"{len(view)} bytes are no whole number of rows of {size}"
         assert first_position == self._next, f"rows of position {first_position} where {self._next} comes next"
-        # One hash per row, a few hundred nanoseconds of Python each: names are bound outside the loop.
-        sha256, header, position = hashlib.sha256, self._header, _POSITION.pack
-        if size <= 64:  # one call, rather than one that a second continues, costs half for a token id
-            leaves = [
-                sha256(header + position(first_position + i) + view[i * size : (i + 1) * size]).digest()
-                for i in range(n_rows)
-            ]
-        else:
-            leaves = []
-            for i in range(n_rows):
-                hasher = sha256(header + position(first_position + i))
-                hasher.update(view[i * size : (i + 1) * size])
-                leaves.append(hasher.digest())
-        self._grow(leaves)
+        hashed = leaves_of(self.boundary, [(first_position, n_rows)], view)
+        self._grow([hashed[i : i + 32] for i in range(0, 32 * n_rows, 32)])
 
     def append_leaves(self, first_position: int, leaves: bytes | memoryview) -> None:
         """As append, where the leaves of the rows (32 bytes each) were made elsewhere by the rule of leaf_prefix."""
@@ -126,6 +113,26 @@ class RowTree:
     def root(self) -> bytes:
         """32 bytes: the root over all rows so far; the tree goes on growing."""
         return _fold(self._roots)
+
+
+def leaves_of(boundary: Boundary, spans: Iterable[tuple[int, int]], rows: bytes | memoryview) -> bytes:
+    """32 bytes a row. spans: (first position, rows) of each run of rows, which lie one after another."""
+    # One hash per row, a few hundred nanoseconds of Python each: names are bound outside the loop.
+    sha256, prefix, position, size = hashlib.sha256, boundary.leaf_prefix, _POSITION.pack, boundary.row_bytes
+    view, at, out = memoryview(rows), 0, []
+    for first, count in spans:
+        if size <= 64:  # one call costs half of one that a second continues: half the price of a token id
+            for i in range(count):
+                out.append(sha256(prefix + position(first + i) + view[at : at + size]).digest())
+                at += size
+        else:
+            for i in range(count):
+                hasher = sha256(prefix + position(first + i))
+                hasher.update(view[at : at + size])
+                out.append(hasher.digest())
+                at += size
+    assert at == len(view), f"{len(view)} bytes where the spans have {at}"
+    return b"".join(out)
 
 
 def tree_root(hashes: Sequence[bytes]) -> bytes:
