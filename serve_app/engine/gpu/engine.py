@@ -22,6 +22,8 @@ from torch import Tensor
 
 from serve_app.engine.engine import StepOutput
 from serve_app.engine.gpu.attend import DecodeAttention, PrefillAttention, tiles_of
+from serve_app.engine.gpu.copies import upload, upload_all, upload_rows
+from serve_app.engine.gpu.flight import Flight, report_ints
 from serve_app.engine.gpu.forward import Pages, Space, head_product, norm, part, run_layers
 from serve_app.engine.gpu.kernels.prepare import N_FIELDS, prepare
 from serve_app.engine.gpu.kernels.row_hash import RowHasher
@@ -29,7 +31,7 @@ from serve_app.engine.gpu.kernels.sampler import SamplerSpace, sample
 from serve_app.engine.gpu.request_table import Ints, PlannedSpans, RequestTable
 from serve_app.engine.gpu.stage_weights import StageWeights
 from serve_app.engine.torch_engine import TORCH_DTYPES, TorchEngine
-from serve_app.errors import PipelineError, ProtocolError
+from serve_app.errors import ProtocolError
 from serve_app.messages.step import DRAWN_LAST, StepPlan
 
 _log = logging.getLogger(__name__)
@@ -48,48 +50,6 @@ class _Replay:
     graph: torch.cuda.CUDAGraph | None  # None: the device has none, the same calls are made one by one
     rows: int
     parts: int
-
-
-@dataclass(frozen=True, slots=True)
-class _RowDigests:
-    """Implements engine.Digests. both: [2, rows, 8] int32, on the host once `ended` has happened."""
-
-    both: Tensor
-    ended: torch.cuda.Event | None
-
-    def wait(self) -> tuple[memoryview, memoryview]:
-        if self.ended is not None:
-            self.ended.synchronize()
-        inlet, outlet = self.both.view(torch.uint8).numpy().reshape(2, -1)
-        return inlet.data, outlet.data
-
-
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """Implements engine.Launched. report: ids then tokens, on the host once `ended` has happened."""
-
-    received: memoryview | None  # None: the ids in the report
-    rows: int
-    n_tokens: int
-    hidden: Tensor | None
-    report: Tensor
-    ended: torch.cuda.Event | None
-    digests: _RowDigests | None
-
-    def result(self) -> StepOutput:
-        if self.ended is not None:
-            self.ended.synchronize()
-        report = self.report.numpy()
-        tokens = report[len(report) - self.n_tokens :].tolist()
-        if any(token < 0 for token in tokens):
-            raise PipelineError("the last stage computed logits that are not finite")
-        received = self.received
-        if received is None:
-            received = report[: self.rows].data.cast("B")
-        hidden = memoryview(b"")
-        if self.hidden is not None:
-            hidden = self.hidden.view(torch.uint8).numpy().reshape(-1).data
-        return StepOutput(received, hidden, tuple(tokens), self.digests)
 
 
 class GpuEngine:
@@ -112,8 +72,7 @@ class GpuEngine:
         )
         self._cuda = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
-        # Hashing a row takes longer than a small step, on a single lane: it runs beside the next step.
-        self._hash_stream = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
+        self._beside = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
         self._hashers: tuple[RowHasher, RowHasher] | None = None
         self._hand_on = True
         self._spaces: Space | None = None
@@ -128,7 +87,7 @@ class GpuEngine:
         self._table = RequestTable(2 * max_sequences + 16, n_pages, self._page_size, weights.context_length, device)
         self._space = Space(max_sequences, weights.blocks, self._hidden_size, device, self._dtype)
         self._fields = torch.zeros(N_FIELDS * max_sequences, dtype=torch.int32, device=device)
-        self._report = torch.zeros(2 * max_sequences, dtype=torch.int32, device=device)
+        self._report = torch.zeros(report_ints(max_sequences, True), dtype=torch.int32, device=device)
         self._slots, self._positions, self._lengths = (
             torch.zeros(max_sequences, dtype=torch.int32, device=device) for _ in range(3)
         )
@@ -137,15 +96,15 @@ class GpuEngine:
         if weights.head is not None:
             self._logits = torch.zeros((max_sequences, len(weights.head)), dtype=self._dtype, device=device)
             self._sampler = SamplerSpace(max_sequences, len(weights.head), device)
-        began = time.perf_counter()
-        with self._on_stream():
-            self._make_replays(batch_sizes(max_sequences))
-        self.timings["graphs_s"] = time.perf_counter() - began
+        self._replays = {}
+        self._sizes = batch_sizes(max_sequences)
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan, rows: memoryview) -> _Flight:
+    def launch(self, plan: StepPlan, rows: memoryview) -> Flight:
         if len(rows) != plan.rows * self._row_bytes:
             raise ProtocolError(f"{len(rows)} bytes for {plan.rows} rows of {self._row_bytes}")
+        if not self._replays:  # only now is it known whether rows are hashed
+            self._make_replays()
         ids = self._ids(rows) if self._weights.embedding is not None else _NO_IDS
         spans = self._table.begin(plan)
         try:
@@ -200,7 +159,7 @@ class GpuEngine:
             and (self._weights.head is None or spans.samples.all())
         )
 
-    def _run_decode(self, spans: PlannedSpans, ids: Ints, rows: memoryview) -> _Flight:
+    def _run_decode(self, spans: PlannedSpans, ids: Ints, rows: memoryview) -> Flight:
         n = len(spans.slots)
         size = next(size for size in self._sizes if size >= n)
         fields = np.empty((N_FIELDS, size), np.int32)
@@ -209,25 +168,23 @@ class GpuEngine:
             fields[0, :n] = ids
         fields[1, :n], fields[2, :n] = spans.slots, spans.starts
         fields[3, :n][spans.new_pages == 1] = spans.pages
-        self._upload(fields, self._fields[: N_FIELDS * size])
+        upload(fields, self._fields[: N_FIELDS * size])
         if self._weights.embedding is None:
-            self._upload_rows(rows, n, self._arrived)
+            upload_rows(rows, self._arrived[:n])
         replay = self._replays[size, int(spans.starts.max()) >= _LONG]
         if replay.graph is not None:
             replay.graph.replay()
         else:
             self._decode_step(replay.rows, replay.parts)
-        report = self._report[: 2 * size]
         n_tokens = n if self._weights.head is not None else 0
-        came = report[:n] if self._weights.embedding is not None else self._arrived[:n]
-        return self._download(
-            rows, report.view(2, size)[:, :n], n_tokens, came, self._space.residual[:n], self._positions[:n]
-        )
+        report = self._report[: report_ints(size, self._hashers is not None)]
+        return self._download(rows, report, n, size, n_tokens, self._space.residual[:n])
 
     def _decode_step(self, rows: int, parts: int) -> None:
         """What a graph holds: everything from one plan's fields to its report."""
         weights, table = self._weights, self._table
-        report = self._report[: 2 * rows].view(2, rows)
+        whole = self._report[: report_ints(rows, self._hashers is not None)]
+        report = whole[: 2 * rows].view(2, rows)
         slots, positions, lengths = self._slots[:rows], self._positions[:rows], self._lengths[:rows]
         prepare(
             self._fields[: N_FIELDS * rows].view(N_FIELDS, rows),
@@ -252,14 +209,18 @@ class GpuEngine:
             attend=attend,
             final=weights.final,
         )
+        with self._fork():
+            came = report[0] if weights.embedding is not None else self._arrived[:rows]
+            self._hash(came, self._space.residual[:rows], positions, whole[2 * rows :])
         if weights.head is not None:
             self._draw(self._space.x[:rows], slots, positions, report[1])
+        self._join()
 
-    def _run_mixed(self, plan: StepPlan, spans: PlannedSpans, ids: Ints, rows: memoryview) -> _Flight:
+    def _run_mixed(self, plan: StepPlan, spans: PlannedSpans, ids: Ints, rows: memoryview) -> Flight:
         """A step with prompts in it: the rows of one-row spans at its start attend as decode rows do."""
         weights, table, n = self._weights, self._table, plan.rows
         if n == 0:
-            return _Flight(None, 0, 0, None, torch.empty(0, dtype=torch.int32), None, None)
+            return Flight(None, 0, 0, 0, None, torch.empty(0, dtype=torch.int32), None, False)
         first = np.cumsum(spans.counts) - spans.counts
         n_decode = int(np.argmax(spans.counts > 1)) if (spans.counts > 1).any() else len(spans.counts)
         n_decode = min(n_decode, self._max_rows)
@@ -268,8 +229,9 @@ class GpuEngine:
         tiles = tiles_of(weights.blocks, spans, first, n_decode)
         drawn = (first + spans.counts - 1)[spans.samples].astype(np.int32) if weights.head is not None else _NO_IDS
         opened = table.opened(plan)
-        flat = self._upload_all(
-            ids, row_slots, positions, spans.page_places, spans.pages, *tiles, drawn, opened.reshape(-1)
+        flat = upload_all(
+            (ids, row_slots, positions, spans.page_places, spans.pages, *tiles, drawn, opened.reshape(-1)),
+            self._device,
         )
         d_ids, d_slots, d_positions, d_places, d_pages, *d_tiles, d_drawn, d_opened = flat
         if len(opened):
@@ -282,7 +244,7 @@ class GpuEngine:
         arrived = torch.empty((0, self._hidden_size), device=self._device, dtype=self._dtype)
         if weights.embedding is None:
             arrived = torch.empty((n, self._hidden_size), device=self._device, dtype=self._dtype)
-            self._upload_rows(rows, n, arrived)
+            upload_rows(rows, arrived)
         self._enter(d_ids, arrived, space.residual[:n])
         decode = self._decode.bind(table.page_table, d_slots[:n_decode], d_positions[:n_decode] + 1, 1)
         attend = PrefillAttention(decode, n_decode, table.page_table, [t.view(-1, 4) for t in d_tiles], weights.blocks)
@@ -297,7 +259,10 @@ class GpuEngine:
             attend=attend,
             final=None,
         )
-        tokens = torch.empty(len(drawn), dtype=torch.int32, device=self._device)
+        report = torch.empty(report_ints(n, self._hashers is not None), dtype=torch.int32, device=self._device)
+        if len(ids):
+            report[:n] = d_ids
+        tokens = report[n : n + len(drawn)]
         if len(drawn):
             at = d_drawn.long()
             x = torch.empty((len(drawn), self._hidden_size), device=self._device, dtype=self._dtype)
@@ -306,9 +271,9 @@ class GpuEngine:
             for i in range(0, len(drawn), self._max_rows):
                 now = slice(i, i + self._max_rows)
                 self._draw(x[now], d_slots[at[now]], d_positions[at[now]], tokens[now])
-        report = torch.cat([d_ids, tokens])
-        came = d_ids if weights.embedding is not None else arrived
-        return self._download(rows, report, len(drawn), came, space.residual[:n], d_positions)
+        came = report[:n] if weights.embedding is not None else arrived
+        self._hash(came, space.residual[:n], d_positions, report[2 * n :])
+        return self._download(rows, report, n, n, len(drawn), space.residual[:n])
 
     def _enter(self, ids: Tensor, arrived: Tensor, out: Tensor) -> None:
         """The rows that go into the first layer."""
@@ -341,10 +306,15 @@ class GpuEngine:
             space=self._sampler,
         )
 
-    def _make_replays(self, sizes: list[int]) -> None:
-        self._sizes = sizes
+    def _make_replays(self) -> None:
+        began = time.perf_counter()
+        with self._on_stream():
+            self._capture()
+        self.timings["graphs_s"] = time.perf_counter() - began
+
+    def _capture(self) -> None:
         pool = None
-        for size in reversed(sizes):  # the largest first: the others then fit into its memory
+        for size in reversed(self._sizes):  # the largest first: the others then fit into its memory
             for long in (False, True):
                 parts = self._decode.parts(size) if long else 1
                 if long and parts == 1:
@@ -356,7 +326,7 @@ class GpuEngine:
                     self._decode_step(size, parts)  # compiles what is new, and lets libraries choose
                     torch.cuda.synchronize(self._device)
                     graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+                    with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                         self._decode_step(size, parts)
                     pool = graph.pool()
                 self._replays[size, long] = _Replay(graph, size, parts)
@@ -369,60 +339,41 @@ class GpuEngine:
             )
         return self._spaces
 
-    def _upload(self, host: Ints, device: Tensor) -> None:
-        tensor = torch.from_numpy(host.reshape(-1))
-        device.copy_(tensor.pin_memory() if self._cuda else tensor, non_blocking=True)
-
-    def _upload_all(self, *arrays: Ints) -> list[Tensor]:
-        """Several arrays in one copy."""
-        whole = np.concatenate(arrays).astype(np.int32, copy=False)
-        device = torch.empty(len(whole), dtype=torch.int32, device=self._device)
-        self._upload(whole, device)
-        return list(torch.split(device, [len(a) for a in arrays]))
-
-    def _upload_rows(self, rows: memoryview, n: int, device: Tensor) -> None:
-        host = torch.empty((n, self._hidden_size), dtype=self._dtype, pin_memory=self._cuda)
-        host.view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(rows, np.uint8)
-        device[:n].copy_(host, non_blocking=True)
-
-    def _download(
-        self, rows: memoryview, report: Tensor, n_tokens: int, came: Tensor, hidden: Tensor, positions: Tensor
-    ) -> _Flight:
-        """Start the copies to the host; report holds ids, then tokens, and came what went into the first layer."""
-        digests = self._hash(came, hidden, positions) if self._hashers is not None else None
-        to_host = torch.empty(report.numel(), dtype=torch.int32, pin_memory=self._cuda)
-        to_host.view(report.shape).copy_(report, non_blocking=True)
+    def _download(self, rows: memoryview, report: Tensor, n: int, size: int, n_tokens: int, hidden: Tensor) -> Flight:
+        """Start the copies to the host."""
+        to_host = torch.empty(len(report), dtype=torch.int32, pin_memory=self._cuda)
+        to_host.copy_(report, non_blocking=True)
         hidden_host = None
         if self._hand_on:
             hidden_host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=self._cuda)
             hidden_host.copy_(hidden, non_blocking=True)
+        ended = None
+        if self._cuda:
+            ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ended.record()
         received = None if self._weights.embedding is not None else rows
-        return _Flight(received, len(hidden), n_tokens, hidden_host, to_host, _mark(self._cuda), digests)
+        return Flight(received, n, size, n_tokens, hidden_host, to_host, ended, self._hashers is not None)
 
-    def _hash(self, came: Tensor, hidden: Tensor, positions: Tensor) -> _RowDigests:
-        assert self._hashers is not None
-        n = len(hidden)
-        # The next step writes over these, so the hashes are of copies.
-        came, hidden, positions = came.clone(), hidden.clone(), positions.clone()
-        both = torch.empty((2, n, 8), dtype=torch.int32, device=self._device)
-        host = torch.empty((2, n, 8), dtype=torch.int32, pin_memory=self._cuda)
-        with self._beside(came, hidden, positions, both):
-            for hasher, rows, out in zip(self._hashers, (came, hidden), both, strict=True):
-                hasher.hash(rows.view(torch.int32), positions, out)
-            host.copy_(both, non_blocking=True)
-            return _RowDigests(host, _mark(self._cuda))
+    def _hash(self, came: Tensor, hidden: Tensor, positions: Tensor, out: Tensor) -> None:
+        """out [2 * rows * 8]: digests of the rows that came in, then of those that leave."""
+        if self._hashers is None:
+            return
+        for hasher, rows, digests in zip(self._hashers, (came, hidden), out.view(2, len(positions), 8), strict=True):
+            hasher.hash(rows.view(torch.int32), positions, digests)
 
     @contextlib.contextmanager
-    def _beside(self, *used: Tensor) -> Iterator[None]:
-        """Inside: work that waits for what was queued so far, and for which later steps do not wait."""
-        if self._hash_stream is None:
+    def _fork(self) -> Iterator[None]:
+        """Inside: work beside what follows, until _join. One row is hashed by one lane, which leaves the GPU idle."""
+        if self._beside is None:
             yield
             return
-        self._hash_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._hash_stream):
+        self._beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._beside):
             yield
-        for tensor in used:
-            tensor.record_stream(self._hash_stream)
+
+    def _join(self) -> None:
+        if self._beside is not None:
+            torch.cuda.current_stream().wait_stream(self._beside)
 
     @contextlib.contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -431,15 +382,6 @@ class GpuEngine:
             return
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             yield
-
-
-def _mark(cuda: bool) -> torch.cuda.Event | None:
-    """What has happened once all that was queued on this stream has."""
-    if not cuda:
-        return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return event
 
 
 def _padding(size: int, device: torch.device) -> Tensor:

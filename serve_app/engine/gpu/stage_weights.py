@@ -21,7 +21,7 @@ from serve_app.engine.gpu.request_table import PlannedSpans
 from serve_app.engine.torch_engine import TorchEngine
 from serve_app.messages.step import CLOSE, OPEN, SPAN, StepPlan
 
-_PROMPT = 40  # rows of the check's first step; the second has one
+_PROMPT = 20  # rows of the check's first step; the second has one
 _SEQ = 1
 
 

@@ -15,7 +15,7 @@ N_FIELDS = (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "stride"])
 def _prepare(
     fields,
     stride,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _rotate_and_write(
     qkv,
     q_out,

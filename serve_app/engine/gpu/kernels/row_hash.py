@@ -71,7 +71,7 @@ def _word(data, row, real, j, prefix, position, WORDS: tl.constexpr, LAST: tl.co
     return tl.where(j == LAST, tl.full(word.shape, 512 + 32 * WORDS, tl.uint32), word)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["data", "positions", "out"])
 def _hash_rows(
     data,
     positions,

@@ -58,7 +58,7 @@ def _one_row(
     tl.store(out + at_n, y.to(kind), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _few_rows(
     x,
     weight,

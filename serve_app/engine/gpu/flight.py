@@ -1,0 +1,64 @@
+"""A step under way on the GPU, and the one block of memory in which it reports.
+
+The report is int32: the ids of its rows, then tokens, then, if rows are hashed, the digests in and out. One block, so
+that one copy brings it to the host; nobody writes to the host's copy again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from serve_app.engine.engine import StepOutput
+from serve_app.errors import PipelineError
+
+
+@dataclass(frozen=True, slots=True)
+class RowDigests:
+    """Implements engine.Digests. both: [2, rows, 8] int32, on the host already."""
+
+    both: npt.NDArray[np.int32]
+
+    def wait(self) -> tuple[memoryview, memoryview]:
+        inlet, outlet = self.both.view(np.uint8).reshape(2, -1)
+        return inlet.data, outlet.data
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """Implements engine.Launched. report (see report_ints) is on the host once `ended` has happened."""
+
+    received: memoryview | None  # None: the ids in the report
+    rows: int
+    size: int  # rows the report has room for
+    n_tokens: int
+    hidden: Tensor | None
+    report: Tensor
+    ended: torch.cuda.Event | None
+    hashed: bool
+
+    def result(self) -> StepOutput:
+        if self.ended is not None:
+            self.ended.synchronize()
+        report, rows, size = self.report.numpy(), self.rows, self.size
+        tokens = report[size : size + self.n_tokens].tolist()
+        if any(token < 0 for token in tokens):
+            raise PipelineError("the last stage computed logits that are not finite")
+        received = self.received
+        if received is None:
+            received = report[:rows].data.cast("B")
+        hidden, digests = memoryview(b""), None
+        if self.hidden is not None:
+            hidden = self.hidden.view(torch.uint8).numpy().reshape(-1).data
+        if self.hashed:
+            digests = RowDigests(np.ascontiguousarray(report[2 * size :].reshape(2, size, 8)[:, :rows]))
+        return StepOutput(received, hidden, tuple(tokens), digests)
+
+
+def report_ints(rows: int, hashed: bool) -> int:
+    """int32 of a report: ids of `rows` rows, as many tokens, then, if rows are hashed, the digests in and out."""
+    return rows * (2 + 16 * hashed)
