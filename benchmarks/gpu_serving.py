@@ -78,13 +78,16 @@ def main() -> int:
     parser.add_argument("--switch-interval", type=float, default=2e-4, help="seconds a thread may keep others waiting")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="decode steps of these batches, by kernel")
+    parser.add_argument("--layers", type=int, default=None, help="of the model, fewer than published: to see kernels")
     parser.add_argument("--trace", action="store_true", help="nano's steps by kind")
     parser.add_argument("--out", type=Path, default=None, help="folder for the result; default: benchmarks/results")
     a = parser.parse_args()
+    if a.layers is not None:
+        MODELS[a.model]["num_hidden_layers"] = a.layers
     sys.setswitchinterval(a.switch_interval)
     with tempfile.TemporaryDirectory(dir=a.folder) as folder:
         figures = asyncio.run(measure(a, Path(folder)))
-    save(Result("gpu_serving", {"model": a.model, **figures}), a.out)
+    save(Result("gpu_serving", {"model": a.model, "layers": MODELS[a.model]["num_hidden_layers"], **figures}), a.out)
     return 0
 
 
