@@ -35,7 +35,6 @@ from serve_app.errors import ProtocolError
 from serve_app.messages.step import DRAWN_LAST, StepPlan
 
 _log = logging.getLogger(__name__)
-_LONG = 1024  # positions: above it, decode attention of few rows is split
 _NO_IDS = np.zeros(0, np.int32)
 
 
@@ -49,7 +48,6 @@ def batch_sizes(max_sequences: int) -> list[int]:
 class _Replay:
     graph: torch.cuda.CUDAGraph | None  # None: the device has none, the same calls are made one by one
     rows: int
-    parts: int
 
 
 class GpuEngine:
@@ -76,7 +74,7 @@ class GpuEngine:
         self._hashers: tuple[RowHasher, RowHasher] | None = None
         self._hand_on = True
         self._spaces: Space | None = None
-        self._replays: dict[tuple[int, bool], _Replay] = {}
+        self._replays: dict[int, _Replay] = {}
 
     @torch.inference_mode()
     def reserve(self, n_pages: int, max_sequences: int) -> None:
@@ -171,16 +169,16 @@ class GpuEngine:
         upload(fields, self._fields[: N_FIELDS * size])
         if self._weights.embedding is None:
             upload_rows(rows, self._arrived[:n])
-        replay = self._replays[size, int(spans.starts.max()) >= _LONG]
+        replay = self._replays[size]
         if replay.graph is not None:
             replay.graph.replay()
         else:
-            self._decode_step(replay.rows, replay.parts)
+            self._decode_step(replay.rows)
         n_tokens = n if self._weights.head is not None else 0
         report = self._report[: report_ints(size, self._hashers is not None)]
         return self._download(rows, report, n, size, n_tokens, self._space.residual[:n])
 
-    def _decode_step(self, rows: int, parts: int) -> None:
+    def _decode_step(self, rows: int) -> None:
         """What a graph holds: everything from one plan's fields to its report."""
         weights, table = self._weights, self._table
         whole = self._report[: report_ints(rows, self._hashers is not None)]
@@ -197,7 +195,7 @@ class GpuEngine:
             lengths=lengths,
         )
         self._enter(report[0], self._arrived[:rows], self._space.residual[:rows])
-        attend = self._decode.bind(table.page_table, slots, lengths, parts)
+        attend = self._decode.bind(table.page_table, slots, lengths)
         run_layers(
             weights.blocks,
             self._pages,
@@ -246,7 +244,7 @@ class GpuEngine:
             arrived = torch.empty((n, self._hidden_size), device=self._device, dtype=self._dtype)
             upload_rows(rows, arrived)
         self._enter(d_ids, arrived, space.residual[:n])
-        decode = self._decode.bind(table.page_table, d_slots[:n_decode], d_positions[:n_decode] + 1, 1)
+        decode = self._decode.bind(table.page_table, d_slots[:n_decode], d_positions[:n_decode] + 1)
         attend = PrefillAttention(decode, n_decode, table.page_table, [t.view(-1, 4) for t in d_tiles], weights.blocks)
         run_layers(
             weights.blocks,
@@ -315,21 +313,16 @@ class GpuEngine:
     def _capture(self) -> None:
         pool = None
         for size in reversed(self._sizes):  # the largest first: the others then fit into its memory
-            for long in (False, True):
-                parts = self._decode.parts(size) if long else 1
-                if long and parts == 1:
-                    self._replays[size, True] = self._replays[size, False]
-                    continue
-                graph = None
-                if self._cuda:
-                    self._fields[: N_FIELDS * size].view(N_FIELDS, size).copy_(_padding(size, self._device))
-                    self._decode_step(size, parts)  # compiles what is new, and lets libraries choose
-                    torch.cuda.synchronize(self._device)
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-                        self._decode_step(size, parts)
-                    pool = graph.pool()
-                self._replays[size, long] = _Replay(graph, size, parts)
+            graph = None
+            if self._cuda:
+                self._fields[: N_FIELDS * size].view(N_FIELDS, size).copy_(_padding(size, self._device))
+                self._decode_step(size)  # compiles what is new, and lets libraries choose
+                torch.cuda.synchronize(self._device)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                    self._decode_step(size)
+                pool = graph.pool()
+            self._replays[size] = _Replay(graph, size)
 
     def _space_for(self, rows: int) -> Space:
         if self._spaces is None or self._spaces.rows < rows:

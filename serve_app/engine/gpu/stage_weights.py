@@ -150,7 +150,7 @@ def _check_layer(i: int, block: Block, seen: _Seen, page_size: int) -> None:
         n = len(inputs)
         slots = torch.zeros(n, dtype=torch.int32, device=device)
         positions = torch.arange(start, start + n, dtype=torch.int32, device=device)
-        one = decode.bind(page_table, slots[:1], positions[:1] + 1, 1)
+        one = decode.bind(page_table, slots[:1], positions[:1] + 1)
         tiles = tiles_of([block], _one_span(start, n), np.zeros(1, np.int32), 0)
         on_device = [torch.from_numpy(t).view(-1, 4).to(device) for t in tiles]
         attend = one if n == 1 else PrefillAttention(one, 0, page_table, on_device, [block])

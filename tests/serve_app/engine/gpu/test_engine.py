@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="the kernels are Triton's: pip install 'llm-d[test]'")
 
 from serve_app.engine.gpu.block import NotFusable
@@ -98,10 +95,10 @@ STEPS: list[tuple[StepPlan, memoryview]] = [
 ]
 
 
-OTHERS = ["llama", "qwen2", "mistral", "gemma3_text", "phi3"]
+OTHERS = ["llama", "qwen2", "mistral", "gemma2", "gemma3_text", "phi3"]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])
+@pytest.mark.parametrize("family", ["qwen3", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])
 def test_equals_the_plain_engine_step_by_step(family: str, tmp_path: Path) -> None:
     """Tokens and the ids they came from are equal; rows within rounding of float32; the hashes are of these bytes."""
     store, manifest = published(tmp_path, family)
