@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-Activation = Literal["silu", "gelu_tanh"]
+from serve_app.engine.block import Activation
 
 
 @triton.jit

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from serve_app.engine.gpu.kernels.activation import Activation, activate
+from serve_app.engine.block import Activation
+from serve_app.engine.gpu.kernels.activation import activate
 
 MAX_ROWS = 64
 
