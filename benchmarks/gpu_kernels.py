@@ -19,8 +19,8 @@ import torch
 import triton
 
 from benchmarks.report import Result, save
+from serve_app.engine.block import Block, Linear, Norm
 from serve_app.engine.gpu.attend import DecodeAttention
-from serve_app.engine.gpu.block import Block, Linear, Norm
 from serve_app.engine.gpu.forward import Pages, Space, run_layers
 from serve_app.engine.gpu.kernels import decode_attention, early_launch, skinny_product
 from serve_app.engine.gpu.kernels.decode_attention import ChunkSpace, list_chunks

@@ -98,7 +98,7 @@ def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, op
 def _fused(plain: TorchEngine, options: LoadOptions) -> LoadedEngine:
     """The GPU engine on the same weights, or the plain one where it does not fit the model: slower, never wrong."""
     try:
-        from serve_app.engine.gpu.block import NotFusable
+        from serve_app.engine.block import NotFusable
         from serve_app.engine.gpu.engine import GpuEngine
         from serve_app.engine.gpu.stage_weights import read_weights
     except ImportError as e:

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve_app.engine.gpu.block import Block
+from serve_app.engine.block import Block
 from serve_app.engine.gpu.forward import Attend
 from serve_app.engine.gpu.kernels.decode_attention import ChunkSpace, decode_attention, list_chunks
 from serve_app.engine.gpu.kernels.prefill_attention import prefill_attention, rows_per_tile
-from serve_app.engine.gpu.request_table import Ints, PlannedSpans
+from serve_app.engine.request_table import Ints, PlannedSpans
 
 
 class DecodeAttention:

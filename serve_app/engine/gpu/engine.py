@@ -28,8 +28,8 @@ from serve_app.engine.gpu.forward import Pages, Space, head_product, norm, part,
 from serve_app.engine.gpu.kernels.prepare import N_FIELDS, prepare
 from serve_app.engine.gpu.kernels.row_hash import RowHasher
 from serve_app.engine.gpu.kernels.sampler import SamplerSpace, sample
-from serve_app.engine.gpu.request_table import Ints, PlannedSpans, RequestTable
-from serve_app.engine.gpu.stage_weights import StageWeights
+from serve_app.engine.request_table import Ints, PlannedSpans, RequestTable
+from serve_app.engine.stage_weights import StageWeights
 from serve_app.engine.torch_engine import TORCH_DTYPES, TorchEngine
 from serve_app.errors import ProtocolError
 from serve_app.messages.step import DRAWN_LAST, StepPlan
@@ -54,7 +54,7 @@ class GpuEngine:
     """Implements engine.Engine."""
 
     def __init__(self, plain: TorchEngine, weights: StageWeights, page_size: int) -> None:
-        """weights: of the plain engine, as stage_weights.read_weights has checked them."""
+        """weights: of the plain engine, as gpu/stage_weights.py's read_weights has checked them."""
         profile = plain.profile
         self.logits_of = plain.logits_of
         self._weights, self._page_size = weights, page_size

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from serve_app.engine.block import Activation
 from serve_app.engine.gpu.kernels.early_launch import starts_early, wait_for_inputs
-
-Activation = Literal["silu", "gelu_tanh"]
 
 
 @triton.jit

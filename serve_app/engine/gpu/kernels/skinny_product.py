@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from serve_app.engine.gpu.kernels.activation import Activation, activate
+from serve_app.engine.block import Activation
+from serve_app.engine.gpu.kernels.activation import activate
 from serve_app.engine.gpu.kernels.early_launch import starts_early, wait_for_inputs
 
 MAX_ROWS = 64

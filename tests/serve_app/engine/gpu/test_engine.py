@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels are Triton's: pip install 'llm-d[test]'")
 
-from serve_app.engine.gpu.block import NotFusable
+from serve_app.engine.block import NotFusable
 from serve_app.engine.gpu.engine import GpuEngine
 from serve_app.engine.gpu.stage_weights import read_weights
 from serve_app.engine.load import LoadOptions, load_engine

@@ -1,4 +1,4 @@
-"""What the GPU engine knows of open sequences, on the host and on the device.
+"""What a fused engine knows of open sequences, on the host and on the device.
 
 Each open sequence has a slot. The device holds, by slot: the list of its pages, how to draw, and the token it drew
 last. The host holds what is needed to check a plan before anything changes.
