@@ -56,6 +56,11 @@ class KvPages:
         self._layers = {}
 
     @property
+    def n_layers(self) -> int:
+        """Layers that have written."""
+        return len(self._layers)
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of one page in all layers that have written."""
         return sum(t[0].numel() * t.element_size() for kv in self._layers.values() for t in kv) * self.page_size

@@ -23,6 +23,8 @@ from shard_tools.manifest import Manifest
 from shard_tools.store.block_store import BlockStore
 
 _log = logging.getLogger(__name__)
+# What a family's code raises when it needs more than its layers and our attention give it.
+_MISFITS = (NotImplementedError, AttributeError, TypeError, ValueError, IndexError, KeyError)
 
 
 class LoadedEngine(Engine, Protocol):
@@ -80,16 +82,27 @@ def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, op
         device=device,
         dtype=TORCH_DTYPES[options.dtype],
     )
-    plain = TorchEngine(
-        model,
-        kv,
-        embeds=start == 0,
-        head=stop == manifest.n_layers,
-        hidden_size=manifest.hidden_size,
-        vocab_size=manifest.vocab_size,
-        device=device,
-        dtype=options.dtype,
-    )
+    try:
+        plain = TorchEngine(
+            model,
+            kv,
+            embeds=start == 0,
+            head=stop == manifest.n_layers,
+            hidden_size=manifest.hidden_size,
+            vocab_size=manifest.vocab_size,
+            device=device,
+            dtype=options.dtype,
+        )
+    except _MISFITS as e:  # it has run its first row
+        raise ConfigError(
+            f"layers [{start}, {stop}) of a {manifest.model_type} cannot run as a stage of their own: its code failed "
+            f"on the first row ({type(e).__name__}: {e}). Serve this model with fewer stages, or another model."
+        ) from e
+    if kv.n_layers != stop - start:  # else it would answer, and not know what it has read before
+        raise ConfigError(
+            f"{kv.n_layers} of {stop - start} layers of a {manifest.model_type} keep keys and values by transformers' "
+            f"attention interface; the others cannot be served"
+        )
     if options.fused and options.device == "cuda" and options.dtype != "float32":
         return _fused(plain, options)
     return plain

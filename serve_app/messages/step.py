@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve_app.errors import ProtocolError
+from serve_app.messages.controls import NO_CONTROLS, Controls
 from shard_tools import canonical
 from shard_tools.canonical import Fields
 from shard_tools.errors import FormatError
@@ -46,7 +47,7 @@ CLOSE = np.dtype([("seq", "<u8"), ("rows", "<u4"), ("seal", "u1")])
 Array = npt.NDArray[Any]
 
 _MAGIC = 0x504D4C31
-_HEADER = struct.Struct("<IIQIIIIII")  # magic, epoch, step, opens, spans, pages, closes, signs, rows
+_HEADER = struct.Struct("<IIQIIIIIII")  # magic, epoch, step, opens, spans, pages, closes, signs, controls, rows
 DRAWN_LAST = (
     0xFFFFFFFF  # in place of a token id: the one this stage drew last for the sequence, unknown to the Head yet
 )
@@ -70,6 +71,7 @@ class StepPlan:
     pages: Array  # uint32
     closes: Array  # CLOSE
     signs: Array  # uint64, sequences whose roots matched everywhere
+    controls: Controls = NO_CONTROLS  # of those that open here and draw by more than OPEN says
 
     @property
     def rows(self) -> int:
@@ -91,18 +93,19 @@ class StepPlan:
             len(self.pages),
             len(self.closes),
             len(self.signs),
+            len(self.controls.rows),
             self.rows,
         )
         arrays = (self.opens, self.spans, self.pages, self.closes, self.signs)
-        return b"".join((head, *(a.tobytes() for a in arrays), payload))
+        return b"".join((head, *(a.tobytes() for a in arrays), self.controls.encode(), payload))
 
     @classmethod
     def decode(cls, message: bytes) -> tuple[StepPlan, memoryview]:
         """The plan and the bytes of its rows (a view into message). Raises ProtocolError."""
         if not _HEADER.size <= len(message) <= MAX_PAYLOAD_BYTES:
             raise ProtocolError(f"a step message of {len(message)} bytes")
-        magic, epoch, step, *counts, rows = _HEADER.unpack_from(message)
-        if magic != _MAGIC or max(counts) > MAX_ITEMS or rows > MAX_ROWS:
+        magic, epoch, step, *counts, n_controls, rows = _HEADER.unpack_from(message)
+        if magic != _MAGIC or max(*counts, n_controls) > MAX_ITEMS or rows > MAX_ROWS:
             raise ProtocolError("not a step message of this version, or one with too many items")
         view, offset, arrays = memoryview(message), _HEADER.size, []
         kinds: tuple[np.dtype[Any], ...] = (OPEN, SPAN, np.dtype("<u4"), CLOSE, np.dtype("<u8"))
@@ -112,12 +115,14 @@ class StepPlan:
                 raise ProtocolError("a step message was cut short")
             arrays.append(np.frombuffer(view[offset:end], dtype))
             offset = end
-        plan = cls(epoch, step, *arrays)
+        controls, payload = Controls.decode(view[offset:], n_controls, arrays[0])
+        opens, spans, pages, closes, signs = arrays
+        plan = cls(epoch, step, opens, spans, pages, closes, signs, controls)
         if plan.rows != rows or int(plan.spans["new_pages"].sum(dtype=np.int64)) != len(plan.pages):
             raise ProtocolError("a step message whose spans do not add up to its rows or pages")
         if not plan.spans["count"].all():
             raise ProtocolError("a step message with an empty span")
-        return plan, view[offset:]
+        return plan, payload
 
 
 def closing_plan(epoch: int, seq: int, rows: int) -> StepPlan:

@@ -187,6 +187,9 @@ class Head:
             raise ContextLengthError(limit, prompt, request.max_tokens)
         if max(request.prompt_ids) >= self._facts.vocab_size:
             raise RequestError(f"token id {max(request.prompt_ids)} is not in the vocabulary", "prompt")
+        beyond = next((id for id, _ in request.sampling.logit_bias if id >= self._facts.vocab_size), None)
+        if beyond is not None:
+            raise RequestError(f"token id {beyond} is not in the vocabulary", "logit_bias")
         if request.id in self._by_id:
             raise RequestError(f"a request {request.id} is running already", "id")
 

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from serve_app.errors import OverloadedError, ProtocolError, RequestError
+from serve_app.messages.controls import Controls
 from serve_app.messages.request import FinishReason, Sampling
 from serve_app.messages.step import CLOSE, DRAWN_LAST, OPEN, SPAN, StepPlan, StepResult
 from serve_app.scheduling.pages import PagePool
@@ -220,6 +221,7 @@ class Scheduler:
             np.array(pages, "<u4"),
             np.array(self._closes, CLOSE),
             np.array(self._signs, "<u8"),
+            Controls.of((s.ticket.seq, s.ticket.sampling, s.tokens, s.n_prompt) for s in opens),
         )
         self._closes, self._signs = [], []
         if flight:

@@ -101,6 +101,8 @@ class GpuEngine:
     def launch(self, plan: StepPlan, rows: memoryview) -> Flight:
         if len(rows) != plan.rows * self._row_bytes:
             raise ProtocolError(f"{len(rows)} bytes for {plan.rows} rows of {self._row_bytes}")
+        if len(plan.controls.rows) and self._weights.head is not None:
+            raise ProtocolError("penalties, logit_bias and min_p are not drawn on a GPU yet")
         if not self._replays:  # only now is it known whether rows are hashed
             self._make_replays()
         ids = self._ids(rows) if self._weights.embedding is not None else _NO_IDS
