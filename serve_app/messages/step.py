@@ -29,6 +29,7 @@ OPEN = np.dtype(
         ("temperature_micro", "<u4"),
         ("top_k", "<u4"),
         ("top_p_micro", "<u4"),
+        ("attempt", "<u4"),  # how often the request has begun anew; its statements say so
     ]
 )
 SPAN = np.dtype(
@@ -40,9 +41,9 @@ SPAN = np.dtype(
         ("sample", "u1"),  # 1: draw the token that follows the last row
     ]
 )
-# rows: those that count; one more may have run before it was known that the sequence ends. seal 1: tell the Head both
-# roots.
+# rows: those that count; some more may have run before it was known that the sequence ends.
 CLOSE = np.dtype([("seq", "<u8"), ("rows", "<u4"), ("seal", "u1")])
+FORGET, SEAL, ABANDON = 0, 1, 2  # seal: nobody asks; tell the Head both roots; the same request begins anew later
 
 Array = npt.NDArray[Any]
 

@@ -69,6 +69,7 @@ class _Running:
     node_nonce: bytes
     tokens: list[int] = field(default_factory=list)
     reason: FinishReason | None = None
+    attempt: int = 0  # how often it had begun anew when reason was known
     ended_s: float | None = None  # on the monotonic clock: when reason was known
     roots: dict[int, Roots] = field(default_factory=dict)
     statements: dict[int, Envelope] = field(default_factory=dict)
@@ -84,9 +85,14 @@ class Head:
         self._by_id: dict[RequestId, int] = {}
         self._started: dict[int, float] = {}  # step -> when it left
         self._failure: str | None = None
-        self.rows_run = 0
+        self._rows_sent = 0
         self.tokens_drawn = 0
         self.receipts_issued = 0
+
+    @property
+    def rows_run(self) -> int:
+        """Rows sent down the stages, without those of attempts that were given up."""
+        return self._rows_sent - self._scheduler.rows_abandoned
 
     @property
     def failure(self) -> str | None:
@@ -173,6 +179,8 @@ class Head:
             "free_pages": self._scheduler.free_pages,
             "steps_in_flight": self._scheduler.in_flight,
             "rows_run": self.rows_run,
+            "rows_abandoned": self._scheduler.rows_abandoned,
+            "preemptions": self._scheduler.preemptions,
             "tokens_drawn": self.tokens_drawn,
             "receipts_issued": self.receipts_issued,
         }
@@ -201,7 +209,7 @@ class Head:
                 return
             if plan.rows:
                 self._started[plan.step] = time.monotonic()
-                self.rows_run += plan.rows
+                self._rows_sent += plan.rows
             self._send(plan, self._scheduler.rows_of(plan))
 
     def _send(self, plan: StepPlan, rows: bytes) -> None:
@@ -246,7 +254,7 @@ class Head:
             running.sink(TokensEvent(running.request.id, (committed.token,)))
         if committed.reason is None:
             return
-        running.reason, running.ended_s = committed.reason, time.monotonic()
+        running.reason, running.attempt, running.ended_s = committed.reason, committed.attempt, time.monotonic()
         if committed.reason == "cancelled" or not running.tokens:
             self._end(committed.seq, FinishedEvent(running.request.id, "cancelled", b""))
 
@@ -305,6 +313,7 @@ class Head:
                 session=self._session,
                 node_nonce=running.node_nonce,
                 now_ms=time.time_ns() // 1_000_000,
+                attempt=running.attempt,
             )
         except LlmdError as e:
             self._end(signed.seq, FailedEvent(running.request.id, "integrity", f"no receipt can be issued: {e}"))

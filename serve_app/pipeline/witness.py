@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve_app.engine.engine import StepOutput
-from serve_app.messages.step import Fault, Reply, Roots, Signed, StepPlan
+from serve_app.messages.step import ABANDON, SEAL, Fault, Reply, Roots, Signed, StepPlan
 from serve_app.receipts.rows import PAGE_ROWS, Boundary, RowTree, ids_boundary, leaves_of
 from serve_app.receipts.statement import StageStatement, StatementChain
 from shard_tools import canonical
@@ -58,6 +58,7 @@ class StageSpan:
 @dataclass(slots=True)
 class _Trees:
     request_hash: bytes
+    attempt: int
     started_ms: int
     inlet: RowTree
     outlet: RowTree
@@ -81,6 +82,7 @@ class Witness:
         self._free = list(range(63, -1, -1))
         self._closed: OrderedDict[int, _Trees] = OrderedDict()
         self.rows_hashed = 0  # of closed sequences; benchmarks compare it with the tokens processed
+        self.rows_abandoned = 0  # of attempts that were given up; not among those hashed
         self._thread = threading.Thread(target=self._run, name="witness", daemon=True)
         self._thread.start()
 
@@ -103,7 +105,7 @@ class Witness:
             try:
                 if output is None:
                     for seq in plan.spans["seq"].tolist():
-                        self._open.pop(seq, None)
+                        self._forget(seq)
                 else:
                     self._hash(plan, output)
                 self._end_and_sign(plan)
@@ -116,7 +118,9 @@ class Witness:
             inlet, outlet = RowTree(self._span.inlet), RowTree(self._span.outlet)
             slot = self._free.pop() if self._free else self._lengthen()
             self._seen[slot] = 0
-            self._open[int(item["seq"])] = _Trees(item["request"].tobytes(), _now_ms(), inlet, outlet, slot)
+            self._open[int(item["seq"])] = _Trees(
+                item["request"].tobytes(), int(item["attempt"]), _now_ms(), inlet, outlet, slot
+            )
         if plan.rows == 0:
             return
         leaves_in, leaves_out = self._leaves(plan, output)
@@ -176,19 +180,22 @@ class Witness:
 
     def _end_and_sign(self, plan: StepPlan) -> None:
         for seq, rows, seal in plan.closes.tolist():
-            self._end(plan.epoch, seq, rows, bool(seal))
+            self._end(plan.epoch, seq, rows, seal)
         for seq in plan.signs.tolist():
             self._sign(plan.epoch, seq)
 
-    def _end(self, epoch: int, seq: int, rows: int, seal: bool) -> None:
+    def _end(self, epoch: int, seq: int, rows: int, seal: int) -> None:
         self._closed.pop(seq, None)
-        trees = self._open.pop(seq, None)
+        trees = self._forget(seq)
         if trees is None:
             return
-        self._free.append(trees.slot)
-        self._release(trees, min(rows, int(self._seen[trees.slot])))
+        seen = int(self._seen[trees.slot])
+        if seal == ABANDON:
+            self.rows_abandoned += seen
+            return
+        self._release(trees, min(rows, seen))
         self.rows_hashed += len(trees.outlet)
-        if not seal:
+        if seal != SEAL:
             return
         trees.ended_ms = _now_ms()
         self._closed[seq] = trees
@@ -197,12 +204,19 @@ class Witness:
         inlet, outlet = trees.inlet, trees.outlet
         self._reply(Roots(epoch, self._span.stage, seq, len(inlet), inlet.root(), outlet.root()))
 
+    def _forget(self, seq: int) -> _Trees | None:
+        """What is known of an open sequence; its slot is another's from now on."""
+        trees = self._open.pop(seq, None)
+        if trees is not None:
+            self._free.append(trees.slot)
+        return trees
+
     def _sign(self, epoch: int, seq: int) -> None:
         trees = self._closed.pop(seq)
         span = self._span
         statement = StageStatement(
             request_hash=trees.request_hash,
-            attempt=0,
+            attempt=trees.attempt,
             stage=span.stage,
             n_stages=span.n_stages,
             start=span.start,

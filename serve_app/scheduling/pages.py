@@ -10,28 +10,18 @@ class PagePool:
         assert n_pages > 0
         self.n_pages = n_pages
         self._free = list(range(n_pages - 1, -1, -1))  # a stack: low ids first, so that runs stay contiguous
-        self._promised = 0
 
     @property
     def free(self) -> int:
-        """Pages that nobody holds and that are promised to nobody."""
-        return len(self._free) - self._promised
-
-    def promise(self, n: int) -> bool:
-        """Set n pages aside for one sequence, or return False: then nothing changed."""
-        if n > self.free:
-            return False
-        self._promised += n
-        return True
+        """Pages that nobody holds."""
+        return len(self._free)
 
     def take(self, n: int) -> list[int]:
-        """n ids out of a promise."""
-        assert n <= self._promised
-        self._promised -= n
+        """n ids that were free."""
+        assert n <= self.free
         return [self._free.pop() for _ in range(n)]
 
-    def give_back(self, pages: list[int], promised: int) -> None:
-        """End of a sequence: its pages and what was promised but never taken."""
+    def give_back(self, pages: list[int]) -> None:
+        """These ids are held no longer."""
         self._free.extend(reversed(pages))
-        self._promised -= promised
-        assert self._promised >= 0 and len(self._free) <= self.n_pages
+        assert len(self._free) <= self.n_pages

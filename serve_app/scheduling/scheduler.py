@@ -4,24 +4,32 @@ Pure: no Ray, no torch, no clock. `admit`, then `plan` / `apply` in turn, with s
 stage of a pipeline has work. The chunks of a prompt may be in several steps at a time. A sequence that draws waits
 for its token, unless one engine both draws and embeds: then with `lookahead` it also runs the row of the token on its
 way (DRAWN_LAST), so that the engine never waits for the Head; if that token ends the sequence, such rows are void.
-Requests join and leave between any two steps. A request is let in when pages for its longest course can be promised:
-one that runs never waits for pages. Decoding rows go first, then prefill chunks fill the budget, oldest request first.
+Requests join and leave between any two steps. Decoding rows go first, then prefill chunks fill the budget.
+
+Pages are taken as rows need them. A request is seated when those of its prompt are there. Where a running sequence
+finds none, the last in rank is preempted: the stages forget it, it waits again, and later runs anew as a prompt of all
+its tokens. Tokens on their way at that moment were drawn from pages still whole, so they count when they come; only
+then may it be seated. Nobody ranks before the first, so the first always goes on and every request ends.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections import deque
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
 from serve_app.errors import OverloadedError, ProtocolError, RequestError
 from serve_app.messages.controls import Controls
-from serve_app.messages.request import FinishReason, Sampling
-from serve_app.messages.step import CLOSE, DRAWN_LAST, OPEN, SPAN, StepPlan, StepResult
+from serve_app.messages.request import FinishReason
+from serve_app.messages.step import ABANDON, CLOSE, DRAWN_LAST, FORGET, OPEN, SEAL, SPAN, StepPlan, StepResult
 from serve_app.scheduling.pages import PagePool
+from serve_app.scheduling.sequence import Committed, Sequence, Ticket
+
+__all__ = ["Committed", "Scheduler", "Ticket", "lookahead", "max_flights"]
+
+_Flight = list[tuple[Sequence, bool, int]]  # sequences of a step, sampled or not, rows that have run after it
 
 
 def max_flights(stages: int) -> int:
@@ -32,48 +40,6 @@ def max_flights(stages: int) -> int:
 def lookahead(stages: int) -> int:
     """For a pipeline of so many stages. Two tokens ahead hide the Head even where a step takes a millisecond."""
     return 2 if stages == 1 else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """A request as the scheduler needs it. seq: the Head's number for it, never reused."""
-
-    seq: int
-    request_hash: bytes
-    prompt_ids: tuple[int, ...]
-    max_tokens: int
-    sampling: Sampling
-    sampling_key: bytes
-    stop_ids: frozenset[int]
-
-
-class Committed(NamedTuple):
-    """What a step gave one sequence. token None: nothing was drawn. reason None: it goes on."""
-
-    seq: int
-    token: int | None
-    reason: FinishReason | None
-
-
-@dataclass(slots=True)
-class _Sequence:
-    ticket: Ticket
-    tokens: list[int]  # prompt, then what was drawn
-    n_prompt: int
-    limit: int  # tokens at most
-    length: int  # tokens, those on their way counted
-    promised: int  # pages set aside and not yet taken
-    pages: list[int] = field(default_factory=list)
-    computed: int = 0  # rows that have run, or run in a step in flight
-    opened: bool = False
-    flights: int = 0  # steps on their way that hold rows of it
-    ending: Literal["stop", "cancelled"] | None = None
-    ended: bool = False
-
-    @classmethod
-    def of(cls, ticket: Ticket, promised: int) -> _Sequence:
-        n = len(ticket.prompt_ids)
-        return cls(ticket, list(ticket.prompt_ids), n, n + ticket.max_tokens, n, promised)
 
 
 class Scheduler:
@@ -103,26 +69,30 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._micro_batches = micro_batches
         self._lookahead = lookahead
-        self._waiting: deque[_Sequence] = deque()
-        self._running: dict[int, _Sequence] = {}
-        self._flights: dict[int, list[tuple[_Sequence, bool]]] = {}  # step -> its sequences, sampled or not
-        self._closes: list[tuple[int, int, bool]] = []  # seq, rows, seal
+        self._arrivals = 0
+        self._waiting: list[Sequence] = []  # by rank
+        self._running: dict[int, Sequence] = {}
+        self._order: list[Sequence] = []  # the running ones, by rank
+        self._flights: dict[int, _Flight] = {}
+        self._closes: list[tuple[int, int, int]] = []  # seq, rows, what then
         self._signs: list[int] = []
         self._next_step = 0
+        self.preemptions = 0
+        self.rows_abandoned = 0  # rows that ran for attempts that were given up
 
     @property
     def running(self) -> int:
-        """Sequences that hold pages."""
+        """Sequences that hold pages, or may take them."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Requests let in that hold nothing yet."""
+        """Requests let in that hold nothing: not seated yet, or preempted."""
         return len(self._waiting)
 
     @property
     def free_pages(self) -> int:
-        """Pages neither held nor promised."""
+        """Pages that nobody holds."""
         return self._pool.free
 
     @property
@@ -132,42 +102,49 @@ class Scheduler:
 
     def admit(self, ticket: Ticket) -> None:
         """Queue the request. Raises OverloadedError when full, RequestError when it can never fit."""
-        need = self._pages_for(ticket)
+        # The last token is never fed back, so it needs no row.
+        need = self._pages_of(len(ticket.prompt_ids) + ticket.max_tokens - 1)
         if need > self._pool.n_pages:
             raise RequestError(
                 f"the request may grow to {need * self._page_size} tokens and this pipeline has room for "
                 f"{self._pool.n_pages * self._page_size}: ask for fewer tokens or raise pipeline.kv_pages"
             )
-        self._waiting.append(_Sequence.of(ticket, need))
+        sequence = Sequence.of(ticket, self._arrivals)
+        self._arrivals += 1
+        self._wait(sequence)
         self._let_in()  # only what cannot run yet counts as waiting
-        if len(self._waiting) > self._max_waiting:
-            self._waiting.pop()
+        if not sequence.seated and len(self._waiting) > self._max_waiting:
+            self._waiting.remove(sequence)
             raise OverloadedError(f"{self.running} requests run and {len(self._waiting)} wait already")
 
     def stop(self, seq: int, reason: Literal["stop", "cancelled"]) -> Committed | None:
         """End a sequence now, or when its step in flight is back.
 
         Returns its end if it ended at once, else None: `apply` will tell. Unknown sequences have ended
-        already: None.
+        already: None. One that drew, and whose rows are gone or have not all run again, runs them first.
         """
-        for waiting in self._waiting:
-            if waiting.ticket.seq == seq:
-                self._waiting.remove(waiting)
-                return Committed(seq, None, "cancelled")
-        sequence = self._running.get(seq)
-        if sequence is None:
+        sequence = self._find(seq)
+        if sequence is None or (sequence.final is not None and reason == "stop"):
             return None
-        if sequence.flights:
+        if not sequence.seated and (reason == "cancelled" or not sequence.drew):
+            self._finish(sequence, "cancelled")
+            return Committed(seq, None, "cancelled", sequence.attempt)
+        if reason == "stop" and sequence.drew and not self._draws(sequence):
+            sequence.final = "stop"
+            sequence.fill = sequence.rows_to_fill
+            if not sequence.seated or not sequence.is_whole:
+                return None
+        elif sequence.flights:
             sequence.ending = reason
             return None
         self._finish(sequence, reason)
-        return Committed(seq, None, reason)
+        return Committed(seq, None, reason, sequence.attempt)
 
     def plan(self) -> StepPlan | None:
         """The next micro-batch, or None if nothing can run and nothing is to be closed or signed."""
         self._let_in()
-        opens: list[_Sequence] = []
-        flight: list[tuple[_Sequence, bool]] = []
+        opens: list[Sequence] = []
+        flight: _Flight = []
         starts: list[int] = []
         counts: list[int] = []
         page_counts: list[int] = []
@@ -177,24 +154,29 @@ class Scheduler:
         quota = math.ceil(len(self._running) / self._micro_batches)
         budget = self._max_step_tokens
         for sequence in decoding[: min(quota, budget)]:
-            start = sequence.computed
-            new = self._grow(sequence, start + 1) if start == len(sequence.pages) * self._page_size else []
+            start, page_count = sequence.computed, 0
+            if start == len(sequence.pages) * self._page_size:
+                if not sequence.seated or not self._make_room(sequence, 1, flight):
+                    continue
+                pages.append(self._grow(sequence, 1)[0])
+                page_count = 1
+            elif not sequence.seated:
+                continue
             starts.append(start)
             counts.append(1)
-            page_counts.append(len(new))
-            pages += new
+            page_counts.append(page_count)
             sequence.computed = start + 1
             sequence.length += 1
             sequence.flights += 1
-            flight.append((sequence, True))
+            flight.append((sequence, True, start + 1))
         budget -= len(flight)
         for sequence in prompts[: quota - len(flight)]:
-            start = sequence.computed
-            count = min(sequence.n_prompt - start, budget)
-            if count <= 0:
-                break
+            count = self._chunk(sequence, budget, flight)
+            if count == 0:
+                continue
+            start, stop = sequence.computed, sequence.computed + count
             budget -= count
-            new = self._grow(sequence, start + count)
+            new = self._grow(sequence, self._pages_of(stop) - len(sequence.pages))
             starts.append(start)
             counts.append(count)
             page_counts.append(len(new))
@@ -202,21 +184,21 @@ class Scheduler:
             if not sequence.opened:
                 sequence.opened = True
                 opens.append(sequence)
-            sequence.computed = start + count
-            sample = sequence.computed == sequence.n_prompt
+            sequence.computed = stop
+            sample = stop == sequence.fill and sequence.final is None
             sequence.length += sample
             sequence.flights += 1
-            flight.append((sequence, sample))
+            flight.append((sequence, sample, stop))
         if not flight and not self._closes and not self._signs:
             return None
         spans = np.zeros(len(flight), SPAN)
-        spans["seq"] = [sequence.ticket.seq for sequence, _ in flight]
-        spans["sample"] = [sample for _, sample in flight]
+        spans["seq"] = [sequence.ticket.seq for sequence, _, _ in flight]
+        spans["sample"] = [sample for _, sample, _ in flight]
         spans["start"], spans["count"], spans["new_pages"] = starts, counts, page_counts
         plan = StepPlan(
             self._epoch,
             self._next_step,
-            np.array([_open(s.ticket) for s in opens], OPEN),
+            np.array([_open(s) for s in opens], OPEN),
             spans,
             np.array(pages, "<u4"),
             np.array(self._closes, CLOSE),
@@ -228,19 +210,6 @@ class Scheduler:
             self._flights[self._next_step] = flight
         self._next_step += 1
         return plan
-
-    def _ready(self) -> tuple[list[_Sequence], list[_Sequence]]:
-        """What may run, oldest first: sequences that draw token after token; those with rows of their prompt left."""
-        decoding, prompts, ahead = [], [], self._lookahead
-        for sequence in self._running.values():
-            if sequence.ending is not None:
-                continue
-            length = sequence.length
-            if length == sequence.n_prompt:
-                prompts.append(sequence)
-            elif length < sequence.limit and length - len(sequence.tokens) <= ahead:
-                decoding.append(sequence)
-        return decoding, prompts
 
     def rows_of(self, plan: StepPlan) -> bytes:
         """The token ids of a plan's rows, uint32 little-endian: stage 0's payload."""
@@ -259,27 +228,34 @@ class Scheduler:
         flight = self._flights.get(result.step)
         if flight is None:
             raise ProtocolError(f"step {result.step} was answered, which is not in flight")
-        asked = sum(sampled for _, sampled in flight)
+        asked = sum(sampled for _, sampled, _ in flight)
         if len(result.tokens) != asked:
             raise ProtocolError(f"step {result.step} asked for {asked} tokens and got {len(result.tokens)}")
         del self._flights[result.step]
         tokens = iter(result.tokens)
         out: list[Committed] = []
-        for sequence, sampled in flight:
+        for sequence, sampled, stop in flight:
             sequence.flights -= 1
+            sequence.done = stop
             token = next(tokens) if sampled else None
             if sequence.ended:
                 continue  # while this step ran: its rows are void
-            reason: FinishReason | None = sequence.ending
+            if sequence.final is not None:
+                token = None  # it was known already where the answer ends
             if token is not None:
                 sequence.tokens.append(token)
-                if reason is None and token in sequence.ticket.stop_ids:
-                    reason = "stop"
-                if reason is None and len(sequence.tokens) >= sequence.limit:
-                    reason = "length"
-                out.append(Committed(sequence.ticket.seq, token, reason))
-            elif reason is not None:
-                out.append(Committed(sequence.ticket.seq, None, reason))
+                sequence.final = sequence.ending
+                if sequence.final is None and token in sequence.ticket.stop_ids:
+                    sequence.final = "stop"
+                if sequence.final is None and len(sequence.tokens) >= sequence.limit:
+                    sequence.final = "length"
+            elif sequence.ending is not None:
+                sequence.final = sequence.ending
+            reason = sequence.final
+            if reason is not None and not (sequence.seated and (reason == "cancelled" or sequence.is_whole)):
+                reason = None  # preempted, or running anew: its rows must run for the receipt
+            if token is not None or reason is not None:
+                out.append(Committed(sequence.ticket.seq, token, reason, sequence.attempt))
             if reason is not None:
                 self._finish(sequence, reason)
         return out
@@ -290,51 +266,129 @@ class Scheduler:
 
     def drop(self, seq: int) -> None:
         """A sequence whose step will never come back: free its pages and tell the stages to forget it."""
-        for waiting in [s for s in self._waiting if s.ticket.seq == seq]:
-            self._waiting.remove(waiting)
-        sequence = self._running.get(seq)
+        sequence = self._find(seq)
         if sequence is not None:
             self._finish(sequence, "error")
 
     def drop_step(self, step: int) -> list[int]:
-        """A step failed in some stage: its sequences are dropped. Returns them."""
-        dropped = [s.ticket.seq for s, _ in self._flights.pop(step, []) if not s.ended]
+        """A step failed in some stage: its sequences are dropped. Returns them.
+
+        One preempted since is dropped too: steps behind this one read rows that never were.
+        """
+        dropped = [s.ticket.seq for s, _, _ in self._flights.pop(step, []) if not s.ended]
         for seq in dropped:
             self.drop(seq)
         return dropped
 
-    def _let_in(self) -> None:
-        while self._waiting and len(self._running) < self._max_running:
-            if not self._pool.promise(self._waiting[0].promised):
-                return  # first come, first served: a smaller request behind it must not starve it
-            sequence = self._waiting.popleft()
-            self._running[sequence.ticket.seq] = sequence
+    def _ready(self) -> tuple[list[Sequence], list[Sequence]]:
+        """What may run, by rank: sequences that draw token after token; those with rows of known tokens left."""
+        decoding, prompts, ahead = [], [], self._lookahead
+        for sequence in self._order:
+            if sequence.ending is not None:
+                continue
+            if sequence.computed < sequence.fill:
+                prompts.append(sequence)
+            elif (
+                sequence.final is None
+                and sequence.length < sequence.limit
+                and sequence.length - len(sequence.tokens) <= ahead
+            ):
+                decoding.append(sequence)
+        return decoding, prompts
 
-    def _grow(self, sequence: _Sequence, rows: int) -> list[int]:
-        new = self._pool.take(-(-rows // self._page_size) - len(sequence.pages))
+    def _chunk(self, sequence: Sequence, budget: int, flight: _Flight) -> int:
+        """How many rows of known tokens run now: what budget and pages allow."""
+        count = min(sequence.fill - sequence.computed, budget)
+        if count <= 0 or not sequence.seated:
+            return 0
+        missing = self._pages_of(sequence.computed + count) - len(sequence.pages)
+        if self._make_room(sequence, missing, flight):
+            return count
+        room = (len(sequence.pages) + self._pool.free) * self._page_size
+        return max(0, min(count, room - sequence.computed))
+
+    def _make_room(self, sequence: Sequence, pages: int, flight: _Flight) -> bool:
+        """Whether so many pages are free now. Preempts what ranks behind, the last first, and is not in this step."""
+        if self._pool.free >= pages:
+            return True
+        planned = {s for s, _, _ in flight}
+        for last in reversed(self._order[self._order.index(sequence) + 1 :]):
+            # One that ends with its next step gives its pages back without having to run again.
+            if last.pages and last not in planned and last.ending is None:
+                self._preempt(last)
+                if self._pool.free >= pages:
+                    return True
+        return False  # it waits, and keeps what it has until somebody before it needs that
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        if sequence.opened:
+            self._closes.append((sequence.ticket.seq, sequence.computed, ABANDON))
+            self.rows_abandoned += sequence.computed
+            sequence.attempt += 1
+            self.preemptions += 1
+        sequence.unseat()
+        self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        bisect.insort(self._waiting, sequence, key=lambda s: s.rank)
+
+    def _let_in(self) -> None:
+        """Seat those who wait, in order: a smaller request behind one that does not fit must not starve it."""
+        while self._waiting and len(self._running) < self._max_running:
+            first = self._waiting[0]
+            if first.flights:
+                return  # of the attempt before: what they draw comes first
+            # A page for each that runs: else the newcomer would soon be thrown out again, or throw out another.
+            spare = self._pages_of(first.rows_to_fill) + len(self._order)
+            if self._pool.free < spare or self._pool.free < spare + self._owed():
+                return
+            del self._waiting[0]
+            first.seat()
+            self._running[first.ticket.seq] = first
+            bisect.insort(self._order, first, key=lambda s: s.rank)
+
+    def _owed(self) -> int:
+        """Pages that the running sequences will take for rows of tokens known when they were seated."""
+        return sum(self._pages_of(s.fill) - len(s.pages) for s in self._order if s.computed < s.fill)
+
+    def _grow(self, sequence: Sequence, pages: int) -> list[int]:
+        new = self._pool.take(pages)
         sequence.pages += new
-        sequence.promised -= len(new)
         return new
 
-    def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
+    def _leave(self, sequence: Sequence) -> None:
+        """Out of the running. Its pages are free."""
         # Stages work through messages in order, so a page given back here is rewritten only after every
         # step that read it has run.
         del self._running[sequence.ticket.seq]
+        self._order.remove(sequence)
+        self._pool.give_back(sequence.pages)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.ended = True
-        self._pool.give_back(sequence.pages, sequence.promised)
+        if not sequence.seated:
+            self._waiting.remove(sequence)
+            return
+        self._leave(sequence)
         if sequence.opened:
-            drew = len(sequence.tokens) > sequence.n_prompt
-            seal = reason in ("stop", "length") and drew  # a client that hung up waits for no receipt
-            rows = len(sequence.tokens) - 1 if drew else sequence.computed
-            self._closes.append((sequence.ticket.seq, rows, seal))
+            sealed = reason in ("stop", "length") and sequence.drew  # a client that hung up waits for no receipt
+            rows = len(sequence.tokens) - 1 if sequence.drew else sequence.computed
+            self._closes.append((sequence.ticket.seq, rows, SEAL if sealed else FORGET))
 
-    def _pages_for(self, ticket: Ticket) -> int:
-        # The last token is never fed back, so it needs no row.
-        return -(-(len(ticket.prompt_ids) + ticket.max_tokens - 1) // self._page_size)
+    def _find(self, seq: int) -> Sequence | None:
+        return self._running.get(seq) or next((s for s in self._waiting if s.ticket.seq == seq), None)
+
+    def _draws(self, sequence: Sequence) -> bool:
+        """Whether a token of a running sequence is on its way."""
+        return sequence.seated and sequence.length > len(sequence.tokens)
+
+    def _pages_of(self, rows: int) -> int:
+        return -(-rows // self._page_size)
 
 
-def _open(ticket: Ticket) -> tuple[object, ...]:
-    sampling = ticket.sampling
+def _open(sequence: Sequence) -> tuple[object, ...]:
+    ticket, sampling = sequence.ticket, sequence.ticket.sampling
     return (
         ticket.seq,
         np.frombuffer(ticket.request_hash, "u1"),
@@ -342,4 +396,5 @@ def _open(ticket: Ticket) -> tuple[object, ...]:
         sampling.temperature_micro,
         sampling.top_k,
         sampling.top_p_micro,
+        sequence.attempt,
     )

@@ -35,7 +35,8 @@ def plan_of(
     """opens: seq -> temperature_micro, top_k, top_p_micro."""
     opening = np.zeros(len(opens or {}), OPEN)
     for i, (seq, (temperature, top_k, top_p)) in enumerate((opens or {}).items()):
-        opening[i] = (seq, [7] * 32, [seq, 1, 2, 3, 4, 5, 6, 7], temperature, top_k, top_p)
+        opening["seq"][i], opening["request"][i], opening["key"][i] = seq, 7, [seq, 1, 2, 3, 4, 5, 6, 7]
+        opening["temperature_micro"][i], opening["top_k"][i], opening["top_p_micro"][i] = temperature, top_k, top_p
     return StepPlan(
         1,
         0,
