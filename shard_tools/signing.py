@@ -1,4 +1,4 @@
-"""Ed25519 keys and DSSE envelopes: who said these bytes.
+"""Ed25519 keys, DSSE envelopes and the certificates of TLS: who said these bytes, and who is at the other end.
 
 A signature covers DSSE's pre-authentication encoding of (payload type, payload), so that a signature
 made for one kind of statement is never one for another. Says nothing of whether a key is to be trusted:
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NewType
 
+from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.x509.oid import NameOID
 
 from shard_tools import canonical
 from shard_tools.errors import InputError, SignatureError
@@ -24,6 +27,7 @@ PublicKey = NewType("PublicKey", bytes)  # 32 raw bytes
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
+TLS_CLOCK_SKEW_S = 300  # hosts' clocks may differ by this much
 _PREFIX = "llmd-ed25519:"  # of the one-line text form of a public key
 
 
@@ -113,6 +117,28 @@ class Signer:
         """64 bytes: the Ed25519 signature over the DSSE encoding of the payload."""
         return self._key.sign(_pre_auth(payload_type, payload))
 
+    def certify_tls(self, now_s: int, lifetime_s: int) -> bytes:
+        """A fresh Ed25519 key and the X.509 certificate by which this key vouches for it, as PEM.
+
+        So the signer's own key goes into no TLS library, and what does is worthless after lifetime_s.
+        """
+        fresh = Ed25519PrivateKey.generate()
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(_x509_name("llmd edge"))
+            .issuer_name(_x509_name(self.public.hex()))
+            .public_key(fresh.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(datetime.fromtimestamp(now_s - TLS_CLOCK_SKEW_S, UTC))
+            .not_valid_after(datetime.fromtimestamp(now_s + lifetime_s, UTC))
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .sign(self._key, None)
+        )
+        private = fresh.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        return certificate.public_bytes(serialization.Encoding.PEM) + private
+
 
 def verify(key: PublicKey, payload_type: str, payload: bytes, signature: bytes) -> None:
     """Returns if `key` signed this payload as this type. Raises SignatureError."""
@@ -120,6 +146,52 @@ def verify(key: PublicKey, payload_type: str, payload: bytes, signature: bytes) 
         Ed25519PublicKey.from_public_bytes(key).verify(signature, _pre_auth(payload_type, payload))
     except (InvalidSignature, ValueError) as e:
         raise SignatureError(f"the signature by {key_text(key)} over this {payload_type} is wrong") from e
+
+
+def tls_anchor(key: PublicKey) -> bytes:
+    """The key as a trust anchor, DER: who is to accept the certificates it made, and no others, loads this.
+
+    A wrapping of the public key alone, so whoever knows the key can make it. OpenSSL asks for a self-signed form and
+    does not check an anchor's own signature; it is by a key that is thrown away.
+    """
+    name = _x509_name(key.hex())
+    anchor = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(Ed25519PublicKey.from_public_bytes(key))
+        .serial_number(1)
+        .not_valid_before(datetime(2000, 1, 1, tzinfo=UTC))
+        .not_valid_after(datetime(9999, 1, 1, tzinfo=UTC))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(Ed25519PrivateKey.generate(), None)
+    )
+    return anchor.public_bytes(serialization.Encoding.DER)
+
+
+def tls_issuer(certificate: bytes, trusted: frozenset[PublicKey]) -> PublicKey:
+    """Which of these keys made this certificate (DER). TLS has shown that the peer holds the certificate's own key.
+
+    Says by itself what OpenSSL's chain building has found, so nothing hangs on how the anchors were loaded.
+    Raises SignatureError.
+    """
+    try:
+        leaf = x509.load_der_x509_certificate(certificate)
+        issuer = str(leaf.issuer.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+    except (ValueError, IndexError) as e:
+        raise SignatureError(f"the peer's certificate cannot be read: {e}") from e
+    key = next((key for key in trusted if key.hex() == issuer), None)
+    if key is None:
+        raise SignatureError(f"the peer's certificate is by {issuer[:80]!r}, which is not expected here")
+    try:
+        Ed25519PublicKey.from_public_bytes(key).verify(leaf.signature, leaf.tbs_certificate_bytes)
+    except InvalidSignature as e:
+        raise SignatureError(f"the peer's certificate is not by {key_text(key)}, as it says") from e
+    return key
+
+
+def _x509_name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
 @dataclass(frozen=True, slots=True)

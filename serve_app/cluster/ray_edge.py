@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from serve_app.errors import PipelineError, ProtocolError
+from serve_app.transport.edge import Rows
 
 _MAX_UNACKNOWLEDGED = 64  # messages; several times the steps a Head keeps in flight
 _STALL_S = 30.0  # a peer that takes in nothing for so long is gone: its inbox is 64 messages deep
@@ -28,7 +29,7 @@ class RayEdge:
         self._failure: str | None = None
         self._changed = threading.Condition()
 
-    def send(self, message: bytes) -> None:
+    def send(self, message: bytes, rows: Rows = b"") -> None:
         with self._changed:
             if not self._changed.wait_for(self._has_room, _STALL_S):
                 raise PipelineError(f"the peer of edge {self._name} has taken in nothing for {_STALL_S:.0f} s")
@@ -36,7 +37,7 @@ class RayEdge:
                 raise PipelineError(f"the peer of edge {self._name} is gone: {self._failure}")
             number, self._sent = self._sent, self._sent + 1
             self._unacknowledged += 1
-        taken = self._actor.push.remote(self._name, number, message)
+        taken = self._actor.push.remote(self._name, number, b"".join((message, rows)))
         # A callback, not ray.get: the Head sends from its event loop, and a dead peer must show at once.
         taken.future().add_done_callback(self._acknowledge)
 

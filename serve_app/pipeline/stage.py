@@ -112,7 +112,7 @@ class Stage:
                 self.witness.lost(plan)
                 return
             if self._next is not None:
-                self._next.send(plan.encode(out.hidden))
+                self._next.send(plan.encode(b""), out.hidden)
             elif plan.rows:
                 self._reply(StepResult(plan.epoch, plan.step, out.tokens))
         except PipelineError as e:

@@ -200,7 +200,7 @@ class Session:
 
 
 class NodeIdentity:
-    """A node's long-lived key; it signs certificates and nothing else."""
+    """A node's long-lived key; it signs certificates, of sessions and of TLS keys, and nothing else."""
 
     def __init__(self, signer: Signer) -> None:
         self._signer = signer
@@ -219,6 +219,10 @@ class NodeIdentity:
         signer = Signer.fresh()
         terms = Certificate(self.key, signer.public, role, epoch, now_s, now_s + lifetime_s, secrets.token_bytes(16))
         return Session(signer, terms, terms.seal(self._signer))
+
+    def certify_tls(self, now_s: int, lifetime_s: int) -> bytes:
+        """A fresh TLS key with the node's certificate for it, as PEM."""
+        return self._signer.certify_tls(now_s, lifetime_s)
 
 
 def first_expiry(certificates: Iterable[Envelope], registry: Envelope, now_s: int) -> int:
