@@ -178,13 +178,17 @@ Reply = StepResult | Roots | Signed | Fault
 NO_STEP = (1 << 63) - 1  # in a Fault: not of a step that runs; the pipeline cannot go on
 _U32, _U64 = (1 << 32) - 1, (1 << 63) - 1
 _MAX_REPLY_BYTES = 1 << 20
+_RESULT_MAGIC = 0x524D4C31  # its first byte on the wire, 0x31, begins no canonical map
+_RESULT = struct.Struct("<IIQI")  # magic, epoch, step, tokens
+_RESULT_START = _RESULT_MAGIC.to_bytes(4, "little")
 
 
 def encode_reply(reply: Reply) -> bytes:
     """The bytes of one reply to the Head."""
     match reply:
         case StepResult(epoch, step, tokens):
-            return canonical.encode({"r": "step", "e": epoch, "s": step, "t": list(tokens)})
+            # The one reply that comes with every step: as canonical values, 256 tokens cost 0.7 ms on their way.
+            return _RESULT.pack(_RESULT_MAGIC, epoch, step, len(tokens)) + np.array(tokens, "<u4").tobytes()
         case Roots(epoch, stage, seq, rows, in_root, out_root):
             return canonical.encode(
                 {"r": "roots", "e": epoch, "i": stage, "q": seq, "n": rows, "in": in_root, "out": out_root}
@@ -199,11 +203,11 @@ def encode_reply(reply: Reply) -> bytes:
 
 def decode_reply(data: bytes) -> Reply:
     """Read encode_reply's bytes. Raises ProtocolError."""
+    if data.startswith(_RESULT_START):
+        return _decode_result(data)
     try:
         with Fields(canonical.decode(data, max_bytes=_MAX_REPLY_BYTES), "reply") as f:
             kind, epoch = f.text("r", 10), f.integer("e", 0, _U32)
-            if kind == "step":
-                return StepResult(epoch, f.integer("s", 0, _U64), f.integers("t", MAX_ITEMS, 0, _U32))
             stage = f.integer("i", 0, 4096)
             if kind == "roots":
                 seq, rows = f.integer("q", 0, _U64), f.integer("n", 0, _U32)
@@ -215,3 +219,12 @@ def decode_reply(data: bytes) -> Reply:
             raise ProtocolError(f"a reply of unknown kind {kind!r}")
     except FormatError as e:
         raise ProtocolError(f"not a stage's reply: {e}") from e
+
+
+def _decode_result(data: bytes) -> StepResult:
+    if not _RESULT.size <= len(data) <= _MAX_REPLY_BYTES:
+        raise ProtocolError(f"a step's result of {len(data)} bytes")
+    _, epoch, step, count = _RESULT.unpack_from(data)
+    if count > MAX_ITEMS or len(data) != _RESULT.size + 4 * count or step > _U64:
+        raise ProtocolError(f"a step's result of {count} tokens in {len(data)} bytes")
+    return StepResult(epoch, step, tuple(np.frombuffer(data, "<u4", count, _RESULT.size).tolist()))
