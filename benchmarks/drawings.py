@@ -15,6 +15,11 @@ BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, YELLOW = (
 )  # fmt: skip
 PALETTE = (BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, YELLOW)
 GREY = "#8a8a8a"
+PARTS = (  # of a cold start, in order
+    "interpreter", "import_torch", "import_transformers", "import_serve_app", "manifest", "load", "first_token",
+    "second_token_and_receipt",
+)  # fmt: skip
+UNITS = ("s", "ms", "us", "percent", "bytes", "mb", "gb", "tokens", "rows")
 MAX_BARS = 12  # of the plain drawing
 
 
@@ -110,8 +115,7 @@ def soak(figure: Figure, f: Figures) -> None:
 def cold_start(figure: Figure, f: Figures) -> None:
     """What happens when, from the command on."""
     ax = figure.subplots()
-    parts = [(n.removesuffix("_s").replace("_", " "), s) for n, s in f["local_pipeline"].items()
-             if n not in ("total_s", "all_totals_s", "blocks_read_and_verified_s", "engines_s")]  # fmt: skip
+    parts = [(name.replace("_", " "), f["local_pipeline"][f"{name}_s"]) for name in PARTS]
     at = 0.0
     for i, (name, seconds) in enumerate(parts):
         ax.barh(1, seconds, 0.5, left=at, color=PALETTE[i % len(PALETTE)], label=name if seconds >= 0.1 else None)
@@ -148,15 +152,17 @@ def receipts_cost(figure: Figure, f: Figures) -> None:
     spread, share = f"{f['ratio_lowest']:.3f} to {f['ratio_highest']:.3f}", f["witness_share_of_cpu_percent"]
     left.set_title(f"With / without: {f['ratio_median']:.3f} ({spread})\nwitnesses: {share} % of processor time")
     left.legend(ncols=2, loc="upper left")
-    checks = f["check_ms"]
-    bars(right, [name.replace("_", " ") for name in checks], [c["p50"] for c in checks.values()], "ms, median")
+    checks = sorted((int(name.split("_")[0]), times["p50"]) for name, times in f["check_ms"].items())
+    bars(right, [f"{rows} rows" for rows, _ in checks], [ms for _, ms in checks], "ms, median")
     right.set_title("The client's check")
 
 
 def prefill(figure: Figure, f: Figures) -> None:
     """Prompt tokens a second by length."""
     ax = figure.subplots()
-    for (name, by_length), marker in zip(f["prompt_tokens_per_s"].items(), "os^Dv<>", strict=False):
+    readers = sorted(f["prompt_tokens_per_s"].items(), key=lambda item: (len(item[0]), item[0]))
+    for (name, by_length), marker in zip(readers, "os^Dv<>", strict=False):
+        by_length = dict(sorted(by_length.items(), key=lambda item: int(item[0])))
         style = {"color": GREY, "linestyle": "--"} if name == "transformers" else {}
         label = name if name == "transformers" else f"ours, {name} tokens"
         ax.plot(list(by_length), list(by_length.values()), marker=marker, label=label, **style)  # type: ignore[arg-type]
@@ -187,8 +193,12 @@ def plain(figure: Figure, f: Figures) -> None:
     by_unit: dict[str, list[tuple[str, float]]] = {}
     for name, value in _flat(f):
         stem, _, unit = name.rpartition("_")
-        stem, unit = (stem.removesuffix("_per"), "1/s") if stem.endswith("_per") else (stem, unit)
-        by_unit.setdefault(unit, []).append((stem or name, value))
+        if stem.endswith("_per"):
+            by_unit.setdefault(f"1/{unit}", []).append((stem.removesuffix("_per"), value))
+        elif unit in UNITS:
+            by_unit.setdefault(unit, []).append((stem, value))
+        else:
+            by_unit.setdefault("", []).append((name, value))
     units = sorted(by_unit, key=lambda unit: -len(by_unit[unit]))[:2]
     if not units:
         raise ValueError("it holds no numbers")

@@ -68,7 +68,7 @@ def newest(path: Path) -> Result:
 
 def picture(result: Result, folder: Path) -> Path:
     """The picture of one result, as a PNG in `folder`. Raises KeyError or TypeError for figures of another form."""
-    title, draw = DRAWINGS.get(result.benchmark, (result.benchmark.replace("_", " "), plain))
+    title, draw = DRAWINGS.get(result.benchmark, (result.benchmark.replace("_", " ").capitalize(), plain))
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(7.2, 3.5), layout="constrained")
         try:
