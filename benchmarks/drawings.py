@@ -73,6 +73,21 @@ def stage_isolation(figure: Figure, f: Figures) -> None:
     ax.legend(ncols=3, loc="upper left")
 
 
+def gpu_application(figure: Figure, f: Figures) -> None:
+    """Differences of logits, and when it was ready."""
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    kinds = (
+        ("ours_against_transformers_bf16", "ours against\ntransformers'"),
+        ("ours_against_transformers_float32", "ours against\nfloat32"),
+        ("transformers_bf16_against_its_float32", "transformers'\nagainst float32"),
+    )
+    bars(left, [label for _, label in kinds], [f[key] for key, _ in kinds], "largest difference", (BLUE, BLUE, GREY))
+    left.set_title(f"Logits in bfloat16 (the largest is {f['largest_logit']})")
+    stages = sorted(name for name in f if name.endswith("_stages"))
+    bars(right, [name.replace("_", " ") for name in stages], [f[name]["ready_s"] for name in stages], "s")
+    right.set_title("Ready after")
+
+
 def serving(figure: Figure, f: Figures) -> None:
     """Latencies and throughput by rate of arrival."""
     first, each, rate = figure.subplots(1, 3)
@@ -116,14 +131,14 @@ def cold_start(figure: Figure, f: Figures) -> None:
     """What happens when, from the command on."""
     ax = figure.subplots()
     parts = [(name.replace("_", " "), f["local_pipeline"][f"{name}_s"]) for name in PARTS]
-    at = 0.0
+    at, served = 0.0, f.get("llmd_serve")
+    widest = served["ready_s"] if served else f["local_pipeline"]["total_s"]
     for i, (name, seconds) in enumerate(parts):
         ax.barh(1, seconds, 0.5, left=at, color=PALETTE[i % len(PALETTE)], label=name if seconds >= 0.1 else None)
-        if seconds > 0.06 * f["local_pipeline"]["total_s"]:
+        if seconds > 0.04 * widest:
             ax.text(at + seconds / 2, 1, f"{seconds:.1f}", ha="center", va="center", color="white", fontsize=7.5)
         at += seconds
     rows = ["LocalPipeline"]
-    served = f.get("llmd_serve")
     if served:
         rows.insert(0, "llmd serve")
         ax.barh(0, served["ready_s"], 0.5, color="#dddddd")
@@ -223,6 +238,7 @@ DRAWINGS: Mapping[str, tuple[str, Callable[[Figure, Figures], None]]] = {
     "concurrency": ("Streams side by side, against one after another", concurrency),
     "parity": ("Does the pipeline say what transformers says?", parity),
     "stage_isolation": ("Does a stage hold only its own layers?", stage_isolation),
+    "gpu_application": ("The whole application on one GPU", gpu_application),
     "serving": ("Serving under load, through HTTP, receipts on", serving),
     "soak": ("Still serving after everything that clients do", soak),
     "cold_start": ("From shards on disk to the first token", cold_start),
