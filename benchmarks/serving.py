@@ -1,6 +1,6 @@
 """How does it serve under load? Open-loop arrivals through the real HTTP endpoint, receipts on.
 
-    python -m benchmarks.serving [--rates 0.25 0.5 1 inf] [--requests 24]        starts `llmd serve` itself
+    python -m benchmarks.serving [--rates 0.5 1 2 inf] [--requests 20]        starts `llmd serve` itself
     python -m benchmarks.serving --url http://127.0.0.1:8001 --model NAME        any OpenAI-compatible server
     python -m benchmarks.serving --peer transformers                             its generate_batch, beside ours
 
@@ -50,8 +50,8 @@ def main() -> int:
     parser.add_argument("--trust", type=Path, default=None, help="with --url: operator.pub of a server of ours")
     parser.add_argument("--api-key", default=None)
     parser.add_argument("--stages", type=int, default=2)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.25, 0.5, 1.0, math.inf], help="requests a second")
-    parser.add_argument("--requests", type=int, default=24, help="at each rate")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0, 2.0, math.inf], help="requests a second")
+    parser.add_argument("--requests", type=int, default=20, help="at each rate")
     parser.add_argument("--prompts", type=lengths_text, default="8-80", help="words: 64, 20-200 or 60~0.8<400")
     parser.add_argument("--answers", type=lengths_text, default="8-32", help="tokens at most, in the same forms")
     parser.add_argument("--slo", type=float, nargs=2, default=[2000.0, 250.0], metavar=("TTFT_MS", "TPOT_MS"))
