@@ -97,6 +97,9 @@ class PipelineConfig:
     max_waiting: Annotated[int, Field(ge=0, le=1 << 20)] = 256  # admitted, not yet running; beyond it clients get 429
     threads_per_stage: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"  # auto: a fair share
     gpus_per_stage: Annotated[float, Field(gt=0, le=1)] = 1.0  # only on cuda; less than 1 shares a GPU, as in tests
+    # how rows go from stage to stage. auto: shared memory on one host, TLS between hosts; tcp: TLS everywhere; ray:
+    # Ray's actor calls, at many times the cost (benchmarks/edges.py), neither encrypted nor pinned to the registry
+    edges: Literal["auto", "ray", "tcp"] = "auto"
     node_labels: NodeLabels = field(default_factory=dict)  # Ray node labels that a stage's node must have; {}: any node
 
 

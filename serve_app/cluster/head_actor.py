@@ -1,16 +1,17 @@
-"""The Head as a Ray actor: stages answer it by Ray calls, ingresses reach it by an authenticated socket."""
+"""The Head as a Ray actor: stages reach it by their edges, ingresses by an authenticated socket."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 
-from serve_app.cluster.ray_edge import InOrder, RayEdge
 from serve_app.cluster.specs import HeadSpec
-from serve_app.cluster.stage_actor import node_key_path
+from serve_app.cluster.stage_actor import node_key_path, party_here
+from serve_app.cluster.wiring import HEAD, Awaited, EdgeSet, Joint, Party
 from serve_app.errors import PipelineError
 from serve_app.messages.request import Event, FailedEvent, FinishedEvent
 from serve_app.pipeline.head import Head, PipelineFacts
@@ -18,6 +19,8 @@ from serve_app.pipeline.head_server import HeadServer
 from serve_app.pipeline.warm_up import warm_up_request
 from serve_app.receipts.identity import NodeIdentity, first_expiry
 from serve_app.scheduling.scheduler import Scheduler, lookahead, max_flights
+from serve_app.transport.edge import Edge
+from serve_app.transport.handshake import EdgeAddress
 from serve_app.transport.link import LinkAddress
 from shard_tools.canonical import Value
 
@@ -27,9 +30,36 @@ _STEP_TIMEOUT_S = 60.0
 class _HeadProcess:
     """Made after its stages; lives and dies with its pipeline."""
 
-    def __init__(self, spec: HeadSpec, first: Any) -> None:
-        identity = NodeIdentity.load_or_create(node_key_path(spec.state_dir))
-        session = identity.open_session("head", spec.epoch, int(time.time()), spec.session_lifetime_s)
+    def __init__(self, spec: HeadSpec) -> None:
+        self._spec = spec
+        self._identity = NodeIdentity.load_or_create(node_key_path(spec.state_dir))
+        self._edges = EdgeSet(self._identity, spec.epoch, spec.session_lifetime_s, self._take, self._stage_lost)
+        self._head: Head | None = None  # until it has an edge to its first stage
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._server: HeadServer | None = None
+        self._stages: list[Value] = []
+        self._ready = False
+        self._address: LinkAddress | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    async def party(self) -> Party:
+        """This process, as the stages are to know it."""
+        return party_here(HEAD, self._identity.key)
+
+    async def listen(self, awaited: Sequence[Awaited]) -> EdgeAddress | None:
+        """Let these stages open their edges to this Head."""
+        return self._edges.listen(awaited, ray.util.get_node_ip_address())
+
+    async def connect(self, first: Joint) -> None:
+        """Open the edge to the first stage. Raises PipelineError."""
+        self._loop = asyncio.get_running_loop()
+        edge = await self._loop.run_in_executor(None, self._edges.open, first)
+        self._head = self._lead(edge)
+        self._server = HeadServer(self._head, self._facts)
+
+    def _lead(self, first: Edge) -> Head:
+        spec = self._spec
+        session = self._identity.open_session("head", spec.epoch, int(time.time()), spec.session_lifetime_s)
         scheduler = Scheduler(
             epoch=spec.epoch,
             n_pages=spec.n_pages,
@@ -52,18 +82,11 @@ class _HeadProcess:
             registry=spec.registry,
             expires_s=first_expiry((*spec.certificates, session.certificate), spec.registry, int(time.time())),
         )
-        self._spec = spec
-        self._node = identity.key
-        self._head = Head(facts, scheduler, RayEdge(first, spec.name), session)
-        self._server = HeadServer(self._head, self._facts)
-        self._inlets: dict[str, InOrder] = {}
-        self._stages: list[Value] = []
-        self._ready = False
-        self._address: LinkAddress | None = None
-        self._watch: asyncio.Task[None] | None = None
+        return Head(facts, scheduler, first, session)
 
     async def start(self) -> LinkAddress:
         """Generate a first token, with receipt, through every stage; then listen. Raises PipelineError."""
+        assert self._head is not None and self._server is not None, "start before connect"
         self._watch = asyncio.get_running_loop().create_task(self._keep_watch())
         ended: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
 
@@ -81,35 +104,41 @@ class _HeadProcess:
 
     async def serving(self) -> tuple[LinkAddress | None, str]:
         """Where this Head listens, if it does, and for which configuration: for a Supervisor that was restarted."""
-        return (self._address if self._head.failure is None else None), self._spec.config_digest
+        works = self._head is not None and self._head.failure is None
+        return (self._address if works else None), self._spec.config_digest
 
     async def push(self, edge: str, number: int, message: bytes) -> None:
-        """Take in reply `number` of this stage."""
-        if edge not in self._inlets:
-            self._inlets[edge] = InOrder(self._head.deliver)
-        self._inlets[edge].take(number, message)
-
-    async def node_key(self) -> bytes:
-        """Whose word the receipts of this Head are."""
-        return self._node
+        """Take in message `number` of this edge of Ray calls."""
+        self._edges.push(edge, number, message)
 
     async def ping(self, stages: list[Value]) -> str | None:
         """Why this pipeline can do no more, or None. stages: what each said of itself, for status calls."""
         self._stages = stages
-        return self._head.failure
+        return self._head.failure if self._head is not None else None
 
     async def fail(self, why: str) -> None:
         """End every request with an error: some part of the pipeline is gone."""
         self._ready = False
-        self._head.fail(why)
+        if self._head is not None:
+            self._head.fail(why)
         await asyncio.sleep(0)  # lets the events of that reach the sockets before the actor is killed
 
+    def _take(self, reply: bytes) -> None:
+        """From whatever thread an edge has, into the loop that the Head lives in."""
+        if self._head is not None and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._head.deliver, reply)
+
+    def _stage_lost(self, stage: str, why: str) -> None:
+        if self._head is not None and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._head.fail, f"{stage} is gone: {why}")
+
     def _facts(self) -> dict[str, Value]:
+        assert self._head is not None
         ready = self._ready and self._head.failure is None
         return {"ready": ready, "pipelines": [{**self._head.status(), "stages": self._stages}]}
 
     async def _keep_watch(self) -> None:
-        while True:
+        while self._head is not None:
             await asyncio.sleep(1.0)
             self._head.watch()
 

@@ -18,6 +18,7 @@ from serve_app.cluster.enrol import enrol
 from serve_app.cluster.head_actor import HeadActor
 from serve_app.cluster.specs import NAMESPACE, HeadSpec, StageReport, StageSpec, head_name, stage_name
 from serve_app.cluster.stage_actor import StageActor
+from serve_app.cluster.wiring import Member, Party, wire
 from serve_app.config import AppConfig
 from serve_app.engine.engine import ActivationDtype, DeviceName
 from serve_app.errors import PipelineError
@@ -26,7 +27,7 @@ from shard_tools.catalog import open_record
 from shard_tools.index.directory import DirectoryIndex
 from shard_tools.manifest import Manifest
 from shard_tools.placement.even import plan as plan_evenly
-from shard_tools.signing import PublicKey
+from shard_tools.signing import key_text
 from shard_tools.store.directory import DirectoryStore
 
 _log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
     async with asyncio.timeout(_LOAD_S):
         dtype = await _activation_dtype(config, manifest, stages)
         reports: Sequence[StageReport] = await asyncio.gather(*(stage.load.remote(dtype) for stage in stages))
-    nodes = {PublicKey(r.node): r.host for r in reports}
+    nodes = {r.party.node: r.host for r in reports}
     registry = enrol(
         nodes,
         state_dir=config.identity.state_dir,
@@ -176,13 +177,14 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
         lifetime="detached",
         num_cpus=_HEAD_CPUS,
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
-    ).remote(spec, stages[0])
-    after = [*stages[1:], None]
-    max_requests = config.pipeline.max_requests
-    await asyncio.gather(
-        *(s.connect.remote(head, n, n_pages, max_requests) for s, n in zip(stages, after, strict=True))
-    )
+    ).remote(spec)
+    party: Party = await head.party.remote()
+    if party.node not in nodes:
+        # It shares a bundle, and so a host, with stage 0: a registered node, or receipts would not verify either.
+        raise PipelineError(f"the head runs on a node that is none of the stages' ({key_text(party.node)})")
     async with asyncio.timeout(_LOAD_S):
+        members = [Member(report.party, actor) for report, actor in zip(reports, stages, strict=True)]
+        await wire(config.pipeline.edges, Member(party, head), members, n_pages, config.pipeline.max_requests)
         address: LinkAddress = await head.start.remote()
     return PipelineGroup(epoch, tuple(stages), head, address)
 

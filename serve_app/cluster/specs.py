@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from serve_app.cluster.wiring import Party
 from serve_app.engine.engine import DeviceName, EngineProfile
 from shard_tools.cid import Cid
 from shard_tools.signing import Envelope, PublicKey
@@ -43,10 +44,9 @@ class StageReport:
     """What a stage says once its layers are loaded."""
 
     stage: int
-    host: str
-    pid: int
+    party: Party
+    host: str  # its name, for people and the registry
     profile: EngineProfile
-    node: PublicKey
     certificate: Envelope  # of its session, by its node
     load_s: float
     opened_blocks: int  # of weights

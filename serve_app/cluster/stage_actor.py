@@ -6,24 +6,30 @@ import asyncio
 import os
 import socket
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
+from ray.util import get_node_ip_address
 
-from serve_app.cluster.ray_edge import InOrder, RayEdge
 from serve_app.cluster.specs import StageReport, StageSpec
+from serve_app.cluster.wiring import Awaited, EdgeSet, Joint, Party
 from serve_app.engine.engine import ActivationDtype, Engine
 from serve_app.pipeline.stage import Stage
 from serve_app.pipeline.witness import StageSpan
 from serve_app.receipts.identity import NodeIdentity
 from serve_app.receipts.rows import Boundary
 from serve_app.receipts.statement import StatementChain
+from serve_app.transport.handshake import EdgeAddress
 from shard_tools.canonical import Value
 from shard_tools.catalog import open_record
 from shard_tools.cid import Cid
 from shard_tools.index.model_index import ModelRecord
+from shard_tools.signing import PublicKey
 from shard_tools.store.directory import DirectoryStore
+
+T = TypeVar("T")
 
 
 def node_key_path(state_dir: Path) -> Path:
@@ -51,13 +57,12 @@ class _StageProcess:
         self._store = _CountingStore(spec.store)
         record = ModelRecord(spec.manifest, spec.signature)
         self._manifest = open_record(record, self._store, spec.trusted)
-        self._session = NodeIdentity.load_or_create(node_key_path(spec.state_dir)).open_session(
-            "stage", spec.epoch, int(time.time()), spec.session_lifetime_s
-        )
+        identity = NodeIdentity.load_or_create(node_key_path(spec.state_dir))
+        self._session = identity.open_session("stage", spec.epoch, int(time.time()), spec.session_lifetime_s)
+        self._edges = EdgeSet(identity, spec.epoch, spec.session_lifetime_s, self._take, self._neighbour_lost)
         self._engine: Engine
         self._load_s = 0.0
         self._stage: Stage | None = None
-        self._inlets: dict[str, InOrder] = {}
 
     async def computes_fast_in(self, dtype: ActivationDtype) -> bool:
         """Whether this host has instructions for it: all stages must compute in one dtype."""
@@ -69,7 +74,7 @@ class _StageProcess:
 
     async def load(self, dtype: ActivationDtype) -> StageReport:
         """Load this stage's layers and say what came of it. Raises what load_engine raises."""
-        return await asyncio.get_running_loop().run_in_executor(None, self._load, dtype)
+        return await _outside_the_loop(self._load, dtype)
 
     def _load(self, dtype: ActivationDtype) -> StageReport:
         from serve_app.engine.load import LoadOptions, load_engine
@@ -81,17 +86,23 @@ class _StageProcess:
         self._load_s = time.perf_counter() - began
         return StageReport(
             stage=spec.stage,
+            party=party_here(f"stage {spec.stage}", self._session.node),
             host=socket.gethostname(),
-            pid=os.getpid(),
             profile=self._engine.profile,
-            node=self._session.node,
             certificate=self._session.certificate,
             load_s=self._load_s,
             opened_blocks=len(self._store.opened),
         )
 
-    async def connect(self, head: Any, after: Any | None, n_pages: int, max_requests: int) -> None:
+    async def listen(self, awaited: Sequence[Awaited]) -> EdgeAddress | None:
+        """Let these neighbours open their edges to this stage."""
+        return await _outside_the_loop(self._edges.listen, awaited, get_node_ip_address())
+
+    async def connect(self, head: Joint, after: Joint | None, n_pages: int, max_requests: int) -> None:
         """Open the edges to the Head and to the next stage (None for the last), and be ready for steps."""
+        await _outside_the_loop(self._connect, head, after, n_pages, max_requests)
+
+    def _connect(self, head: Joint, after: Joint | None, n_pages: int, max_requests: int) -> None:
         from serve_app.engine.load import shards_of
 
         spec, manifest = self._spec, self._manifest
@@ -112,17 +123,14 @@ class _StageProcess:
             self._engine,
             span,
             StatementChain(self._session),
-            next=RayEdge(after, spec.name) if after is not None else None,
-            head=RayEdge(head, spec.name),
+            next=self._edges.open(after) if after is not None else None,
+            head=self._edges.open(head),
             epoch=spec.epoch,
         )
 
     async def push(self, edge: str, number: int, message: bytes) -> None:
-        """Take in message `number` of this sender."""
-        assert self._stage is not None, "a message before connect"
-        if edge not in self._inlets:
-            self._inlets[edge] = InOrder(self._stage.deliver)
-        self._inlets[edge].take(number, message)
+        """Take in message `number` of this edge of Ray calls."""
+        self._edges.push(edge, number, message)
 
     async def ping(self) -> dict[str, Value]:
         """Alive, and how busy."""
@@ -140,6 +148,23 @@ class _StageProcess:
             "busy_ms": int(stage.busy_s * 1000) if stage else 0,
             "rows_hashed": stage.witness.rows_hashed if stage else 0,
         }
+
+    def _take(self, message: bytes) -> None:
+        assert self._stage is not None, "a message before connect"
+        self._stage.deliver(message)
+
+    def _neighbour_lost(self, peer: str, why: str) -> None:
+        if self._stage is not None:
+            self._stage.lost(peer, why)
+
+
+def party_here(name: str, node: PublicKey) -> Party:
+    """This process, as its neighbours are to know it."""
+    return Party(name, node, os.getpid(), ray.get_runtime_context().get_node_id(), get_node_ip_address())
+
+
+async def _outside_the_loop(work: Callable[..., T], *args: object) -> T:
+    return await asyncio.get_running_loop().run_in_executor(None, work, *args)
 
 
 StageActor: Any = ray.remote(max_restarts=0)(_StageProcess)  # Any: Ray's actor classes have no types

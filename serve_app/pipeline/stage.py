@@ -59,6 +59,10 @@ class Stage:
         """Take a message in, after all before it."""
         self._inbox.put(message)
 
+    def lost(self, peer: str, why: str) -> None:
+        """A neighbour is gone: the Head must know, for nothing that passes there will end."""
+        self._reply(Fault(self._epoch, self._span.stage, NO_STEP, f"{peer} is gone: {why}"))
+
     def close(self) -> None:
         """Work off what came, then stop every thread."""
         self._inbox.put(None)

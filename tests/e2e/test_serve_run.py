@@ -146,10 +146,10 @@ def test_a_stage_that_is_killed_costs_its_requests_an_error_and_the_service_retu
     next(iter(chunks))
     os.kill(next(iter(cluster.processes("ray::_StageProcess"))), signal.SIGKILL)
     began = time.monotonic()
-    with pytest.raises(openai.APIError, match="pipeline"):
+    with pytest.raises(openai.APIError, match=r"pipeline failed: .*stage \d is gone"):
         for _ in chunks:
             pass
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 3  # the edges see it at once; the machine may be busy
     cluster.wait_until_ready()
     assert eventually(lambda: (cluster.state()["pipelines"] or [{"epoch": epoch}])[0]["epoch"] > epoch, 60)
     assert client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=4).choices  # type: ignore[arg-type]

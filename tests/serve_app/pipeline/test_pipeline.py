@@ -143,7 +143,8 @@ def test_rows_altered_between_two_stages_end_the_request_with_a_signed_error_and
             def __init__(self, beneath: Any) -> None:
                 self.beneath = beneath
 
-            def send(self, message: bytes) -> None:
+            def send(self, message: bytes, rows: bytes | memoryview = b"") -> None:
+                message = b"".join((message, rows))
                 plan, rows = StepPlan.decode(message)
                 if plan.rows:
                     altered = bytearray(rows)

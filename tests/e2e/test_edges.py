@@ -1,0 +1,60 @@
+"""A whole application whose stages are joined by other edges than those of one host: TLS, and Ray's own calls."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from tests.e2e.cluster import NAME, Cluster, eventually
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+
+def serving(edges: str) -> Cluster:
+    def choose(document: dict[str, Any]) -> None:
+        document["applications"][0]["args"]["pipeline"]["edges"] = edges
+
+    cluster = Cluster(choose)
+    cluster.start("llmd", "serve", str(cluster.config), "--new-ray")
+    return cluster
+
+
+def test_over_tls_a_stopped_stage_is_named_soon_and_the_service_returns() -> None:
+    """A stage that is stopped (SIGSTOP) holds its connections open and says nothing: only heartbeats tell."""
+    cluster = serving("tcp")
+    try:
+        cluster.wait_until_ready()
+        request = {"model": NAME, "prompt": "a", "max_tokens": 3}
+        assert httpx.post(f"{cluster.url}/v1/completions", json=request, timeout=60).json()["llmd"]["receipt"]
+        client = OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=60)
+        chunks = client.completions.create(model=NAME, prompt="a", max_tokens=400, stream=True, seed=1)
+        next(iter(chunks))
+        stopped = min(cluster.processes("ray::_StageProcess"))
+        os.kill(stopped, signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(openai.APIError, match=r"stage \d is gone: its process is stopped"):
+            for _ in chunks:
+                pass
+        assert time.monotonic() - began < 4
+        cluster.wait_until_ready()
+        assert eventually(lambda: stopped not in cluster.processes(), 30)
+    finally:
+        cluster.close()
+
+
+def test_over_rays_own_calls_it_answers_too() -> None:
+    """The fallback, and the reference."""
+    cluster = serving("ray")
+    try:
+        cluster.wait_until_ready()
+        request = {"model": NAME, "prompt": "a", "max_tokens": 8}
+        assert httpx.post(f"{cluster.url}/v1/completions", json=request, timeout=60).json()["llmd"]["receipt"]
+    finally:
+        cluster.close()
