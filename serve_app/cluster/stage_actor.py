@@ -112,6 +112,7 @@ class _StageProcess:
             self._engine,
             span,
             StatementChain(self._session),
+            page_size=spec.page_size,
             next=RayEdge(after, spec.name) if after is not None else None,
             head=RayEdge(head, spec.name),
             epoch=spec.epoch,
@@ -139,6 +140,8 @@ class _StageProcess:
             "steps": stage.steps if stage else 0,
             "busy_ms": int(stage.busy_s * 1000) if stage else 0,
             "rows_hashed": stage.witness.rows_hashed if stage else 0,
+            "rows_reused": stage.witness.rows_reused if stage else 0,
+            "rows_abandoned": stage.witness.rows_abandoned if stage else 0,
         }
 
 
