@@ -74,6 +74,8 @@ class RequestTable:
         new = plan.spans["new_pages"].astype(np.int64)
         fresh = np.isin(slots, list(slot_of.values())) if opens else np.zeros(len(slots), np.bool_)
         lengths, held = np.where(fresh, 0, self._lengths[slots]), np.where(fresh, 0, self._held[slots])
+        if plan.opens["cached"].any():
+            lengths = self._behind_cached(plan, seqs, lengths)
         stop, pages = starts + counts, held + new
         for wrong, why in (
             (starts != lengths, "goes on at another position than it has come to"),
@@ -98,6 +100,14 @@ class RequestTable:
             pages=plan.pages.astype(np.int32),
             new_pages=new.astype(np.int32),
         )
+
+    def _behind_cached(self, plan: StepPlan, seqs: list[int], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where each span must start, given the sequences that open behind rows which their pages hold already."""
+        cached = {seq: n for seq, n in plan.opens[["seq", "cached"]].tolist() if n}
+        for seq, n in cached.items():
+            if n % self._page_size or seq not in seqs:
+                raise ProtocolError(f"sequence {seq} opens behind {n} rows and runs none, or they are no whole pages")
+        return np.array([cached.get(seq, length) for seq, length in zip(seqs, lengths.tolist(), strict=True)])
 
     def undo(self, plan: StepPlan, spans: PlannedSpans) -> None:
         """A step that began could not run: its sequences are as before it."""

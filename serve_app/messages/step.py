@@ -30,6 +30,9 @@ OPEN = np.dtype(
         ("top_k", "<u4"),
         ("top_p_micro", "<u4"),
         ("attempt", "<u4"),  # how often the request has begun anew; its statements say so
+        # Rows whose keys and values lie in the first pages of its span already, whole pages of them: the span starts
+        # behind, in the same plan.
+        ("cached", "<u4"),
     ]
 )
 SPAN = np.dtype(

@@ -29,7 +29,7 @@ from serve_app.messages.step import Fault, Reply, Roots, Signed, StepPlan, StepR
 from serve_app.receipts.commitment import request_hash, sampling_key
 from serve_app.receipts.identity import Session
 from serve_app.receipts.issue import issue
-from serve_app.receipts.rows import ids_root
+from serve_app.receipts.rows import PAGE_ROWS, ids_root
 from serve_app.scheduling.scheduler import Committed, Scheduler, Ticket
 from serve_app.transport.edge import Edge
 from shard_tools import canonical
@@ -59,6 +59,19 @@ class PipelineFacts:
     certificates: tuple[Envelope, ...]  # of the stages' sessions
     registry: Envelope
     expires_s: int  # Unix time: when the first of registry and session keys runs out
+
+
+def can_reuse_pages(page_size: int) -> bool:
+    """Whether the rows of KV pages of this size can be accounted for without running again; says so if not."""
+    if page_size % PAGE_ROWS:
+        _log.warning(
+            "KV pages of %d tokens are no whole pages of %d hashed rows, so shared prefixes are computed anew: "
+            "make pipeline.page_size a multiple of %d",
+            page_size,
+            PAGE_ROWS,
+            PAGE_ROWS,
+        )
+    return page_size % PAGE_ROWS == 0
 
 
 @dataclass(slots=True)
@@ -181,6 +194,8 @@ class Head:
             "rows_run": self.rows_run,
             "rows_abandoned": self._scheduler.rows_abandoned,
             "preemptions": self._scheduler.preemptions,
+            "prompt_tokens": self._scheduler.prompt_tokens,
+            "cached_tokens": self._scheduler.cached_tokens,
             "tokens_drawn": self.tokens_drawn,
             "receipts_issued": self.receipts_issued,
         }

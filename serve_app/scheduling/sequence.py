@@ -47,6 +47,9 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     computed: int = 0  # rows that have run, or run in a step in flight
     done: int = 0  # rows whose step has come back
+    cached: int = 0  # rows that lay in its pages when it was seated
+    offered: int = 0  # of its pages, those that others can find
+    names: list[bytes] = field(default_factory=list)  # of its full pages (scheduling/pages.py)
     seated: bool = False  # among the running
     opened: bool = False  # the stages know this attempt
     attempt: int = 0
@@ -76,10 +79,11 @@ class Sequence:
         """Whether every row that a receipt must account for has run. One that drew nothing gets none."""
         return not self.drew or self.done >= len(self.tokens) - 1
 
-    def seat(self) -> None:
-        """It may run, from its first row on."""
+    def seat(self, pages: list[int], cached: int) -> None:
+        """It may run, behind the rows that these pages hold already."""
         self.fill, self.length = self.rows_to_fill, len(self.tokens)
-        self.computed = self.done = 0
+        self.pages, self.offered = pages, len(pages)
+        self.computed = self.done = self.cached = cached
         self.seated = True
 
     def unseat(self) -> None:

@@ -29,7 +29,7 @@ Sampler = Callable[[int], int]  # position -> token
 def sampler(asked: Sampling, logits: npt.NDArray[np.float32], key: bytes = KEY) -> Sampler:
     """The engine's, of a sequence that has drawn DRAWN after PROMPT and keeps standing there."""
     opens = np.zeros(1, OPEN)
-    opens[0] = (7, [0] * 32, list(key), asked.temperature_micro, asked.top_k, asked.top_p_micro, 0)
+    opens[0] = (7, [0] * 32, list(key), asked.temperature_micro, asked.top_k, asked.top_p_micro, 0, 0)
     controls = Controls.of([(7, asked, [*PROMPT, *DRAWN], len(PROMPT))])
     nothing = (np.zeros(0, SPAN), np.zeros(0, "<u4"), np.zeros(0, CLOSE), np.zeros(0, "<u8"))
     plan = StepPlan(1, 0, opens, *nothing, controls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import zlib
 
 import numpy as np
@@ -63,8 +64,11 @@ class Drive:
     sequence hold, and draw next_token of that. So a page that two write to, or that was taken too early, shows.
     """
 
-    def __init__(self, under_test: Scheduler, flights: int, budget: int = 8, lookahead: int = 0) -> None:
-        self.scheduler, self.flights, self.budget = under_test, flights, budget
+    def __init__(
+        self, under_test: Scheduler, flights: int, budget: int = 8, lookahead: int = 0, cache: bool = False
+    ) -> None:
+        self.scheduler, self.flights, self.budget, self.cache = under_test, flights, budget, cache
+        self.n_cached = 0
         self.lookahead = lookahead
         self.tickets: dict[int, Ticket] = {}
         self.kv: dict[tuple[int, int], int] = {}  # page and place in it -> token id
@@ -113,15 +117,20 @@ class Drive:
         assert plan.rows <= self.budget
         ids = np.frombuffer(self.scheduler.rows_of(plan), "<u4").tolist()
         assert len(ids) == plan.rows
+        cached = dict(plan.opens[["seq", "cached"]].tolist())
         for seq, attempt in plan.opens[["seq", "attempt"]].tolist():
             assert seq not in self.ran and attempt == self.attempts.get(seq, 0)
             self.ran[seq], self.pages[seq] = [], []
             self.last.pop(seq, None)
         page, row, asked = 0, 0, []
         for seq, start, count, new, sample in plan.spans.tolist():
-            assert start == len(self.ran[seq]), "a gap or an overlap"
             self.pages[seq] += plan.pages[page : page + new].tolist()
             page += new
+            if seq in cached:  # a witness knows what the pages hold; so must the Head
+                assert cached[seq] % PAGE == 0
+                self.ran[seq] = [self.kv[self.pages[seq][i // PAGE], i % PAGE] for i in range(cached[seq])]
+                self.n_cached += cached[seq]
+            assert start == len(self.ran[seq]), "a gap or an overlap"
             assert len(self.pages[seq]) == -(-(start + count) // PAGE)
             for position, id in enumerate(ids[row : row + count], start):
                 if id == DRAWN_LAST:
@@ -150,10 +159,19 @@ class Drive:
                 assert rows == len(self.ran[seq])
                 self.attempts[seq] = self.attempts.get(seq, 0) + 1
             del self.ran[seq], self.pages[seq]
-        held = [p for pages in self.pages.values() for p in pages]
-        assert len(held) == len(set(held)), "a page held by two sequences"
+        self.check_pages()
         assert len(self.ran) <= 5 + self.flights
         return tuple(drawn)
+
+    def check_pages(self) -> None:
+        """A page of several sequences holds rows of all of them; nobody runs a row into it any more."""
+        shared = collections.Counter(p for pages in self.pages.values() for p in pages)
+        for seq, pages in self.pages.items():
+            for i, page in enumerate(pages):
+                if shared[page] > 1:
+                    assert self.cache and (i + 1) * PAGE <= len(self.ran[seq]), "a page held by two sequences"
+                    for place in range(PAGE):
+                        assert self.kv[page, place] == self.ran[seq][i * PAGE + place]
 
 
 Course = tuple[list[tuple[int, int, int]], list[tuple[int, int, bool]]]
@@ -192,9 +210,10 @@ def follow(course: Course, drive: Drive) -> None:
     flights=st.integers(1, 4),
     lookahead=st.integers(0, 2),
     micro_batches=st.integers(1, 3),
+    cache=st.booleans(),
 )
 def test_every_request_ends_once_with_its_own_answer_and_all_pages_come_back(
-    course: Course, n_pages: int, max_step_tokens: int, flights: int, lookahead: int, micro_batches: int
+    course: Course, n_pages: int, max_step_tokens: int, flights: int, lookahead: int, micro_batches: int, cache: bool
 ) -> None:
     """Whatever arrives and is stopped whenever, however few pages there are: nothing is lost, and nothing leaks."""
     under_test = scheduler(
@@ -202,8 +221,9 @@ def test_every_request_ends_once_with_its_own_answer_and_all_pages_come_back(
         max_step_tokens=max_step_tokens,
         lookahead=lookahead,
         micro_batches=1 if lookahead else micro_batches,
+        prefix_cache=cache,
     )
-    follow(course, Drive(under_test, flights, max_step_tokens, lookahead))
+    follow(course, Drive(under_test, flights, max_step_tokens, lookahead, cache))
     assert under_test.free_pages == n_pages
 
 

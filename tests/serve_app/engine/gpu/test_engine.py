@@ -30,13 +30,17 @@ Span = tuple[int, int, int, list[int], int]  # seq, start, count, new pages, sam
 
 
 def plan_of(
-    spans: list[Span], opens: dict[int, tuple[int, int, int]] | None = None, closes: tuple[int, ...] = ()
+    spans: list[Span],
+    opens: dict[int, tuple[int, int, int]] | None = None,
+    closes: tuple[int, ...] = (),
+    cached: tuple[int, ...] = (),
 ) -> StepPlan:
-    """opens: seq -> temperature_micro, top_k, top_p_micro."""
+    """opens: seq -> temperature_micro, top_k, top_p_micro. cached: rows that each finds in its first pages."""
     opening = np.zeros(len(opens or {}), OPEN)
     for i, (seq, (temperature, top_k, top_p)) in enumerate((opens or {}).items()):
         opening["seq"][i], opening["request"][i], opening["key"][i] = seq, 7, [seq, 1, 2, 3, 4, 5, 6, 7]
         opening["temperature_micro"][i], opening["top_k"][i], opening["top_p_micro"][i] = temperature, top_k, top_p
+    opening["cached"] = cached or 0
     return StepPlan(
         1,
         0,
@@ -93,6 +97,12 @@ STEPS: list[tuple[StepPlan, memoryview]] = [
     (plan_of([(1, 8, 1, [11], 1)], closes=(2,)), ids(DRAWN_LAST)),
     (plan_of([], closes=(1,)), ids()),
     (plan_of([(4, 0, 3, [3], 1)], {4: (0, 0, 10**6)}), ids(1, 2, 3)),
+    # Two that begin as the second did, behind one page and behind two of what it left; then both go on.
+    (
+        plan_of([(5, 4, 1, [0, 8], 1), (6, 8, 3, [0, 1, 7], 1)], dict.fromkeys((5, 6), (0, 0, 10**6)), cached=(4, 8)),
+        ids(24, 28, 40, 41),
+    ),
+    (plan_of([(5, 5, 1, [], 1), (6, 11, 1, [], 1)]), ids(DRAWN_LAST, DRAWN_LAST)),
 ]
 
 
@@ -159,6 +169,30 @@ def test_a_plan_that_does_not_fit_is_refused_and_changes_nothing(tiny: tuple[Mem
             fused.run(plan, rows)
     after = plan_of([(7, 3, 1, [], 1)])
     assert fused.run(after, ids(4)).tokens == plain.run(after, ids(4)).tokens
+
+
+ONE = {8: (0, 0, 10**6)}
+NO_SUCH_BEGINNING: list[tuple[StepPlan, memoryview, str]] = [
+    (plan_of([(8, 3, 1, [0], 1)], ONE, cached=(3,)), ids(5), "opens behind 3 rows"),
+    (plan_of([(7, 4, 1, [1], 1)], ONE, cached=(4,)), ids(5), "opens behind 4 rows and runs none"),
+    (plan_of([(8, 0, 1, [0], 1)], ONE, cached=(4,)), ids(5), "goes on at"),
+    (plan_of([(8, 5, 1, [0, 1], 1)], ONE, cached=(4,)), ids(5), "goes on at"),
+    (plan_of([(8, 4, 1, [0], 1)], ONE, cached=(4,)), ids(5), "too few pages"),
+    (plan_of([(8, 4, 1, [50, 1], 1)], ONE, cached=(4,)), ids(5), "page 50 of 40"),
+]
+
+
+def test_an_opening_behind_rows_that_cannot_be_there_is_refused_by_both_engines(
+    tiny: tuple[MemoryStore, Manifest],
+) -> None:
+    """Half a page, no row of its own, a gap, an overlap, a page too few, an unknown one: nothing changed."""
+    for engine in engines(*tiny):
+        engine.run(plan_of([(7, 0, 4, [0], 1)], {7: (0, 0, 10**6)}), ids(1, 2, 3, 4))
+        for plan, rows, message in NO_SUCH_BEGINNING:
+            with pytest.raises(ProtocolError, match=message):
+                engine.run(plan, rows)
+        behind = engine.run(plan_of([(8, 4, 1, [0, 1], 1)], ONE, cached=(4,)), ids(5))
+        assert behind.tokens == engine.run(plan_of([(7, 4, 1, [2], 1)]), ids(5)).tokens
 
 
 def test_logits_that_are_not_finite_are_an_error_of_that_step_alone(tiny: tuple[MemoryStore, Manifest]) -> None:
