@@ -34,7 +34,7 @@ def product_of(matrix: Linear, *, packs: bool) -> Product:
 def packs(dtype: torch.dtype) -> bool:
     """Whether oneDNN packs matrices of this dtype on this processor."""
     mkldnn: Any = torch.ops.mkldnn
-    if not (torch._C.has_mkldnn and hasattr(mkldnn, "_reorder_linear_weight")):
+    if not (torch._C._has_mkldnn and hasattr(mkldnn, "_reorder_linear_weight")):
         return False
     if dtype is torch.float32:
         return True
