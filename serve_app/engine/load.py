@@ -11,6 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from serve_app.engine.block import NotFusable
+from serve_app.engine.cpu.engine import CpuEngine
+from serve_app.engine.cpu.stage_weights import read_weights as read_cpu_weights
 from serve_app.engine.engine import ActivationDtype, DeviceName, Engine, StepOutput
 from serve_app.engine.kv_pages import KvPages
 from serve_app.engine.stage_model import StageModel
@@ -46,6 +49,7 @@ class LoadOptions:
     page_size: int
     threads: int | None  # None: leave torch's own
     fused: bool = True  # False: plain torch ops, whatever the device
+    native: bool = True  # False: no step that is compiled on this machine
 
 
 def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> LoadedEngine:
@@ -103,28 +107,33 @@ def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, op
             f"{kv.n_layers} of {stop - start} layers of a {manifest.model_type} keep keys and values by transformers' "
             f"attention interface; the others cannot be served"
         )
-    if options.fused and options.device == "cuda" and options.dtype != "float32":
-        return _fused(plain, options)
-    return plain
-
-
-def _fused(plain: TorchEngine, options: LoadOptions) -> LoadedEngine:
-    """The GPU engine on the same weights, or the plain one where it does not fit the model: slower, never wrong."""
+    if not options.fused or (options.device == "cuda" and options.dtype == "float32"):
+        return plain
     try:
-        from serve_app.engine.block import NotFusable
+        return _on_gpu(plain, options) if options.device == "cuda" else _on_cpu(plain, options)
+    except NotFusable as e:
+        _log.warning("this stage computes with plain torch ops, many times slower, because of %s", e)
+        return plain
+
+
+def _on_cpu(plain: TorchEngine, options: LoadOptions) -> LoadedEngine:
+    threads = options.threads or torch.get_num_threads()
+    weights = read_cpu_weights(plain, options.page_size, native=options.native)
+    return CpuEngine(plain, weights, options.page_size, threads)
+
+
+def _on_gpu(plain: TorchEngine, options: LoadOptions) -> LoadedEngine:
+    """The plain one without Triton."""
+    try:
         from serve_app.engine.gpu.engine import GpuEngine
         from serve_app.engine.gpu.stage_weights import read_weights
     except ImportError as e:
         _log.warning("no Triton, so this stage computes with plain torch ops, many times slower: %s", e)
         return plain
-    try:
-        began = time.perf_counter()
-        engine = GpuEngine(plain, read_weights(plain, options.page_size), options.page_size)
-        engine.timings["check_s"] = time.perf_counter() - began
-        return engine
-    except NotFusable as e:
-        _log.warning("this stage computes with plain torch ops, many times slower, because of %s", e)
-        return plain
+    began = time.perf_counter()
+    engine = GpuEngine(plain, read_weights(plain, options.page_size), options.page_size)
+    engine.timings["check_s"] = time.perf_counter() - began
+    return engine
 
 
 def computes_fast_in(dtype: ActivationDtype, device: DeviceName) -> bool:

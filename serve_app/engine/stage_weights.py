@@ -7,7 +7,8 @@ a fused layer is used only if it gives what the module gives. The engine runs it
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def read_stage(reference: TorchEngine, page_size: int) -> tuple[StageWeights, li
     model = reference.model
     config = model.config
     rotary = getattr(model.holder, "rotary_emb", None)
-    blocks = tuple(read_block(layer, rotary, config.max_position_embeddings) for layer in model.layers)
+    blocks = _sharing_tables(read_block(layer, rotary, config.max_position_embeddings) for layer in model.layers)
     seen, entered = _run_reference(reference, page_size)
     embedding, scale = None, 1.0
     if reference.embeds:
@@ -80,6 +81,15 @@ def read_stage(reference: TorchEngine, page_size: int) -> tuple[StageWeights, li
         logit_cap=cap,
     )
     return weights, seen
+
+
+def _sharing_tables(blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """The blocks, of which those that rotate alike hold one table: of 8192 positions each is 2 MB."""
+    out: list[Block] = []
+    for block in blocks:
+        same = next((b for b in out if torch.equal(b.cos, block.cos) and torch.equal(b.sin, block.sin)), block)
+        out.append(replace(block, cos=same.cos, sin=same.sin))
+    return tuple(out)
 
 
 def require_layer(i: int, inputs: Tensor, wanted: Tensor, found: Tensor) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import triton
 from torch import Tensor
@@ -28,11 +27,11 @@ from serve_app.engine.gpu.forward import Pages, Space, head_product, norm, part,
 from serve_app.engine.gpu.kernels.prepare import N_FIELDS, prepare
 from serve_app.engine.gpu.kernels.row_hash import RowHasher
 from serve_app.engine.gpu.kernels.sampler import SamplerSpace, sample
-from serve_app.engine.request_table import Ints, PlannedSpans, RequestTable
+from serve_app.engine.request_table import Ints, PlannedSpans, RequestTable, token_ids
 from serve_app.engine.stage_weights import StageWeights
 from serve_app.engine.torch_engine import TORCH_DTYPES, TorchEngine
 from serve_app.errors import ProtocolError
-from serve_app.messages.step import DRAWN_LAST, StepPlan
+from serve_app.messages.step import StepPlan
 
 _log = logging.getLogger(__name__)
 _NO_IDS = np.zeros(0, np.int32)
@@ -105,13 +104,12 @@ class GpuEngine:
             raise ProtocolError("penalties, logit_bias and min_p are not drawn on a GPU yet")
         if not self._replays:  # only now is it known whether rows are hashed
             self._make_replays()
-        ids = self._ids(rows) if self._weights.embedding is not None else _NO_IDS
+        ids = token_ids(rows, self._weights.vocab_size) if self._weights.embedding is not None else _NO_IDS
         spans = self._table.begin(plan)
         try:
             with self._on_stream():
-                later = np.flatnonzero(ids < 0)
-                if len(later):
-                    self._check_drawn(spans, later)
+                if (ids < 0).any():
+                    self._table.require_drawn(spans, ids)
                 if not len(plan.opens) and self._is_decode(spans):
                     flight = self._run_decode(spans, ids, rows)
                 else:
@@ -135,19 +133,6 @@ class GpuEngine:
     def run(self, plan: StepPlan, rows: memoryview) -> StepOutput:
         """The step, waited for."""
         return self.launch(plan, rows).result()
-
-    def _ids(self, rows: memoryview) -> Ints:
-        """Token ids as int32, -1 for DRAWN_LAST."""
-        ids = np.frombuffer(rows, "<u4")
-        known = ids[ids != DRAWN_LAST]
-        if len(known) and int(known.max()) >= self._weights.vocab_size:
-            raise ProtocolError(f"token id {int(known.max())} in a vocabulary of {self._weights.vocab_size}")
-        return ids.view("<i4")
-
-    def _check_drawn(self, spans: PlannedSpans, later: npt.NDArray[np.intp]) -> None:
-        of = np.searchsorted(np.cumsum(spans.counts), later, "right")
-        if self._weights.head is None or not self._table.drew[spans.slots[of]].all():
-            raise ProtocolError("a row of a token drawn last, of a sequence that has drawn none here")
 
     def _is_decode(self, spans: PlannedSpans) -> bool:
         """Whether each row is the next of a sequence, takes a page only where one begins and, with a head, draws."""
