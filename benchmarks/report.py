@@ -18,7 +18,7 @@ LOAD_BEFORE = round(os.getloadavg()[0], 2)  # before this process adds its own: 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """figures: name -> value; a name ends with its unit. load_before: processes that ran or waited, mean of a minute."""
+    """figures: name -> value; a name ends with its unit. load_before: the machine's, mean of the minute before."""
 
     benchmark: str
     figures: dict[str, Any]
