@@ -63,7 +63,7 @@ def newest(path: Path) -> Result:
     lines = path.read_text().splitlines()
     if not lines:
         raise ValueError(f"{path} is empty")
-    return Result(**json.loads(lines[-1]))
+    return Result(**{"load_before": None, **json.loads(lines[-1])})  # older lines do not say
 
 
 def picture(result: Result, folder: Path) -> Path:
@@ -86,7 +86,8 @@ def picture(result: Result, folder: Path) -> Path:
 def caption(result: Result) -> list[str]:
     """Where, when and by what."""
     model = f"{result.figures['model']}, " if isinstance(result.figures.get("model"), str) else ""
-    where = f"{model}{result.machine}, commit {result.commit}, {result.at[:10]}"
+    load = "" if result.load_before is None else f" (load before: {result.load_before:g})"
+    where = f"{model}{result.machine}{load}, commit {result.commit}, {result.at[:10]}"
     return [where, textwrap.shorten(result.command, 150, placeholder=" …")]
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+LOAD_BEFORE = round(os.getloadavg()[0], 2)  # before this process adds its own: scripts import this file first thing
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """figures: name -> value; a name ends with its unit."""
+    """figures: name -> value; a name ends with its unit. load_before: the machine's, mean of the minute before."""
 
     benchmark: str
     figures: dict[str, Any]
@@ -25,6 +26,7 @@ class Result:
     commit: str = field(default_factory=lambda: commit())
     command: str = field(default_factory=lambda: " ".join(["python", *sys.orig_argv[1:]]))  # argv[0] would be a path
     at: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    load_before: float | None = LOAD_BEFORE
 
 
 def save(result: Result, folder: Path | None = None) -> Path:
