@@ -46,7 +46,7 @@ from tests.contracts.edge_pairs import (
 )
 
 FOUND_S = 2.0
-every_edge = pytest.mark.parametrize("kind", ["local", *KINDS])
+every_edge = pytest.mark.parametrize("kind", ["local", *KINDS, pytest.param("ray", marks=pytest.mark.ray)])
 between_processes = pytest.mark.parametrize("kind", KINDS)
 FarEnds = Callable[[EdgeKind, str], FarEnd]
 
@@ -228,6 +228,21 @@ def test_a_host_that_says_nothing_is_found(far_end: FarEnds) -> None:
     assert at - began < FOUND_S and "nothing comes" in why
     os.killpg(end.pid, signal.SIGKILL)
     edge.close()
+
+
+@pytest.mark.ray
+def test_over_rays_calls_a_dead_receiver_is_found_when_something_is_sent() -> None:
+    """The reference keeps no watch of its own; the Supervisor's pings do."""
+    from tests.contracts.ray_pair import ray_pair
+
+    with ray_pair() as (edge, received, pid):
+        edge.send(b"x")
+        assert received.get(timeout=10) == b"x"
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(PipelineError, match="is gone"):
+            for _ in range(100):
+                edge.send(b"x")
+                time.sleep(0.1)
 
 
 @between_processes
