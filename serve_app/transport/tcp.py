@@ -94,7 +94,11 @@ class TcpInlet:
 
     def attach(self, pulse: socket.socket, key: bytes) -> None:
         """The peer's heartbeats come by this connection. Called once."""
-        self._watch = Watch(HeartbeatSigns(pulse, key, dialled=False), self._end.fail)
+        try:
+            self._watch = Watch(HeartbeatSigns(pulse, key, dialled=False), self._end.fail)
+        except OSError as e:
+            self._end.fail(f"no heartbeat helper could be started on this host: {reason(e)}")
+            return
         if self._end.why is not None:
             self._watch.close()
 
