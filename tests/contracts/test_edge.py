@@ -222,7 +222,7 @@ def test_a_host_that_says_nothing_is_found(far_end: FarEnds) -> None:
     edge = dial(outlet("tcp", end.pid, end.address()), lost)
     edge.send(b"x")
     end.hear()
-    time.sleep(0.3)
+    time.sleep(1.5)  # until its helper beats: before that it is given 5 s
     began = time.monotonic()
     os.killpg(end.pid, signal.SIGSTOP)
     _, why, at = lost.first()
