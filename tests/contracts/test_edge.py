@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +50,15 @@ from tests.contracts.edge_pairs import (
 FOUND_S = 2.0
 every_edge = pytest.mark.parametrize("kind", ["local", *KINDS, pytest.param("ray", marks=pytest.mark.ray)])
 between_processes = pytest.mark.parametrize("kind", KINDS)
+slow = pytest.mark.slow
+
+
+def endings(hard: object, easy: object) -> list[Any]:
+    """The hardest case is in the fast suite: a peer that is stopped while messages wait."""
+    others = [(signal.SIGSTOP, easy), (signal.SIGKILL, hard), (signal.SIGKILL, easy)]
+    return [(signal.SIGSTOP, hard), *(pytest.param(*case, marks=slow) for case in others)]
+
+
 FarEnds = Callable[[EdgeKind, str], FarEnd]
 
 
@@ -160,8 +170,7 @@ def test_a_receiver_that_closes_is_a_loss_for_its_sender(kind: EdgeKind) -> None
 
 
 @between_processes
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("size", [0, 1 << 20])
+@pytest.mark.parametrize(("how", "size"), endings(1 << 20, 0))
 def test_a_receiver_that_dies_or_stops_is_found(
     kind: EdgeKind, how: signal.Signals, size: int, far_end: FarEnds
 ) -> None:
@@ -193,8 +202,7 @@ def test_a_receiver_that_dies_or_stops_is_found(
 
 
 @between_processes
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize(("how", "busy"), endings(True, False))
 def test_a_sender_that_dies_or_stops_is_found(
     kind: EdgeKind, how: signal.Signals, busy: bool, far_end: FarEnds
 ) -> None:
@@ -216,6 +224,7 @@ def test_a_sender_that_dies_or_stops_is_found(
     listener.close()
 
 
+@slow
 def test_a_host_that_says_nothing_is_found(far_end: FarEnds) -> None:
     """Its whole session is stopped, the heartbeat's process included, so that its kernel alone keeps the connection."""
     end, lost = far_end("tcp", "count"), Losses()
@@ -246,6 +255,7 @@ def test_over_rays_calls_a_dead_receiver_is_found_when_something_is_sent() -> No
                 time.sleep(0.1)
 
 
+@slow
 @between_processes
 @pytest.mark.parametrize("role", ["count", "send"])
 def test_a_peer_that_holds_pythons_lock_for_long_is_not_dead(kind: EdgeKind, role: str, far_end: FarEnds) -> None:
