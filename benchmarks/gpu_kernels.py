@@ -1,6 +1,6 @@
 """Each kernel of the GPU engine at the shapes of Qwen3-0.6B and Llama-3-8B, beside what PyTorch's libraries do.
 
-    python3 -m benchmarks.gpu_kernels [--quick]
+    python3 -m benchmarks.gpu_kernels [--quick] [--only attention layers]
 
 Times are of a CUDA graph that calls the kernel many times on rotating inputs (nothing stays in the cache that would not
 in a model), median of several replays. GB/s counts what must be read once.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ import torch
 import triton
 
 from benchmarks.report import Result, save
-from serve_app.engine.gpu.kernels.decode_attention import decode_attention
+from serve_app.engine.block import Block, Linear, Norm
+from serve_app.engine.gpu.attend import DecodeAttention
+from serve_app.engine.gpu.forward import Pages, Space, run_layers
+from serve_app.engine.gpu.kernels import decode_attention, early_launch, skinny_product
+from serve_app.engine.gpu.kernels.decode_attention import ChunkSpace, list_chunks
 from serve_app.engine.gpu.kernels.norm import rms_norm
 from serve_app.engine.gpu.kernels.sampler import SamplerSpace, sample
-from serve_app.engine.gpu.kernels.skinny_product import skinny_product
 
 DEVICE = "cuda"
 KIND = torch.bfloat16
@@ -56,16 +60,28 @@ def bandwidth() -> dict[str, Any]:
     return {"copy_GB_s": round(2 * big.nbytes / copy / 1e3), "read_by_max_GB_s": round(big.nbytes / read / 1e3)}
 
 
+# Rows of a step and their contexts: as the nano-vllm workload has them early, in the middle and late, and even ones.
+CONTEXTS = {
+    "0.6b_256": (16, 8, torch.randint(100, 1300, (234,))),
+    "0.6b_158": (16, 8, torch.randint(300, 1600, (158,))),
+    "0.6b_95": (16, 8, torch.randint(500, 1900, (95,))),
+    "0.6b_37": (16, 8, torch.randint(900, 2000, (37,))),
+    "8b_256": (32, 8, torch.full((256,), 193)),
+    "8b_32": (32, 8, torch.full((32,), 193)),
+    "8b_1": (32, 8, torch.full((1,), 193)),
+    "8b_1_long": (32, 8, torch.full((1,), 8000)),
+}
+# block, warps, stages, programs on each multiprocessor
+VARIANTS = [
+    (64, 4, 3, 2), (64, 4, 2, 3), (64, 4, 2, 2), (32, 4, 4, 3), (32, 2, 4, 3), (32, 2, 3, 4), (128, 4, 2, 1),
+    (128, 8, 2, 1),
+]  # fmt: skip
+
+
 def attention(quick: bool) -> dict[str, Any]:
     out: dict[str, Any] = {}
-    cases = {
-        "0.6b_256x904": (16, 8, torch.randint(100, 1708, (256,))),
-        "8b_256x193": (32, 8, torch.full((256,), 193)),
-        "8b_32x193": (32, 8, torch.full((32,), 193)),
-        "8b_1x193": (32, 8, torch.full((1,), 193)),
-        "8b_1x8000": (32, 8, torch.full((1,), 8000)),
-    }
-    for name, (heads, kv_heads, lengths) in cases.items():
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    for name, (heads, kv_heads, lengths) in CONTEXTS.items():
         rows, page, dim = len(lengths), 16, 128
         n_bytes = int(lengths.sum()) * kv_heads * dim * 4
         copies = max(1, min(8, (400 << 20) // n_bytes))
@@ -79,41 +95,77 @@ def attention(quick: bool) -> dict[str, Any]:
         q = torch.randn((rows, heads, dim), device=DEVICE, dtype=KIND)
         o = torch.empty_like(q)
         results = []
-        for parts in (1, 2, 4, 8, 16, 32):
-            if (rows == 256 and parts > 8) or (rows == 1 and parts == 2):
-                continue
-            space = torch.empty((rows, heads, parts, dim), device=DEVICE)
-            stat = torch.empty((rows, heads, parts, 2), device=DEVICE)
-            for block, warps, stages in (
-                [(64, 4, 3)]
-                if quick
-                else [
-                    (32, 2, 3),
-                    (32, 2, 5),
-                    (64, 2, 3),
-                    (64, 4, 2),
-                    (64, 4, 3),
-                    (64, 4, 4),
-                    (128, 4, 2),
-                    (128, 4, 3),
-                    (128, 8, 3),
-                ]
-            ):
-                calls = [
-                    lambda c=c: decode_attention(
-                        q, c[0], c[1], table, slots, dev_lengths, out=o, part_out=space, part_stat=stat,
-                        parts=parts, scale=dim**-0.5, block=block, warps=warps, stages=stages,
-                    )
-                    for c in caches * max(1, 8 // copies)
-                ]  # fmt: skip
-                results.append((time_us(calls), parts, block, warps, stages))
+        for block, warps, stages, programs in VARIANTS[:1] if quick else VARIANTS:
+            space = ChunkSpace.of(rows, heads, kv_heads, dim, torch.device(DEVICE))
+            most = max(1, 8 * programs * processors // kv_heads)
+            if most > space.most:
+                space = ChunkSpace.of(max(most, rows), heads, kv_heads, dim, torch.device(DEVICE))
+            space = replace(space, programs=programs * processors, most=most)
+            list_chunks(slots, dev_lengths, space)
+            calls = [
+                lambda c=c, space=space, block=block, warps=warps, stages=stages: decode_attention.decode_attention(
+                    q, c[0], c[1], table, dev_lengths, out=o, space=space, scale=dim**-0.5,
+                    block=block, warps=warps, stages=stages,
+                )
+                for c in caches * max(1, 8 // copies)
+            ]  # fmt: skip
+            results.append((time_us(calls), block, warps, stages, programs))
         results.sort()
         out[name] = [
-            f"{us:.1f} us {n_bytes / us / 1e3:.0f} GB/s parts {p} block {b} warps {w} stages {s}"
-            for us, p, b, w, s in results[:6]
+            f"{us:.1f} us {n_bytes / us / 1e3:.0f} GB/s block {b} warps {w} stages {s} programs {p}"
+            for us, b, w, s, p in results[:4]
         ]
         print(name, out[name], flush=True)
         del caches
+    return out
+
+
+def layers() -> dict[str, Any]:
+    """Whole layers in a graph, as the engine runs them, beside what must be read for them."""
+    out: dict[str, Any] = {}
+    for name, hidden, inner, heads, n_layers in (("0.6b", 1024, 3072, 16, 12), ("8b", 4096, 14336, 32, 4)):
+        kv_heads, dim, device = 8, 128, torch.device(DEVICE)
+
+        def weight(n: int, k: int) -> Linear:
+            return Linear(torch.randn((n, k), device=DEVICE, dtype=KIND) * 0.02, None)
+
+        def ones(n: int) -> Norm:
+            return Norm(torch.ones(n, device=DEVICE, dtype=KIND), 1e-6, False)
+
+        angles = torch.rand((4096, dim // 2), device=DEVICE)
+        blocks = [
+            Block(
+                heads=heads, kv_heads=kv_heads, dim=dim, scale=dim**-0.5, softcap=None, window=None, sinks=None,
+                cos=angles.cos(), sin=angles.sin(), norm_in=ones(hidden),
+                qkv=weight((heads + 2 * kv_heads) * dim, hidden),
+                q_norm=ones(dim) if name == "0.6b" else None, k_norm=ones(dim) if name == "0.6b" else None,
+                out=weight(hidden, heads * dim), after_attention=None, norm_mid=ones(hidden),
+                gate_up=weight(2 * inner, hidden), down=weight(hidden, inner), after_mlp=None, activation="silu",
+            )
+            for _ in range(n_layers)
+        ]  # fmt: skip
+        n_bytes = sum(
+            2 * t.numel() for b in blocks for t in (b.qkv.weight, b.out.weight, b.gate_up.weight, b.down.weight)
+        )
+        for rows, context in ((1, 193), (8, 193), (32, 193), (64, 193), (128, 193), (256, 193)):
+            per = context // 16 + 1
+            pages, space = Pages(blocks, rows * per, 16, device, KIND), Space(rows, blocks, hidden, device, KIND)
+            space.residual.normal_()
+            table = torch.arange(rows * per, device=DEVICE, dtype=torch.int32).view(rows, per)
+            slots = torch.arange(rows, device=DEVICE, dtype=torch.int32)
+            positions = torch.full((rows,), context - 1, device=DEVICE, dtype=torch.int32)
+            decode = DecodeAttention(blocks, rows, device)
+            attend = decode.bind(table, slots, positions + 1)
+            us = time_us([
+                lambda: run_layers(
+                    blocks, pages, space, rows, page_table=table, slots=slots, positions=positions, attend=attend,
+                    final=None,
+                )
+            ] * 2)  # fmt: skip
+            whole = n_bytes + rows * context * kv_heads * dim * 4 * n_layers
+            out[f"{name}_{rows}_rows_us_a_layer"] = round(us / n_layers, 2)
+            out[f"{name}_{rows}_rows_GB_s"] = round(whole / us / 1e3)
+            print(name, rows, f"{us / n_layers:.2f} us a layer, {whole / us / 1e3:.0f} GB/s", flush=True)
     return out
 
 
@@ -170,7 +222,7 @@ def products(quick: bool) -> dict[str, Any]:
                 o = y[:, : n // 2].contiguous() if gated else y
                 try:
                     us = time_us([
-                        lambda w=w: skinny_product(
+                        lambda w=w: skinny_product.skinny_product(
                             x, w, o, gated=gated, block_n=block_n, block_k=block_k, warps=warps, stages=stages
                         )
                         for w in turns
@@ -218,11 +270,21 @@ def others() -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one variant of each kernel")
+    parser.add_argument("--only", nargs="+", choices=["attention", "layers", "others", "products"], default=None)
+    parser.add_argument("--no-early", action="store_true", help="no kernel starts before the one before it has ended")
     parser.add_argument("--out", type=Path, default=None)
     a = parser.parse_args()
-    figures = bandwidth()
+    if a.no_early:
+        early_launch._supported = lambda: False
+    figures: dict[str, Any] = {"early_launch": not a.no_early, **bandwidth()}
     print(figures, flush=True)
-    figures |= {"attention": attention(a.quick), "others": others(), "products": products(a.quick)}
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "attention": lambda: attention(a.quick),
+        "layers": layers,
+        "others": others,
+        "products": lambda: products(a.quick),
+    }
+    figures |= {name: part() for name, part in parts.items() if a.only is None or name in a.only}
     save(Result("gpu_kernels", figures), a.out)
     return 0
 

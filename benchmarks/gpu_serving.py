@@ -23,12 +23,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.report import Result, save
-from serve_app.engine.load import LoadOptions
+from serve_app.engine.engine import ActivationDtype, DeviceName
+from serve_app.engine.load import LoadOptions, load_engine
 from serve_app.local import LocalLimits, LocalPipeline
 from serve_app.messages.request import (
     FailedEvent,
@@ -39,9 +41,11 @@ from serve_app.messages.request import (
     TokensEvent,
     fresh_salt,
 )
+from serve_app.messages.step import CLOSE, OPEN, SPAN, StepPlan
 from serve_app.receipts.check import check
 from shard_tools.fetch import load_manifest
 from shard_tools.index.directory import DirectoryIndex
+from shard_tools.manifest import Manifest
 from shard_tools.publish import publish
 from shard_tools.signing import Signer
 from shard_tools.store.directory import DirectoryStore
@@ -71,20 +75,23 @@ Asked = tuple[list[int], int]  # prompt, tokens to generate
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="qwen3-0.6b")
-    parser.add_argument("--work", nargs="+", choices=["nano", "decode"], default=["nano", "decode"])
+    parser.add_argument("--work", nargs="+", choices=["nano", "decode", "logits"], default=["nano", "decode"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--folder", type=Path, default=None, help="for the weights; default: a temporary one")
-    parser.add_argument("--step-tokens", type=int, default=8192)
+    parser.add_argument("--step-tokens", type=int, default=16_384)
     parser.add_argument("--switch-interval", type=float, default=2e-4, help="seconds a thread may keep others waiting")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="decode steps of these batches, by kernel")
+    parser.add_argument("--layers", type=int, default=None, help="of the model, fewer than published: to see kernels")
     parser.add_argument("--trace", action="store_true", help="nano's steps by kind")
     parser.add_argument("--out", type=Path, default=None, help="folder for the result; default: benchmarks/results")
     a = parser.parse_args()
+    if a.layers is not None:
+        MODELS[a.model]["num_hidden_layers"] = a.layers
     sys.setswitchinterval(a.switch_interval)
     with tempfile.TemporaryDirectory(dir=a.folder) as folder:
         figures = asyncio.run(measure(a, Path(folder)))
-    save(Result("gpu_serving", {"model": a.model, **figures}), a.out)
+    save(Result("gpu_serving", {"model": a.model, "layers": MODELS[a.model]["num_hidden_layers"], **figures}), a.out)
     return 0
 
 
@@ -151,7 +158,41 @@ async def measure(a: argparse.Namespace, root: Path) -> dict[str, Any]:
         await profile(course, batch)
     assert context >= 2048
     pipeline.close()
+    if "logits" in a.work:
+        figures |= logits(store, manifest, a.device)
     return figures
+
+
+def logits(store: DirectoryStore, manifest: Manifest, device: DeviceName) -> dict[str, float]:
+    """How far the fused engine's logits lie from a float32 reference, beside plain torch ops of the same dtype.
+
+    A prompt of 200 ids, then 16 decode steps of given ids. Fails if the fused engine is worse than 1.5 times as far.
+    """
+    n_prompt, n_decode, page = 200, 16, 16
+    given = torch.randint(0, manifest.vocab_size, (n_prompt + n_decode,), generator=torch.Generator().manual_seed(1))
+    ids = given.numpy().astype("<u4")
+
+    def run(dtype: ActivationDtype, fused: bool) -> torch.Tensor:
+        engine = load_engine(store, manifest, 0, manifest.n_layers, LoadOptions(device, dtype, page, None, fused=fused))
+        engine.reserve(32, 2)
+        hidden = []
+        for start, count in [(0, n_prompt), *((n_prompt + i, 1) for i in range(n_decode))]:
+            opens = np.zeros(int(start == 0), OPEN)
+            opens["seq"], opens["top_p_micro"] = 1, 10**6
+            held, needed = -(-start // page), -(-(start + count) // page)
+            spans = np.array([(1, start, count, needed - held, 1)], SPAN)
+            none = np.zeros(0, "<u8")
+            plan = StepPlan(1, start, opens, spans, np.arange(held, needed, dtype="<u4"), np.zeros(0, CLOSE), none)
+            out = engine.run(plan, ids[start : start + count].tobytes())
+            hidden.append(engine.logits_of(out.hidden).float().cpu())
+        return torch.cat(hidden)
+
+    exact, plain, fused = run("float32", False), run("bfloat16", False), run("bfloat16", True)
+    errors = {name: float((found - exact).abs().max()) for name, found in (("plain", plain), ("fused", fused))}
+    print(f"largest logit {float(exact.abs().max()):.3f}; largest error of bfloat16 to float32: {errors}", flush=True)
+    assert errors["fused"] <= 1.5 * errors["plain"], "the fused engine is less exact than plain torch ops"
+    figures = {f"{name}_logit_error": round(error, 4) for name, error in errors.items()}
+    return {"largest_logit": round(float(exact.abs().max()), 3), **figures}
 
 
 class Course:

@@ -78,6 +78,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=len(QUESTIONS))
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3, 5])
+    parser.add_argument("--out", type=Path, default=None, help="folder for the result; default: benchmarks/results")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = open_checkpoint(demo_model())
@@ -105,7 +106,7 @@ def main() -> int:
             f"{d.stages} stages, prompt {d.prompt}, token {d.position}: {d.margin:.1e}" for d in divergences
         ]
         figures |= logit_differences(checkpoint, store, manifest, prompts[0])
-    save(Result("parity", figures))
+    save(Result("parity", figures), a.out)
     return int(any(d.margin > ALLOWED_MARGIN for d in divergences))
 
 

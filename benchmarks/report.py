@@ -23,7 +23,7 @@ class Result:
     figures: dict[str, Any]
     machine: str = field(default_factory=lambda: machine())
     commit: str = field(default_factory=lambda: commit())
-    command: str = field(default_factory=lambda: " ".join(["python", *sys.argv]))
+    command: str = field(default_factory=lambda: " ".join(["python", *sys.orig_argv[1:]]))  # argv[0] would be a path
     at: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.process_watch import resident_bytes
 from benchmarks.report import Result, save
 from shard_tools.cid import Cid
 from shard_tools.index.directory import DirectoryIndex
@@ -32,6 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, default=3)
     parser.add_argument("--load", nargs=4, metavar=("STORE", "CID", "START", "STOP"), help="used by itself")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the result; default: benchmarks/results")
     a = parser.parse_args()
     if a.load:
         store, cid, start, stop = a.load
@@ -51,7 +53,7 @@ def main() -> int:
             figures[f"stage_{i}"] = found
             print(f"stage {i}: {found}", flush=True)
             failed |= bool(found["foreign_blocks"]) or found["parameter_bytes"] != found["own_tensor_bytes"]
-        save(Result("stage_isolation", figures))
+        save(Result("stage_isolation", figures), a.out)
     return int(failed)
 
 
@@ -114,14 +116,6 @@ def load_one(root: Path, cid: Cid, start: int, stop: int) -> dict[str, object]:
         "own_tensor_bytes": sum(tensor.size for tensor in own),
         "resident_growth_bytes": resident_bytes() - before,
     }
-
-
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 if __name__ == "__main__":

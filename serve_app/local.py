@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from serve_app.engine.load import LoadOptions, load_engine, shards_of
 from serve_app.errors import PipelineError
 from serve_app.messages.request import Event, FailedEvent, FinishedEvent, GenerationRequest, RequestId
-from serve_app.pipeline.head import Head, PipelineFacts
+from serve_app.pipeline.head import Head, PipelineFacts, can_reuse_pages
 from serve_app.pipeline.stage import Stage
 from serve_app.pipeline.warm_up import warm_up_request
 from serve_app.pipeline.witness import StageSpan
@@ -45,6 +45,7 @@ class LocalLimits:
     max_step_tokens: int = 512
     max_running: int = 64
     max_waiting: int = 256
+    prefix_cache: bool = False  # off, so that whoever counts rows or seconds counts what was asked for
 
 
 class LocalPipeline:
@@ -87,7 +88,8 @@ class LocalPipeline:
             )
             after = LocalEdge(self.stages[0].deliver) if self.stages else None
             chain = StatementChain(sessions[i])
-            self.stages.insert(0, Stage(engine, span, chain, next=after, head=to_head, epoch=_EPOCH))
+            stage = Stage(engine, span, chain, page_size=options.page_size, next=after, head=to_head, epoch=_EPOCH)
+            self.stages.insert(0, stage)
 
         scheduler = Scheduler(
             epoch=_EPOCH,
@@ -98,6 +100,7 @@ class LocalPipeline:
             max_waiting=limits.max_waiting,
             micro_batches=stages,
             lookahead=lookahead(stages),
+            prefix_cache=limits.prefix_cache and can_reuse_pages(options.page_size),
         )
         facts = PipelineFacts(
             epoch=_EPOCH,

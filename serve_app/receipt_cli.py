@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -199,10 +200,7 @@ def _receipt_json(receipt: Receipt) -> dict[str, Any]:
         "epoch": receipt.epoch,
         "freshness": receipt.freshness,
         "max_tokens": receipt.max_tokens,
-        "temperature_micro": receipt.sampling.temperature_micro,
-        "top_k": receipt.sampling.top_k,
-        "top_p_micro": receipt.sampling.top_p_micro,
-        "seed": receipt.sampling.seed,
+        **asdict(receipt.sampling),
         "n_prompt": receipt.n_prompt,
         "out_ids": list(receipt.out_ids),
         "finish_reason": receipt.finish_reason,

@@ -126,13 +126,28 @@ def _sampling(body: Mapping[str, Any]) -> Sampling:
     seed = body.get("seed")
     try:
         return Sampling(
-            _micro(body.get("temperature"), "temperature"),
+            _micro(body.get("temperature"), "temperature", 0, 2, 1),
             _integer(body.get("top_k") or 0, "top_k"),
-            _micro(body.get("top_p"), "top_p"),
+            _micro(body.get("top_p"), "top_p", 0, 1, 1),
             None if seed is None else _integer(seed, "seed"),
+            _micro(body.get("min_p"), "min_p", 0, 1, 0),
+            _micro(body.get("presence_penalty"), "presence_penalty", -2, 2, 0),
+            _micro(body.get("frequency_penalty"), "frequency_penalty", -2, 2, 0),
+            _micro(body.get("repetition_penalty"), "repetition_penalty", 0, 10, 1),
+            _biases(_object(body.get("logit_bias") or {}, "logit_bias")),
         )
     except RequestError as e:
         raise InputError(f"no server of ours took this request: {e}") from e
+
+
+def _biases(given: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    """By rising id, those that change something."""
+    pairs = []
+    for id, value in given.items():
+        if not id.isdecimal() or not id.isascii():
+            raise InputError(f"logit_bias: {id[:40]!r} is no token id")
+        pairs.append((int(id[:20]), _micro(value, "logit_bias", -100, 100, 0)))
+    return tuple((id, micro) for id, micro in sorted(pairs) if micro)
 
 
 def _turn(item: object) -> Mapping[str, Value]:
@@ -199,10 +214,10 @@ def _integer(value: object, name: str) -> int:
     return value
 
 
-def _micro(value: object, name: str) -> int:
-    """Millionths, halves to even; absent means 1."""
+def _micro(value: object, name: str, low: int, high: int, absent: int) -> int:
+    """Millionths, halves to even; of `absent` where there is no value."""
     if value is None:
-        return MICRO
-    if not isinstance(value, int | Decimal) or isinstance(value, bool) or not 0 <= value <= 2:
-        raise InputError(f"{name}: expected a number from 0 to 2, found {str(value)[:40]!r}")
+        return absent * MICRO
+    if not isinstance(value, int | Decimal) or isinstance(value, bool) or not low <= value <= high:
+        raise InputError(f"{name}: expected a number from {low} to {high}, found {str(value)[:40]!r}")
     return int((Decimal(value) * MICRO).to_integral_value(ROUND_HALF_EVEN))

@@ -29,11 +29,13 @@ def write_tiny_checkpoint(
     hidden: int = 64,
     context: int = 512,
     max_shard_size: str = "5GB",
+    as_published: bool = True,
 ) -> Path:
     """A whole Hugging Face folder at `directory`: random weights, a real byte-level tokenizer, a chat template.
 
     Weights are drawn ten times wider than a fresh model's, so that logits differ enough for greedy draws to be
     stable; norms differ from one, so that a swapped norm shows. max_shard_size "200KB" gives a sharded index.
+    as_published False: tensors as transformers' modules hold them (experts stacked), not as such models are published.
     Equal arguments give equal bytes. Returns `directory`.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,7 @@ def write_tiny_checkpoint(
     model = model.to(getattr(torch, dtype))
     model.config.dtype = getattr(torch, dtype)
     model.generation_config.eos_token_id = 2
-    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    model.save_pretrained(directory, max_shard_size=max_shard_size, save_original_format=as_published)
     write_tokenizer(directory, vocab, context)
     return directory
 
@@ -105,6 +107,10 @@ def _extra(model_type: str, hidden: int) -> dict[str, object]:
     extra: dict[str, object] = {"intermediate_size": 2 * hidden, "num_key_value_heads": 2}
     if model_type != "phi3":
         extra["head_dim"] = hidden // 4
+    if model_type == "mixtral":
+        extra |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    if model_type == "qwen3_moe":
+        extra |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden}
     if model_type in ("gemma2", "gemma3_text"):
         extra |= {"sliding_window": 32, "query_pre_attn_scalar": hidden // 4}
     return extra

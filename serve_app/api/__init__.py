@@ -4,8 +4,9 @@ One request: app -> chat or completions -> wire (parse, bound) -> text (template
 (GenerationRequest) -> answer (events to text, stop strings) -> reply (JSON or SSE).
 
 What differs from OpenAI, on purpose:
-    one answer a request (n = 1); no tools, logprobs, penalties or formats: such fields are refused by name, not ignored
-    `top_k` and `llmd: {"nonce": <64 hex digits>}` are ours (extra_body of the official client)
+    one answer a request (n = 1); no tools, logprobs or formats: such fields are refused by name, not ignored
+    `top_k`, `min_p`, `repetition_penalty` (over prompt and answer) and `llmd: {"nonce": <64 hex digits>}` are not
+        OpenAI's (extra_body of the official client)
     an answer carries `llmd: {"request_id", "receipt"}`, a stream on the chunk that has the finish_reason; whole answers
         also the header x-llmd-receipt, the receipt bundle's CID
     usage counts every token that was generated and signed, those of a stop string included

@@ -1,7 +1,7 @@
 """What a client may send, bounded and typed. The bytes of a body become one of the two models here or a RequestError.
 
-Fractions become integers: temperature and top_p are taken in millionths of the decimal number that the client wrote,
-halves rounded to even, so a temperature below 0.0000005 is greedy.
+Fractions become integers: temperature, top_p, min_p, penalties and biases are taken in millionths of the decimal
+number that the client wrote, halves rounded to even, so a temperature below 0.0000005 is greedy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic_core import from_json
 
 from serve_app.api.openai_fields import acted_on
 from serve_app.errors import RequestError
-from serve_app.messages.request import MAX_TOKENS, MAX_VOCAB, MICRO, Sampling
+from serve_app.messages.request import MAX_BIASES, MAX_TOKENS, MAX_VOCAB, MICRO, Sampling
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 256  # of one message
@@ -26,6 +26,9 @@ _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 _Id = Annotated[int, Field(ge=0, lt=MAX_VOCAB)]
 _Ids = Annotated[list[_Id], Field(min_length=1, max_length=MAX_TOKENS)]
 _Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+_TokenId = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,7})$")]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
 _Nothing = Annotated[list[Any], Field(max_length=0)] | None
 B = TypeVar("B", bound=BaseModel)
 
@@ -88,6 +91,11 @@ class _Body(_Closed):
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(ge=1e-6, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0, le=MAX_VOCAB)] = 0  # 0: off
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    presence_penalty: _Penalty = 0.0
+    frequency_penalty: _Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
+    logit_bias: Annotated[dict[_TokenId, _Bias], Field(max_length=MAX_BIASES)] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] = Field(default_factory=list)
     stream: bool = False
@@ -96,7 +104,18 @@ class _Body(_Closed):
 
     def sampling(self) -> Sampling:
         """How tokens are drawn, in integers."""
-        return Sampling(micro(self.temperature), self.top_k, micro(self.top_p), self.seed)
+        biases = sorted((int(id), micro(bias)) for id, bias in self.logit_bias.items())
+        return Sampling(
+            micro(self.temperature),
+            self.top_k,
+            micro(self.top_p),
+            self.seed,
+            micro(self.min_p),
+            micro(self.presence_penalty),
+            micro(self.frequency_penalty),
+            micro(self.repetition_penalty),
+            tuple((id, bias) for id, bias in biases if bias),
+        )
 
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""

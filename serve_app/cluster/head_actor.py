@@ -14,7 +14,7 @@ from serve_app.cluster.stage_actor import node_key_path, party_here
 from serve_app.cluster.wiring import HEAD, Awaited, EdgeSet, Joint, Party
 from serve_app.errors import PipelineError
 from serve_app.messages.request import Event, FailedEvent, FinishedEvent
-from serve_app.pipeline.head import Head, PipelineFacts
+from serve_app.pipeline.head import Head, PipelineFacts, can_reuse_pages
 from serve_app.pipeline.head_server import HeadServer
 from serve_app.pipeline.warm_up import warm_up_request
 from serve_app.receipts.identity import NodeIdentity, first_expiry
@@ -70,6 +70,7 @@ class _HeadProcess:
             max_waiting=spec.max_waiting,
             micro_batches=spec.n_stages,
             lookahead=lookahead(spec.n_stages),
+            prefix_cache=spec.prefix_cache and can_reuse_pages(spec.page_size),
         )
         facts = PipelineFacts(
             epoch=spec.epoch,

@@ -166,6 +166,7 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
         max_step_tokens=config.pipeline.max_step_tokens,
         max_requests=config.pipeline.max_requests,
         max_waiting=config.pipeline.max_waiting,
+        prefix_cache=config.pipeline.prefix_cache,
         certificates=tuple(r.certificate for r in reports),
         registry=registry,
         state_dir=config.identity.state_dir,

@@ -67,6 +67,7 @@ class HeadSpec:
     max_step_tokens: int
     max_requests: int
     max_waiting: int
+    prefix_cache: bool
     certificates: tuple[Envelope, ...]
     registry: Envelope
     state_dir: Path

@@ -123,6 +123,7 @@ class _StageProcess:
             self._engine,
             span,
             StatementChain(self._session),
+            page_size=spec.page_size,
             next=self._edges.open(after) if after is not None else None,
             head=self._edges.open(head),
             epoch=spec.epoch,
@@ -147,6 +148,8 @@ class _StageProcess:
             "steps": stage.steps if stage else 0,
             "busy_ms": int(stage.busy_s * 1000) if stage else 0,
             "rows_hashed": stage.witness.rows_hashed if stage else 0,
+            "rows_reused": stage.witness.rows_reused if stage else 0,
+            "rows_abandoned": stage.witness.rows_abandoned if stage else 0,
         }
 
     def _take(self, message: bytes) -> None:

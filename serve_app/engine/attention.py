@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from serve_app.engine.kv_pages import KvPages, Span
+from serve_app.engine.kv_pages import KvPages
 
 NAME = "llmd_paged"
 KV_ATTRIBUTE = "llmd_kv"  # on each attention module: the KvPages of its stage
@@ -54,27 +54,35 @@ def paged_attention(
         q = query[0, :, span.row : span.row + span.count]
         k = keys.index_select(0, span.slots).transpose(0, 1)
         v = values.index_select(0, span.slots).transpose(0, 1)
-        if softcap is None and s_aux is None:
-            attended = _fused(q, k, v, span, scaling, sliding_window)
-        else:
-            attended = _explicit(q, k, v, span, scaling, sliding_window, softcap, s_aux)
+        attended = attend(q, k, v, scaling, sliding_window, softcap, s_aux)
         out[span.row : span.row + span.count] = attended.transpose(0, 1)
     return out.unsqueeze(0), None
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, span: Span, scaling: float, window: int | None) -> Tensor:
-    """q [heads, rows, dim], k and v [kv_heads, length, dim] -> [heads, rows, value dim]."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """The last rows of one sequence over all of it, causally.
+
+    q [heads, rows, dim], k and v [kv_heads, length, dim] -> [heads, rows, value dim].
+    """
+    if softcap is None and sinks is None:
+        return _fused(q, k, v, scaling, window)
+    return _explicit(q, k, v, scaling, window, softcap, sinks)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
     heads, rows, dim = q.shape
-    kv_heads = k.shape[0]
-    if rows == 1 and (window is None or span.length <= window):
+    kv_heads, length = k.shape[:2]
+    if rows == 1 and (window is None or length <= window):
         # One row sees everything: its query heads stand as rows of their KV head, and no mask or copy is needed.
         packed = q.reshape(kv_heads, heads // kv_heads, dim)
         return scaled_dot_product_attention(packed[None], k[None], v[None], scale=scaling)[0].reshape(heads, 1, -1)
     if kv_heads != heads:
         k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (k, v))
-    if span.start == 0 and (window is None or span.length <= window):
+    if rows == length and (window is None or length <= window):
         return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scaling)[0]
-    mask = _visible(span, window, q.device)
+    mask = _visible(rows, length, window, q.device)
     return scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scaling)[0]
 
 
@@ -82,28 +90,27 @@ def _explicit(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    span: Span,
     scaling: float,
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
     """The same with a logit cap or sinks, which no fused torch op has; softmax in float32."""
-    groups = q.shape[0] // k.shape[0]
+    groups, rows, length = q.shape[0] // k.shape[0], q.shape[1], k.shape[1]
     k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
     scores = (q @ k.transpose(1, 2)) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~_visible(span, window, q.device), float("-inf")).float()
+    scores = scores.masked_fill(~_visible(rows, length, window, q.device), float("-inf")).float()
     if sinks is not None:
         scores = torch.cat([scores, sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)], -1)
-    weights = scores.softmax(-1)[..., : span.length].to(q.dtype)
+    weights = scores.softmax(-1)[..., :length].to(q.dtype)
     return weights @ v
 
 
-def _visible(span: Span, window: int | None, device: torch.device) -> Tensor:
-    """[count, length] bool: which positions each row may see; aligned to the last position."""
-    rows = torch.arange(span.start, span.length, device=device)[:, None]
-    columns = torch.arange(span.length, device=device)[None, :]
+def _visible(count: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    """[count, length] bool: which positions each of the last rows may see."""
+    rows = torch.arange(length - count, length, device=device)[:, None]
+    columns = torch.arange(length, device=device)[None, :]
     visible = columns <= rows
     return visible if window is None else visible & (columns > rows - window)

@@ -56,6 +56,11 @@ class KvPages:
         self._layers = {}
 
     @property
+    def n_layers(self) -> int:
+        """Layers that have written."""
+        return len(self._layers)
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of one page in all layers that have written."""
         return sum(t[0].numel() * t.element_size() for kv in self._layers.values() for t in kv) * self.page_size
@@ -78,8 +83,8 @@ class KvPages:
         Raises ProtocolError before anything changed if the plan does not continue what is open.
         """
         self._check(plan)
-        for seq in plan.opens["seq"]:
-            self._tables[int(seq)], self._lengths[int(seq)] = [], 0
+        for seq, cached in plan.opens[["seq", "cached"]].tolist():
+            self._tables[seq], self._lengths[seq] = [], cached
         spans, row, page = [], 0, 0
         for item in plan.spans:
             seq, start, count, new = (int(item[k]) for k in ("seq", "start", "count", "new_pages"))
@@ -106,16 +111,23 @@ class KvPages:
         for what, seqs in (("opens", plan.opens["seq"]), ("runs", plan.spans["seq"])):
             if len(np.unique(seqs)) != len(seqs):
                 raise ProtocolError(f"a step that {what} one sequence twice")
-        opening = {int(s) for s in plan.opens["seq"]}
-        if opening & self._tables.keys():
-            raise ProtocolError(f"sequence {min(opening & self._tables.keys())} is open already")
+        opening = dict(plan.opens[["seq", "cached"]].tolist())
+        if opening.keys() & self._tables.keys():
+            raise ProtocolError(f"sequence {min(opening.keys() & self._tables.keys())} is open already")
+        running = set(plan.spans["seq"].tolist())
+        for seq, cached in opening.items():
+            if cached % self.page_size or (cached and seq not in running):
+                raise ProtocolError(
+                    f"sequence {seq} opens behind {cached} rows and runs none, or they are no whole pages"
+                )
         if len(plan.pages) and int(plan.pages.max()) >= self._n_pages:
             raise ProtocolError(f"page {int(plan.pages.max())} of {self._n_pages}")
         for item in plan.spans:
             seq, start, count, new = (int(item[k]) for k in ("seq", "start", "count", "new_pages"))
             if seq not in self._tables and seq not in opening:
                 raise ProtocolError(f"sequence {seq} is not open")
-            if start != self._lengths.get(seq, 0):
-                raise ProtocolError(f"sequence {seq} goes on at {start}, but {self._lengths.get(seq, 0)} rows have run")
+            length = self._lengths.get(seq, opening.get(seq, 0))
+            if start != length:
+                raise ProtocolError(f"sequence {seq} goes on at {start}, but {length} rows have run")
             if (len(self._tables.get(seq, ())) + new) * self.page_size < start + count:
                 raise ProtocolError(f"sequence {seq} has too few pages for {start + count} rows")

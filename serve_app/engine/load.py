@@ -11,6 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from serve_app.engine.block import NotFusable
+from serve_app.engine.cpu.engine import CpuEngine
+from serve_app.engine.cpu.stage_weights import read_weights as read_cpu_weights
 from serve_app.engine.engine import ActivationDtype, DeviceName, Engine, StepOutput
 from serve_app.engine.kv_pages import KvPages
 from serve_app.engine.stage_model import StageModel
@@ -23,6 +26,8 @@ from shard_tools.manifest import Manifest
 from shard_tools.store.block_store import BlockStore
 
 _log = logging.getLogger(__name__)
+# What a family's code raises when it needs more than its layers and our attention give it.
+_MISFITS = (NotImplementedError, AttributeError, TypeError, ValueError, IndexError, KeyError)
 
 
 class LoadedEngine(Engine, Protocol):
@@ -44,6 +49,7 @@ class LoadOptions:
     page_size: int
     threads: int | None  # None: leave torch's own
     fused: bool = True  # False: plain torch ops, whatever the device
+    native: bool = True  # False: no step that is compiled on this machine
 
 
 def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> LoadedEngine:
@@ -80,38 +86,54 @@ def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, op
         device=device,
         dtype=TORCH_DTYPES[options.dtype],
     )
-    plain = TorchEngine(
-        model,
-        kv,
-        embeds=start == 0,
-        head=stop == manifest.n_layers,
-        hidden_size=manifest.hidden_size,
-        vocab_size=manifest.vocab_size,
-        device=device,
-        dtype=options.dtype,
-    )
-    if options.fused and options.device == "cuda" and options.dtype != "float32":
-        return _fused(plain, options)
-    return plain
-
-
-def _fused(plain: TorchEngine, options: LoadOptions) -> LoadedEngine:
-    """The GPU engine on the same weights, or the plain one where it does not fit the model: slower, never wrong."""
     try:
-        from serve_app.engine.gpu.block import NotFusable
+        plain = TorchEngine(
+            model,
+            kv,
+            embeds=start == 0,
+            head=stop == manifest.n_layers,
+            hidden_size=manifest.hidden_size,
+            vocab_size=manifest.vocab_size,
+            device=device,
+            dtype=options.dtype,
+        )
+    except _MISFITS as e:  # it has run its first row
+        raise ConfigError(
+            f"layers [{start}, {stop}) of a {manifest.model_type} cannot run as a stage of their own: its code failed "
+            f"on the first row ({type(e).__name__}: {e}). Serve this model with fewer stages, or another model."
+        ) from e
+    if kv.n_layers != stop - start:  # else it would answer, and not know what it has read before
+        raise ConfigError(
+            f"{kv.n_layers} of {stop - start} layers of a {manifest.model_type} keep keys and values by transformers' "
+            f"attention interface; the others cannot be served"
+        )
+    if not options.fused or (options.device == "cuda" and options.dtype == "float32"):
+        return plain
+    try:
+        return _on_gpu(plain, options) if options.device == "cuda" else _on_cpu(plain, options)
+    except NotFusable as e:
+        _log.warning("this stage computes with plain torch ops, many times slower, because of %s", e)
+        return plain
+
+
+def _on_cpu(plain: TorchEngine, options: LoadOptions) -> LoadedEngine:
+    threads = options.threads or torch.get_num_threads()
+    weights = read_cpu_weights(plain, options.page_size, native=options.native)
+    return CpuEngine(plain, weights, options.page_size, threads)
+
+
+def _on_gpu(plain: TorchEngine, options: LoadOptions) -> LoadedEngine:
+    """The plain one without Triton."""
+    try:
         from serve_app.engine.gpu.engine import GpuEngine
         from serve_app.engine.gpu.stage_weights import read_weights
     except ImportError as e:
         _log.warning("no Triton, so this stage computes with plain torch ops, many times slower: %s", e)
         return plain
-    try:
-        began = time.perf_counter()
-        engine = GpuEngine(plain, read_weights(plain, options.page_size), options.page_size)
-        engine.timings["check_s"] = time.perf_counter() - began
-        return engine
-    except NotFusable as e:
-        _log.warning("this stage computes with plain torch ops, many times slower, because of %s", e)
-        return plain
+    began = time.perf_counter()
+    engine = GpuEngine(plain, read_weights(plain, options.page_size), options.page_size)
+    engine.timings["check_s"] = time.perf_counter() - began
+    return engine
 
 
 def computes_fast_in(dtype: ActivationDtype, device: DeviceName) -> bool:

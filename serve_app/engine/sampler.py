@@ -1,21 +1,25 @@
 """Draws one token from one row of logits, by one rule on every machine.
 
-Given equal logits the draw depends only on (sampling, key, position): all arithmetic after the logits is float64
-on the CPU, ties go to the lowest id, and the noise is Philox by (position, token id). Only the last bits of exp and log
-may differ between builds of numpy. What else is in the batch cannot matter, since a row is drawn alone.
+Given equal logits the draw depends only on (sampling, tokens so far, key, position): all arithmetic after the logits is
+float64 on the CPU, ties go to the lowest id, and the noise is Philox by (position, token id). Only the last bits of exp
+and log may differ between builds of numpy. What else is in the batch cannot matter, since a row is drawn alone.
 PROTOCOL.md says how an auditor repeats it.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from serve_app.engine.penalties import Penalties
 from serve_app.engine.philox import uniform_bits
+from serve_app.errors import ProtocolError
 from serve_app.messages.request import MICRO
+from serve_app.messages.step import StepPlan
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
@@ -33,6 +37,7 @@ class Draw:
     top_k: int
     top_p_micro: int
     key: bytes
+    min_p_micro: int = 0
 
     def token(self, logits: npt.NDArray[np.float32], position: int) -> int:
         """The token at `position` of the sequence. logits: [vocab] float32, finite."""
@@ -40,6 +45,8 @@ class Draw:
             return int(np.argmax(logits))  # the first of equals: the lowest id
         scaled = logits.astype(np.float64) / (self.temperature_micro / MICRO)
         ids = self._candidates(scaled)
+        if self.min_p_micro:
+            ids = ids[scaled[ids] - scaled.max() >= math.log(self.min_p_micro / MICRO)]
         noise = gumbel(self.key, position, ids)
         return int(ids[np.argmax(scaled[ids] + noise)])
 
@@ -60,6 +67,37 @@ class Draw:
                     return np.sort(order if keep is None else order[:keep])
                 size *= 8
         return np.flatnonzero(scaled >= scaled.max() - _REACH)
+
+
+class SequenceDraw:
+    """How one open sequence draws, and what it has drawn."""
+
+    def __init__(self, draw: Draw, penalties: Penalties | None) -> None:
+        self._draw, self._penalties = draw, penalties
+
+    def token(self, logits: npt.NDArray[np.float32], position: int) -> int:
+        """The token at `position`, which counts from then on. logits: [vocab] float32, finite."""
+        if self._penalties is None:
+            return self._draw.token(logits, position)
+        token = self._draw.token(self._penalties.applied(logits), position)
+        self._penalties.add(token)
+        return token
+
+
+def opened_draws(plan: StepPlan, n_vocab: int) -> dict[int, SequenceDraw]:
+    """By sequence: those that open in this plan. Raises ProtocolError for a token outside the vocabulary."""
+    controls = {one.seq: one for one in plan.controls}
+    for beyond in (plan.controls.ids, plan.controls.biases["id"]):
+        if len(beyond) and int(beyond.max()) >= n_vocab:
+            raise ProtocolError(f"token id {int(beyond.max())} in a vocabulary of {n_vocab}")
+    out = {}
+    for o in plan.opens:
+        one = controls.get(int(o["seq"]))
+        fields = int(o["temperature_micro"]), int(o["top_k"]), int(o["top_p_micro"]), o["key"].tobytes()
+        draw = Draw(*fields, 0 if one is None else one.min_p_micro)
+        touched = one is not None and (one.counts or len(one.biases))
+        out[int(o["seq"])] = SequenceDraw(draw, Penalties(one, n_vocab) if one is not None and touched else None)
+    return out
 
 
 def _best(scaled: Floats, n: int) -> Ids:

@@ -43,6 +43,13 @@ class _Inject(nn.Module):
         return self.rows
 
 
+class _Nothing(nn.Module):
+    """Stands where another stage's part of the embedding would: changes nothing, since rows enter behind it."""
+
+    def forward(self, given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return given if given.is_floating_point() else torch.zeros((*given.shape, 1), device=given.device)
+
+
 class StageModel:
     """Layers [start, stop) of a model, with the embedding if start is 0 and the head if asked for."""
 
@@ -81,6 +88,9 @@ class StageModel:
             self._entry = _keep_layers(self._head, 0, 0)
             assert self._entry is not None
             self._fill(self._head, self._head, names, read)
+            _stand_in_for_embedding(self._head)
+        if self._first is not None:
+            _stand_in_for_embedding(self._body)
         unplaced = sorted(set(names) - self._parameters.keys())
         if unplaced:
             raise ConfigError(f"the model's code has no place for {unplaced[0]} ({len(unplaced)} such tensors)")
@@ -134,6 +144,8 @@ class StageModel:
             # they enter behind it, at the place of layer 0.
             self._first.rows = fields["inputs_embeds"] = rows[None]
         hidden: Tensor = self._body.base_model(**fields)[0]
+        if hidden.shape[:-1] != (1, len(rows)):
+            raise ConfigError(f"{type(self._body).__name__} passes between its layers more than one row per position")
         return hidden[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -206,6 +218,18 @@ def _keep_layers(model: Any, start: int, stop: int) -> _Inject | None:
                 setattr(stand_in, attribute, getattr(layer, attribute))
         layers[i] = stand_in
     return entry
+
+
+def _stand_in_for_embedding(model: Any) -> None:
+    """What else turns ids or positions into rows (learned positions, their norm) is another stage's, and runs here too.
+
+    The table of ids itself is never asked: rows are given in its place.
+    """
+    holder, layers = _layer_list(model)
+    ids = model.get_input_embeddings()
+    for name, child in list(holder.named_children()):
+        if name != layers and child is not ids and any(p.is_meta for p in child.parameters()):
+            setattr(holder, name, _Nothing())
 
 
 def _drop_final_norm(model: Any) -> None:

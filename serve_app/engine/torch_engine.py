@@ -10,7 +10,7 @@ from torch import Tensor
 from serve_app.engine.attention import NAME
 from serve_app.engine.engine import ActivationDtype, Done, EngineProfile, StepOutput
 from serve_app.engine.kv_pages import KvPages
-from serve_app.engine.sampler import Draw
+from serve_app.engine.sampler import SequenceDraw, opened_draws
 from serve_app.engine.stage_model import StageModel
 from serve_app.errors import PipelineError, ProtocolError
 from serve_app.messages.step import CLOSE, DRAWN_LAST, OPEN, SPAN, StepPlan
@@ -40,7 +40,7 @@ class TorchEngine:
         self.model, self.embeds, self.has_head, self.vocab_size = model, embeds, head, vocab_size
         self.device, self.dtype = device, TORCH_DTYPES[dtype]
         self._kv, self._hidden_size = kv, hidden_size
-        self._draws: dict[int, Draw] = {}
+        self._draws: dict[int, SequenceDraw] = {}
         self._last: dict[int, int] = {}  # the token each open sequence drew last
         self._row_bytes = 4 if embeds else hidden_size * self.dtype.itemsize
         self.profile = EngineProfile(
@@ -74,8 +74,9 @@ class TorchEngine:
         out = memoryview(b"")
         rows = self._resolve(plan, rows)
         inputs = self._tensor(rows) if plan.rows else None  # before the step begins: it may be refused
+        opened = opened_draws(plan, self.vocab_size) if self.has_head else {}
         with self._kv.step(plan):
-            self._open(plan)
+            self._draws |= opened
             if inputs is not None:
                 hidden = self.model.forward(inputs, self._positions())
                 if self.has_head:
@@ -91,12 +92,6 @@ class TorchEngine:
         """float32 [rows, vocab] of rows that left the last layer: for whoever checks this engine's arithmetic."""
         rows = torch.frombuffer(bytearray(hidden), dtype=self.dtype).view(-1, self._hidden_size)
         return self.model.logits(rows.to(self.device))
-
-    def _open(self, plan: StepPlan) -> None:
-        if self.has_head:
-            for o in plan.opens:
-                draw = Draw(int(o["temperature_micro"]), int(o["top_k"]), int(o["top_p_micro"]), o["key"].tobytes())
-                self._draws[int(o["seq"])] = draw
 
     def _resolve(self, plan: StepPlan, rows: memoryview) -> memoryview:
         """The rows with ids in place of DRAWN_LAST; the same buffer if there are none."""

@@ -6,6 +6,7 @@ Sampling is said in integers so that a receipt can commit to it and an auditor c
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from dataclasses import dataclass
 from typing import Literal, NewType
@@ -14,6 +15,7 @@ from serve_app.errors import RequestError
 from shard_tools import canonical
 from shard_tools.canonical import Fields, Value
 from shard_tools.cid import Cid
+from shard_tools.errors import FormatError
 
 RequestId = NewType("RequestId", str)
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -21,22 +23,31 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 MICRO = 1_000_000
 MAX_TOKENS = 1 << 20  # of prompt or completion: above any context length served today
 MAX_VOCAB = 1 << 24
+MAX_PENALTY_MICRO = 2 * MICRO  # presence and frequency: OpenAI's range
+MIN_REPETITION_MICRO, MAX_REPETITION_MICRO = MICRO // 100, 10 * MICRO  # servers of it ask for above 0; useful is 1 to 2
+MAX_BIASES, MAX_BIAS_MICRO = 300, 100 * MICRO  # OpenAI's
 MAX_REQUEST_BYTES = 8 << 20
 NONCE_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn. Order: temperature, top-k, top-p, then Gumbel-max over what is left.
+    """How the next token is drawn. Order: logit bias, penalties, temperature, top-k, top-p, min-p, then Gumbel-max.
 
-    temperature_micro 0 is greedy (lowest id wins a tie). top_k 0 and top_p_micro 1_000_000 are off.
-    seed None: the noise is keyed by the client's and the node's nonces (PROTOCOL.md).
+    temperature_micro 0 is greedy (lowest id wins a tie). top_k 0, top_p_micro 1_000_000, min_p_micro 0, penalties 0,
+    repetition_micro 1_000_000 and no bias are off, and are not written: a request without them says nothing of them.
+    seed None: the noise is keyed by the client's and the node's nonces. Each step: PROTOCOL.md, "Sampling".
     """
 
     temperature_micro: int = MICRO
     top_k: int = 0
     top_p_micro: int = MICRO
     seed: int | None = None
+    min_p_micro: int = 0
+    presence_micro: int = 0  # taken off once from what was drawn before
+    frequency_micro: int = 0  # taken off each time it was drawn before
+    repetition_micro: int = MICRO  # divides what prompt or answer hold already
+    logit_bias: tuple[tuple[int, int], ...] = ()  # (token id, millionths added), by rising id, none of them 0
 
     def __post_init__(self) -> None:
         for name, value, low, high in (
@@ -44,18 +55,89 @@ class Sampling:
             ("top_k", self.top_k, 0, MAX_VOCAB),
             ("top_p", self.top_p_micro, 1, MICRO),
             ("seed", self.seed or 0, -(1 << 63), (1 << 63) - 1),
+            ("min_p", self.min_p_micro, 0, MICRO),
+            ("presence_penalty", self.presence_micro, -MAX_PENALTY_MICRO, MAX_PENALTY_MICRO),
+            ("frequency_penalty", self.frequency_micro, -MAX_PENALTY_MICRO, MAX_PENALTY_MICRO),
+            ("repetition_penalty", self.repetition_micro, MIN_REPETITION_MICRO, MAX_REPETITION_MICRO),
         ):
             if not low <= value <= high:
                 raise RequestError(f"{name} is out of range: {value} not in [{low}, {high}]", name)
+        wrong = _wrong_bias(self.logit_bias)
+        if wrong is not None:
+            raise RequestError(f"logit_bias: {wrong}", "logit_bias")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a draw depends on the tokens before it."""
+        return bool(self.presence_micro or self.frequency_micro or self.repetition_micro != MICRO)
+
+    @property
+    def plain(self) -> bool:
+        """Whether temperature, top-k, top-p and seed say it all."""
+        return not (self.min_p_micro or self.penalises or self.logit_bias)
 
     def to_value(self) -> Value:
-        return {"t": self.temperature_micro, "k": self.top_k, "p": self.top_p_micro, "seed": self.seed}
+        said: dict[str, Value] = {
+            "t": self.temperature_micro,
+            "k": self.top_k,
+            "p": self.top_p_micro,
+            "seed": self.seed,
+        }
+        said |= {name: value for name, neutral, *_ in _OPTIONAL if (value := getattr(self, name)) != neutral}
+        if self.logit_bias:
+            said["logit_bias"] = [list(pair) for pair in self.logit_bias]
+        return said
 
     @classmethod
     def from_value(cls, value: Value) -> Sampling:
+        """Raises FormatError, also where an optional field says what its absence says."""
         with Fields(value, "sampling") as f:
             seed = f.optional_integer("seed", -(1 << 63), (1 << 63) - 1)
-            return cls(f.integer("t", 0, 2 * MICRO), f.integer("k", 0, MAX_VOCAB), f.integer("p", 1, MICRO), seed)
+            plain = f.integer("t", 0, 2 * MICRO), f.integer("k", 0, MAX_VOCAB), f.integer("p", 1, MICRO), seed
+            controls = {name: _optional(f, name, *bounds) for name, *bounds in _OPTIONAL}
+            return cls(*plain, **controls, logit_bias=_bias_pairs(f) if f.has("logit_bias") else ())
+
+
+# Fields that are left out where they are neutral: name, neutral, low, high.
+_OPTIONAL = (
+    ("min_p_micro", 0, 0, MICRO),
+    ("presence_micro", 0, -MAX_PENALTY_MICRO, MAX_PENALTY_MICRO),
+    ("frequency_micro", 0, -MAX_PENALTY_MICRO, MAX_PENALTY_MICRO),
+    ("repetition_micro", MICRO, MIN_REPETITION_MICRO, MAX_REPETITION_MICRO),
+)
+
+
+def _optional(f: Fields, name: str, neutral: int, low: int, high: int) -> int:
+    if not f.has(name):
+        return neutral
+    value = f.integer(name, low, high)
+    if value == neutral:
+        raise FormatError(f"sampling.{name}: {neutral} is what its absence says")
+    return value
+
+
+def _bias_pairs(f: Fields) -> tuple[tuple[int, int], ...]:
+    pairs: list[tuple[int, int]] = []
+    for item in f.items("logit_bias", MAX_BIASES):
+        if not isinstance(item, list) or len(item) != 2 or any(type(n) is not int for n in item):
+            raise FormatError("sampling.logit_bias: not a list of pairs of integers")
+        pairs.append((item[0], item[1]))  # type: ignore[arg-type]
+    wrong = _wrong_bias(tuple(pairs)) if pairs else "it is empty, which its absence says"
+    if wrong is not None:
+        raise FormatError(f"sampling.logit_bias: {wrong}")
+    return tuple(pairs)
+
+
+def _wrong_bias(pairs: tuple[tuple[int, int], ...]) -> str | None:
+    """What is wrong with a logit bias, or None."""
+    if len(pairs) > MAX_BIASES:
+        return f"{len(pairs)} tokens, more than {MAX_BIASES}"
+    for id, micro in pairs:
+        if not 0 <= id < MAX_VOCAB or not 0 < abs(micro) <= MAX_BIAS_MICRO:
+            return f"{micro} millionths for token {id} are out of range, or nothing"
+    if any(a >= b for (a, _), (b, _) in itertools.pairwise(pairs)):
+        return "token ids that do not rise"
+    return None
 
 
 @dataclass(frozen=True, slots=True)

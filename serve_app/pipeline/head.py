@@ -29,7 +29,7 @@ from serve_app.messages.step import Fault, Reply, Roots, Signed, StepPlan, StepR
 from serve_app.receipts.commitment import request_hash, sampling_key
 from serve_app.receipts.identity import Session
 from serve_app.receipts.issue import issue
-from serve_app.receipts.rows import ids_root
+from serve_app.receipts.rows import PAGE_ROWS, ids_root
 from serve_app.scheduling.scheduler import Committed, Scheduler, Ticket
 from serve_app.transport.edge import Edge
 from shard_tools import canonical
@@ -61,6 +61,19 @@ class PipelineFacts:
     expires_s: int  # Unix time: when the first of registry and session keys runs out
 
 
+def can_reuse_pages(page_size: int) -> bool:
+    """Whether the rows of KV pages of this size can be accounted for without running again; says so if not."""
+    if page_size % PAGE_ROWS:
+        _log.warning(
+            "KV pages of %d tokens are no whole pages of %d hashed rows, so shared prefixes are computed anew: "
+            "make pipeline.page_size a multiple of %d",
+            page_size,
+            PAGE_ROWS,
+            PAGE_ROWS,
+        )
+    return page_size % PAGE_ROWS == 0
+
+
 @dataclass(slots=True)
 class _Running:
     request: GenerationRequest
@@ -69,6 +82,7 @@ class _Running:
     node_nonce: bytes
     tokens: list[int] = field(default_factory=list)
     reason: FinishReason | None = None
+    attempt: int = 0  # how often it had begun anew when reason was known
     ended_s: float | None = None  # on the monotonic clock: when reason was known
     roots: dict[int, Roots] = field(default_factory=dict)
     statements: dict[int, Envelope] = field(default_factory=dict)
@@ -84,9 +98,14 @@ class Head:
         self._by_id: dict[RequestId, int] = {}
         self._started: dict[int, float] = {}  # step -> when it left
         self._failure: str | None = None
-        self.rows_run = 0
+        self._rows_sent = 0
         self.tokens_drawn = 0
         self.receipts_issued = 0
+
+    @property
+    def rows_run(self) -> int:
+        """Rows sent down the stages, without those of attempts that were given up."""
+        return self._rows_sent - self._scheduler.rows_abandoned
 
     @property
     def failure(self) -> str | None:
@@ -173,6 +192,10 @@ class Head:
             "free_pages": self._scheduler.free_pages,
             "steps_in_flight": self._scheduler.in_flight,
             "rows_run": self.rows_run,
+            "rows_abandoned": self._scheduler.rows_abandoned,
+            "preemptions": self._scheduler.preemptions,
+            "prompt_tokens": self._scheduler.prompt_tokens,
+            "cached_tokens": self._scheduler.cached_tokens,
             "tokens_drawn": self.tokens_drawn,
             "receipts_issued": self.receipts_issued,
         }
@@ -187,6 +210,9 @@ class Head:
             raise ContextLengthError(limit, prompt, request.max_tokens)
         if max(request.prompt_ids) >= self._facts.vocab_size:
             raise RequestError(f"token id {max(request.prompt_ids)} is not in the vocabulary", "prompt")
+        beyond = next((id for id, _ in request.sampling.logit_bias if id >= self._facts.vocab_size), None)
+        if beyond is not None:
+            raise RequestError(f"token id {beyond} is not in the vocabulary", "logit_bias")
         if request.id in self._by_id:
             raise RequestError(f"a request {request.id} is running already", "id")
 
@@ -198,7 +224,7 @@ class Head:
                 return
             if plan.rows:
                 self._started[plan.step] = time.monotonic()
-                self.rows_run += plan.rows
+                self._rows_sent += plan.rows
             self._send(plan, self._scheduler.rows_of(plan))
 
     def _send(self, plan: StepPlan, rows: bytes) -> None:
@@ -243,7 +269,7 @@ class Head:
             running.sink(TokensEvent(running.request.id, (committed.token,)))
         if committed.reason is None:
             return
-        running.reason, running.ended_s = committed.reason, time.monotonic()
+        running.reason, running.attempt, running.ended_s = committed.reason, committed.attempt, time.monotonic()
         if committed.reason == "cancelled" or not running.tokens:
             self._end(committed.seq, FinishedEvent(running.request.id, "cancelled", b""))
 
@@ -302,6 +328,7 @@ class Head:
                 session=self._session,
                 node_nonce=running.node_nonce,
                 now_ms=time.time_ns() // 1_000_000,
+                attempt=running.attempt,
             )
         except LlmdError as e:
             self._end(signed.seq, FailedEvent(running.request.id, "integrity", f"no receipt can be issued: {e}"))

@@ -37,12 +37,20 @@ class Stage:
     """Runs an engine between two edges. next: None for the last stage, which answers the Head with tokens."""
 
     def __init__(
-        self, engine: Engine, span: StageSpan, chain: StatementChain, *, next: Edge | None, head: Edge, epoch: int
+        self,
+        engine: Engine,
+        span: StageSpan,
+        chain: StatementChain,
+        *,
+        page_size: int,
+        next: Edge | None,
+        head: Edge,
+        epoch: int,
     ) -> None:
         self._engine, self._span, self._next, self._head, self._epoch = engine, span, next, head, epoch
         self._head_lock = threading.Lock()  # the witness and the collector speak to the Head too
         hashed = engine.hash_rows(span.inlet.leaf_prefix, span.outlet.leaf_prefix, hand_on=next is not None)
-        self.witness = Witness(span, chain, self._reply, hashed)
+        self.witness = Witness(span, chain, self._reply, page_size=page_size, hashed=hashed)
         self._inbox: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUED)
         self._flights: queue.Queue[_Flight | None] = queue.Queue(MAX_LAUNCHED)
         self.steps = 0

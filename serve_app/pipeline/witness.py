@@ -1,9 +1,11 @@
 """Hashes what a stage received and sent, and signs for it, off the critical path.
 
 A thread of its own works through steps in order, at most BEHIND of them late; then the stage waits. For every open
-sequence it grows two trees, of the bytes as they came in and as they went out. A close says how many rows count, which
-may be some less than ran, so the last rows that drew join the trees only when they are known to count. A close makes it
-tell the Head both roots; only when the Head says that all stages' roots match does it sign.
+sequence it grows two trees, of the bytes as they came in and as they went out, page of rows by page. A close says how
+many rows count, which may be some less than ran, so the last page joins the trees only when it is known to count. A
+close makes it tell the Head both roots; only when the Head says that all stages' roots match does it sign.
+What a KV page holds is remembered by the roots of its rows: a sequence that opens behind pages which an earlier one
+filled begins its trees with their roots. They are of the bytes that this stage itself received and sent at that time.
 """
 
 from __future__ import annotations
@@ -14,20 +16,19 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from serve_app.engine.engine import StepOutput
-from serve_app.messages.step import Fault, Reply, Roots, Signed, StepPlan
-from serve_app.receipts.rows import PAGE_ROWS, Boundary, RowTree, ids_boundary, leaves_of
+from serve_app.messages.step import ABANDON, SEAL, Fault, Reply, Roots, Signed, StepPlan
+from serve_app.receipts.rows import PAGE_ROWS, Boundary, RowTree, ids_boundary, leaves_of, page_root
 from serve_app.receipts.statement import StageStatement, StatementChain
 from shard_tools import canonical
 from shard_tools.cid import Cid
 
-MAX_VOID = 4  # rows of a sequence that may run before it is known that it has ended: a Head looks two ahead
-_RING = 2 * PAGE_ROWS
+_RING = 2 * PAGE_ROWS  # the page that fills and the one before it, whose rows may turn out void
 BEHIND = 2  # steps: what DESIGN 2.7 allows between a row leaving and its hash
 _MAX_UNSIGNED = 4096  # closed sequences kept for a signature that never came (a Head that died)
 _log = logging.getLogger(__name__)
@@ -58,10 +59,14 @@ class StageSpan:
 @dataclass(slots=True)
 class _Trees:
     request_hash: bytes
+    attempt: int
     started_ms: int
     inlet: RowTree
     outlet: RowTree
-    slot: int  # of the leaves that wait
+    slot: int  # of its last leaves
+    table: list[int] = field(default_factory=list)  # KV pages
+    last: tuple[bytes, bytes] | None = None  # roots of the last full page, which may turn out void
+    reused: int = 0  # rows that ran for an earlier sequence
     ended_ms: int = 0
 
 
@@ -69,18 +74,34 @@ class Witness:
     """One stage's memory of what it has seen; speaks to the Head through `reply`."""
 
     def __init__(
-        self, span: StageSpan, chain: StatementChain, reply: Callable[[Reply], None], hashed: bool = False
+        self,
+        span: StageSpan,
+        chain: StatementChain,
+        reply: Callable[[Reply], None],
+        *,
+        page_size: int,
+        hashed: bool = False,
     ) -> None:
-        """hashed: steps come with the engine's own digests of their rows."""
+        """page_size: of the engine's KV pages; unless it is a multiple of PAGE_ROWS, none can be reused.
+
+        hashed: steps come with the engine's own digests of their rows.
+        """
+        self._page_blocks, rest = divmod(page_size, PAGE_ROWS)  # pages of rows in a KV page
+        if rest:
+            self._page_blocks = 0
         self._span, self._chain, self._reply, self._hashed = span, chain, reply, hashed
         self._work: queue.Queue[tuple[StepPlan, StepOutput | None] | None] = queue.Queue(BEHIND)
         self._open: dict[int, _Trees] = {}
-        # Leaves of rows that may turn out void, by slot, in or out, and position % _RING.
-        self._waiting = np.zeros((64, 2, _RING, 32), np.uint8)
+        # By KV page: the roots, in and out, of the pages of rows in it, while it holds them.
+        self._roots: dict[int, list[tuple[bytes, bytes]]] = {}
+        # The last leaves of each sequence, by slot, in or out, and position % _RING.
+        self._latest = np.zeros((64, 2, _RING, 32), np.uint8)
         self._seen = np.zeros(64, np.int64)  # rows of the sequence in each slot
         self._free = list(range(63, -1, -1))
         self._closed: OrderedDict[int, _Trees] = OrderedDict()
         self.rows_hashed = 0  # of closed sequences; benchmarks compare it with the tokens processed
+        self.rows_reused = 0  # of closed sequences: hashed when they ran for an earlier one
+        self.rows_abandoned = 0  # of attempts that were given up; not among those hashed
         self._thread = threading.Thread(target=self._run, name="witness", daemon=True)
         self._thread.start()
 
@@ -103,7 +124,7 @@ class Witness:
             try:
                 if output is None:
                     for seq in plan.spans["seq"].tolist():
-                        self._open.pop(seq, None)
+                        self._forget(seq)
                 else:
                     self._hash(plan, output)
                 self._end_and_sign(plan)
@@ -116,32 +137,97 @@ class Witness:
             inlet, outlet = RowTree(self._span.inlet), RowTree(self._span.outlet)
             slot = self._free.pop() if self._free else self._lengthen()
             self._seen[slot] = 0
-            self._open[int(item["seq"])] = _Trees(item["request"].tobytes(), _now_ms(), inlet, outlet, slot)
+            self._open[int(item["seq"])] = _Trees(
+                item["request"].tobytes(), int(item["attempt"]), _now_ms(), inlet, outlet, slot
+            )
         if plan.rows == 0:
             return
+        seqs = plan.spans["seq"].tolist()
+        trees = [self._open.get(seq) for seq in seqs]  # None: an earlier step of it was lost
+        self._take_pages(plan, trees)
         leaves_in, leaves_out = self._leaves(plan, output)
         starts, counts = plan.spans["start"].astype(np.int64), plan.spans["count"].astype(np.int64)
         first = np.cumsum(counts) - counts
-        seqs = plan.spans["seq"].tolist()
-        trees = [self._open.get(seq) for seq in seqs]  # None: an earlier step of it was lost
-        may_be_void = (counts == 1) & (plan.spans["sample"] != 0)
-        for i in np.flatnonzero(~may_be_void).tolist():
+        for i in np.flatnonzero(counts > 1).tolist():
             own, rows = trees[i], slice(int(first[i]), int(first[i] + counts[i]))
             if own is not None:
-                self._release(own, int(starts[i]))
-                self._seen[own.slot] = starts[i] + counts[i]
-                own.inlet.append_leaves(int(starts[i]), leaves_in[rows].tobytes())
-                own.outlet.append_leaves(int(starts[i]), leaves_out[rows].tobytes())
-        # One assignment for all rows that wait, and a turn of Python only for the one in sixteen that fills its page.
-        kept = np.array([i for i in np.flatnonzero(may_be_void).tolist() if trees[i] is not None], np.int64)
+                self._add(own, int(starts[i]), leaves_in[rows], leaves_out[rows])
+        # One assignment for all single rows, and a turn of Python only for the one in sixteen that fills its page.
+        kept = np.array([i for i in np.flatnonzero(counts == 1).tolist() if trees[i] is not None], np.int64)
         slots = np.array([trees[i].slot for i in kept], np.int64)
         assert (self._seen[slots] == starts[kept]).all(), "rows with a gap"
         self._seen[slots] = starts[kept] + 1
         places, rows_kept = starts[kept] % _RING, first[kept]
-        self._waiting[slots, 0, places] = leaves_in[rows_kept]
-        self._waiting[slots, 1, places] = leaves_out[rows_kept]
-        for i in kept[starts[kept] % PAGE_ROWS == MAX_VOID - 1].tolist():
-            self._release(trees[i], int(starts[i]) + 1 - MAX_VOID)
+        self._latest[slots, 0, places] = leaves_in[rows_kept]
+        self._latest[slots, 1, places] = leaves_out[rows_kept]
+        for i in kept[starts[kept] % PAGE_ROWS == PAGE_ROWS - 1].tolist():
+            self._fill_from_latest(trees[i], int(starts[i]) + 1 - PAGE_ROWS)
+
+    def _take_pages(self, plan: StepPlan, trees: list[_Trees | None]) -> None:
+        """Note whose pages are whose; begin the trees of sequences that open behind filled ones."""
+        if not self._page_blocks:
+            assert not plan.opens["cached"].any(), "rows of KV pages that are no whole pages of rows cannot be reused"
+            return
+        cached = dict(plan.opens[["seq", "cached"]].tolist())
+        page_counts = plan.spans["new_pages"].astype(np.int64)
+        stops = np.cumsum(page_counts)
+        for i in np.flatnonzero(page_counts).tolist():
+            own, new = trees[i], plan.pages[stops[i] - page_counts[i] : stops[i]].tolist()
+            filled = cached.get(int(plan.spans["seq"][i]), 0) // (self._page_blocks * PAGE_ROWS)
+            for page in new[filled:]:
+                self._roots.pop(page, None)
+            if own is not None:
+                own.table += new
+                for page in new[:filled]:
+                    self._reuse(own, page)
+
+    def _reuse(self, trees: _Trees, page: int) -> None:
+        roots = self._roots.get(page, [])
+        assert len(roots) == self._page_blocks, f"page {page} holds no rows that this stage has seen"
+        for root_in, root_out in roots:
+            trees.inlet.append_page(len(trees.inlet), root_in)
+            trees.outlet.append_page(len(trees.outlet), root_out)
+        trees.reused = len(trees.inlet)
+        self._seen[trees.slot] = trees.reused
+
+    def _add(self, trees: _Trees, start: int, leaves_in: Leaves, leaves_out: Leaves) -> None:
+        """Several rows of one sequence."""
+        assert self._seen[trees.slot] == start, "rows with a gap"
+        done, stop = start, start + len(leaves_in)
+        while done < stop:
+            count = min(PAGE_ROWS - done % PAGE_ROWS, stop - done)
+            part_in, part_out = (leaves[done - start : done - start + count] for leaves in (leaves_in, leaves_out))
+            if count == PAGE_ROWS:
+                self._fill(trees, done, part_in.tobytes(), part_out.tobytes())
+            else:
+                places = np.arange(done, done + count) % _RING
+                self._latest[trees.slot, 0, places] = part_in
+                self._latest[trees.slot, 1, places] = part_out
+                if (done + count) % PAGE_ROWS == 0:
+                    self._fill_from_latest(trees, done + count - PAGE_ROWS)
+            done += count
+        self._seen[trees.slot] = stop
+
+    def _fill_from_latest(self, trees: _Trees, start: int) -> None:
+        leaves = self._latest[trees.slot, :, start % _RING : start % _RING + PAGE_ROWS]
+        self._fill(trees, start, leaves[0].tobytes(), leaves[1].tobytes())
+
+    def _fill(self, trees: _Trees, start: int, leaves_in: bytes, leaves_out: bytes) -> None:
+        """These are all leaves of the page of rows that begins at `start`; so the page before it counts."""
+        self._settle(trees)
+        trees.last = page_root(leaves_in), page_root(leaves_out)
+        if self._page_blocks:
+            page, block = divmod(start // PAGE_ROWS, self._page_blocks)
+            roots = self._roots.setdefault(trees.table[page], [])
+            assert len(roots) == block, f"page {trees.table[page]} is filled out of order"
+            roots.append(trees.last)
+
+    def _settle(self, trees: _Trees) -> None:
+        """The last full page counts."""
+        if trees.last is not None:
+            trees.inlet.append_page(len(trees.inlet), trees.last[0])
+            trees.outlet.append_page(len(trees.outlet), trees.last[1])
+            trees.last = None
 
     def _leaves(self, plan: StepPlan, output: StepOutput) -> tuple[Leaves, Leaves]:
         """Leaves of the rows that came in and of those that went out, [rows, 32]."""
@@ -157,39 +243,34 @@ class Witness:
         inlet, outlet = (np.frombuffer(part, np.uint8).reshape(-1, 32) for part in both)
         return inlet, outlet
 
-    def _release(self, trees: _Trees, rows: int) -> None:
-        """Of the leaves that wait, those among the first `rows` of the sequence count."""
-        start = len(trees.inlet)
-        if rows > start:
-            places = np.arange(start, rows) % _RING
-            inlet, outlet = self._waiting[trees.slot][:, places]
-            trees.inlet.append_leaves(start, inlet.tobytes())
-            trees.outlet.append_leaves(start, outlet.tobytes())
-
     def _lengthen(self) -> int:
         """Room for more sequences; a slot of it."""
-        old = len(self._waiting)
-        self._waiting = np.concatenate([self._waiting, np.zeros_like(self._waiting)])
+        old = len(self._latest)
+        self._latest = np.concatenate([self._latest, np.zeros_like(self._latest)])
         self._seen = np.concatenate([self._seen, np.zeros_like(self._seen)])
         self._free += range(2 * old - 1, old, -1)
         return old
 
     def _end_and_sign(self, plan: StepPlan) -> None:
         for seq, rows, seal in plan.closes.tolist():
-            self._end(plan.epoch, seq, rows, bool(seal))
+            self._end(plan.epoch, seq, rows, seal)
         for seq in plan.signs.tolist():
             self._sign(plan.epoch, seq)
 
-    def _end(self, epoch: int, seq: int, rows: int, seal: bool) -> None:
+    def _end(self, epoch: int, seq: int, rows: int, seal: int) -> None:
         self._closed.pop(seq, None)
-        trees = self._open.pop(seq, None)
+        trees = self._forget(seq)
         if trees is None:
             return
-        self._free.append(trees.slot)
-        self._release(trees, min(rows, int(self._seen[trees.slot])))
-        self.rows_hashed += len(trees.outlet)
-        if not seal:
+        seen = int(self._seen[trees.slot])
+        if seal == ABANDON:
+            self.rows_abandoned += seen - trees.reused
             return
+        self.rows_hashed += min(rows, seen) - trees.reused
+        self.rows_reused += trees.reused
+        if seal != SEAL:
+            return
+        self._complete(trees, min(rows, seen))
         trees.ended_ms = _now_ms()
         self._closed[seq] = trees
         if len(self._closed) > _MAX_UNSIGNED:
@@ -197,12 +278,29 @@ class Witness:
         inlet, outlet = trees.inlet, trees.outlet
         self._reply(Roots(epoch, self._span.stage, seq, len(inlet), inlet.root(), outlet.root()))
 
+    def _complete(self, trees: _Trees, rows: int) -> None:
+        """The trees hold the first `rows` rows of the sequence."""
+        if rows >= len(trees.inlet) + PAGE_ROWS:
+            self._settle(trees)
+        start = len(trees.inlet)
+        assert start <= rows < start + _RING, f"{rows} rows count of a sequence of which {start} were taken to count"
+        leaves_in, leaves_out = self._latest[trees.slot][:, np.arange(start, rows) % _RING]
+        trees.inlet.append_leaves(start, leaves_in.tobytes())
+        trees.outlet.append_leaves(start, leaves_out.tobytes())
+
+    def _forget(self, seq: int) -> _Trees | None:
+        """What is known of an open sequence; its slot is another's from now on."""
+        trees = self._open.pop(seq, None)
+        if trees is not None:
+            self._free.append(trees.slot)
+        return trees
+
     def _sign(self, epoch: int, seq: int) -> None:
         trees = self._closed.pop(seq)
         span = self._span
         statement = StageStatement(
             request_hash=trees.request_hash,
-            attempt=0,
+            attempt=trees.attempt,
             stage=span.stage,
             n_stages=span.n_stages,
             start=span.start,

@@ -26,7 +26,7 @@ from shard_tools.cid import Cid, Codec
 RowDtype = Literal["ids", "float32", "bfloat16", "float16"]
 
 _REMEMBERED_IDS = 4096
-PAGE_ROWS = 16  # rows of a KV page; a power of two, or the law of pages would not hold
+PAGE_ROWS = 16  # a power of two, or the law of pages would not hold
 
 _TAG = b"llmd.row.v1\0\0\0"  # 14 bytes: they make the header one 64-byte block of SHA-256
 _HEADER = struct.Struct("<c14s32sIBI")  # leaf prefix, tag, manifest digest, layer, dtype code, width
@@ -98,6 +98,18 @@ class RowTree:
         view = bytes(leaves)
         self._grow([view[i : i + 32] for i in range(0, 32 * n_rows, 32)])
 
+    def append_page(self, first_position: int, root: bytes) -> None:
+        """As append, for PAGE_ROWS rows whose page_root is known. The rows so far must be whole pages too."""
+        assert first_position == self._next, f"rows of position {first_position} where {self._next} comes next"
+        assert self._count % PAGE_ROWS == 0, f"a page behind {self._count} rows"
+        node, filled = root, self._count // PAGE_ROWS
+        while filled & 1:
+            node = hashlib.sha256(b"\1" + self._roots.pop() + node).digest()
+            filled >>= 1
+        self._roots.append(node)
+        self._count += PAGE_ROWS
+        self._next += PAGE_ROWS
+
     def _grow(self, leaves: list[bytes]) -> None:
         sha256, roots, count = hashlib.sha256, self._roots, self._count
         for node in leaves:
@@ -133,6 +145,15 @@ def leaves_of(boundary: Boundary, spans: Iterable[tuple[int, int]], rows: bytes 
                 at += size
     assert at == len(view), f"{len(view)} bytes where the spans have {at}"
     return b"".join(out)
+
+
+def page_root(leaves: bytes) -> bytes:
+    """32 bytes: the root over the PAGE_ROWS leaves of a page, 32 bytes each."""
+    assert len(leaves) == 32 * PAGE_ROWS
+    sha256 = hashlib.sha256
+    while len(leaves) > 32:
+        leaves = b"".join([sha256(b"\1" + leaves[i : i + 64]).digest() for i in range(0, len(leaves), 64)])
+    return leaves
 
 
 def tree_root(hashes: Sequence[bytes]) -> bytes:

@@ -37,7 +37,7 @@ class StageStatement:
     """One stage's part in one request. node, epoch, seq and prev are filled in by StatementChain."""
 
     request_hash: bytes
-    attempt: int  # 0, unless the request had to begin again on other stages
+    attempt: int  # how often the request had begun anew: its rows were gone
     stage: int
     n_stages: int
     start: int  # decoder layers [start, stop)

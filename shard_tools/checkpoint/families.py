@@ -91,7 +91,7 @@ class Architecture:
     def _missing(self, parameter: Parameter, left: set[str], label: str) -> str:
         hint = ""
         if any(".experts." in name for name in left):
-            hint = " This family's experts are stored apart and stacked when loaded; that is not read yet."
+            hint = " It has experts stored apart, which this version of transformers does not stack for this family."
         return f"{label} lacks tensor {parameter.name!r} {list(parameter.shape)}, or it has another name.{hint}"
 
 

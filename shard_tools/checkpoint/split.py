@@ -1,7 +1,8 @@
 """Checkpoint to shards: one safetensors file per unit, streamed leaf by leaf into a store.
 
-Memory is bounded by one tensor of the checkpoint (mapped, for safetensors; dequantised, for GGUF) and a few
-leaves. Law: equal checkpoints, name and dtype give equal manifests, whatever the store, machine or file layout.
+Memory is bounded by one parameter (mapped, for safetensors; dequantised, for GGUF; put together, where a layer's
+experts are stored apart: then twice its size) and a few leaves.
+Law: equal checkpoints, name and dtype give equal manifests, whatever the store, machine or file layout.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Literal
 import torch
 
 from shard_tools import shard_file, unixfs
+from shard_tools.checkpoint.conversion import as_loaded
 from shard_tools.checkpoint.families import Architecture, Parameter, architecture
 from shard_tools.checkpoint.source import Checkpoint, Row
 from shard_tools.cid import Cid, Codec
@@ -39,6 +41,7 @@ def split(
     """
     check_model_name(name)
     assert sys.byteorder == "little", "shards are little-endian and are written from memory as it is"
+    checkpoint = as_loaded(checkpoint)
     label = checkpoint.label
     arch = architecture(checkpoint.config, label)
     sources = arch.sources(checkpoint.table, label)

@@ -17,7 +17,7 @@ from shard_tools.checkpoint.split import split
 from shard_tools.store.memory import MemoryStore
 from tests.tiny_models import write_tiny_checkpoint
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2")
 TOKENS = 10
 PROMPTS = tuple(tuple((37 * i + 11 * n) % 500 + 3 for i in range(n)) for n in (1, 5, 17, 41, 60))
 

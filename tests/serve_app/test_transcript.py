@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve_app.api.wire import CompletionBody, parse
 from serve_app.messages.request import Sampling
 from serve_app.transcript import GotResponse, find_receipt, parse_request, parse_response
 from shard_tools.errors import FormatError, InputError
@@ -54,6 +55,23 @@ def test_a_chat_request_is_read_as_the_server_reads_it() -> None:
     assert (
         parse_request(as_json(prompt=[1, 2])).prompt_ids == parse_request(as_json(prompt=[[1, 2]])).prompt_ids == (1, 2)
     )
+
+
+def test_controls_are_read_as_the_server_reads_them() -> None:
+    body = {
+        "model": "m",
+        "prompt": "a",
+        "min_p": 0.0500005,
+        "presence_penalty": -0.1,
+        "frequency_penalty": 2,
+        "repetition_penalty": 1.3,
+        "logit_bias": {"70": -100, "9": 0.25, "8": 0},
+    }
+    data = json.dumps(body).encode()
+    assert parse_request(data).sampling == parse(data, CompletionBody).sampling()
+    for wrong in ({"min_p": 2}, {"presence_penalty": "x"}, {"logit_bias": {"-1": 1}}, {"logit_bias": {"5": 101}}):
+        with pytest.raises(InputError):
+            parse_request(json.dumps(body | wrong).encode())
 
 
 def test_a_response_is_the_same_answer_in_every_form() -> None:

@@ -8,58 +8,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve_app.engine.gpu.block import Block
+from serve_app.engine.block import Block
 from serve_app.engine.gpu.forward import Attend
-from serve_app.engine.gpu.kernels.decode_attention import decode_attention
+from serve_app.engine.gpu.kernels.decode_attention import ChunkSpace, decode_attention, list_chunks
 from serve_app.engine.gpu.kernels.prefill_attention import prefill_attention, rows_per_tile
-from serve_app.engine.gpu.request_table import Ints, PlannedSpans
-
-_PROGRAMS = 1024  # wanted at least, where one row can be split into parts: some per multiprocessor of a large GPU
-_MAX_PARTS = 32
+from serve_app.engine.request_table import Ints, PlannedSpans
 
 
 class DecodeAttention:
-    """Work space for up to max_rows rows, each split into up to _MAX_PARTS parts while they are few."""
+    """Work space for up to max_rows rows."""
 
     def __init__(self, blocks: Sequence[Block], max_rows: int, device: torch.device) -> None:
-        self._programs_of_row = max(b.kv_heads for b in blocks)
         heads, dim = max(b.heads for b in blocks), max(b.dim for b in blocks)
-        n = max(rows * self.parts(rows) for rows in range(1, max_rows + 1))
-        self._out = torch.empty(n * heads * dim, dtype=torch.float32, device=device)
-        self._stat = torch.empty(n * heads * 2, dtype=torch.float32, device=device)
+        self._space = ChunkSpace.of(max_rows, heads, min(b.kv_heads for b in blocks), dim, device)
 
-    def parts(self, rows: int) -> int:
-        """Into how many parts a long row is split when there are so many rows."""
-        parts = 1
-        while parts < _MAX_PARTS and 2 * parts * rows * self._programs_of_row <= _PROGRAMS:
-            parts *= 2
-        return parts
-
-    def bind(self, page_table: Tensor, slots: Tensor, lengths: Tensor, parts: int) -> Attend:
-        """The function for these rows."""
+    def bind(self, page_table: Tensor, slots: Tensor, lengths: Tensor) -> Attend:
+        """The function for these rows, in all layers of this step: the next bind ends it."""
+        list_chunks(slots, lengths, self._space)
 
         def attend(block: Block, q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
-            rows, heads, dim = q.shape
-            # Halves of a head's dimensions as large as 256 leave less room for positions.
-            positions = 128 if dim <= 128 else 64
             decode_attention(
                 q,
                 keys,
                 values,
                 page_table,
-                slots,
                 lengths,
                 out=out,
-                part_out=self._out[: rows * heads * parts * dim].view(rows, heads, parts, dim),
-                part_stat=self._stat[: rows * heads * parts * 2].view(rows, heads, parts, 2),
-                parts=parts,
+                space=self._space,
                 scale=block.scale,
                 softcap=block.softcap,
                 window=block.window,
                 sinks=block.sinks,
-                block=positions if parts == 1 else 32,
-                warps=4 if parts == 1 else 2,
-                stages=2 if parts == 1 else 5,
+                # Halves of a head's dimensions as large as 256 leave less room for positions.
+                block=64 if block.dim <= 128 else 32,
             )
 
         return attend

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve_app.engine.gpu.request_table import Ints
+from serve_app.engine.request_table import Ints
 
 
 def upload(host: Ints, device: Tensor) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import triton
 from torch import Tensor
@@ -28,14 +27,13 @@ from serve_app.engine.gpu.forward import Pages, Space, head_product, norm, part,
 from serve_app.engine.gpu.kernels.prepare import N_FIELDS, prepare
 from serve_app.engine.gpu.kernels.row_hash import RowHasher
 from serve_app.engine.gpu.kernels.sampler import SamplerSpace, sample
-from serve_app.engine.gpu.request_table import Ints, PlannedSpans, RequestTable
-from serve_app.engine.gpu.stage_weights import StageWeights
+from serve_app.engine.request_table import Ints, PlannedSpans, RequestTable, token_ids
+from serve_app.engine.stage_weights import StageWeights
 from serve_app.engine.torch_engine import TORCH_DTYPES, TorchEngine
 from serve_app.errors import ProtocolError
-from serve_app.messages.step import DRAWN_LAST, StepPlan
+from serve_app.messages.step import StepPlan
 
 _log = logging.getLogger(__name__)
-_LONG = 1024  # positions: above it, decode attention of few rows is split
 _NO_IDS = np.zeros(0, np.int32)
 
 
@@ -49,14 +47,13 @@ def batch_sizes(max_sequences: int) -> list[int]:
 class _Replay:
     graph: torch.cuda.CUDAGraph | None  # None: the device has none, the same calls are made one by one
     rows: int
-    parts: int
 
 
 class GpuEngine:
     """Implements engine.Engine."""
 
     def __init__(self, plain: TorchEngine, weights: StageWeights, page_size: int) -> None:
-        """weights: of the plain engine, as stage_weights.read_weights has checked them."""
+        """weights: of the plain engine, as gpu/stage_weights.py's read_weights has checked them."""
         profile = plain.profile
         self.logits_of = plain.logits_of
         self._weights, self._page_size = weights, page_size
@@ -76,7 +73,7 @@ class GpuEngine:
         self._hashers: tuple[RowHasher, RowHasher] | None = None
         self._hand_on = True
         self._spaces: Space | None = None
-        self._replays: dict[tuple[int, bool], _Replay] = {}
+        self._replays: dict[int, _Replay] = {}
 
     @torch.inference_mode()
     def reserve(self, n_pages: int, max_sequences: int) -> None:
@@ -103,15 +100,16 @@ class GpuEngine:
     def launch(self, plan: StepPlan, rows: memoryview) -> Flight:
         if len(rows) != plan.rows * self._row_bytes:
             raise ProtocolError(f"{len(rows)} bytes for {plan.rows} rows of {self._row_bytes}")
+        if len(plan.controls.rows) and self._weights.head is not None:
+            raise ProtocolError("penalties, logit_bias and min_p are not drawn on a GPU yet")
         if not self._replays:  # only now is it known whether rows are hashed
             self._make_replays()
-        ids = self._ids(rows) if self._weights.embedding is not None else _NO_IDS
+        ids = token_ids(rows, self._weights.vocab_size) if self._weights.embedding is not None else _NO_IDS
         spans = self._table.begin(plan)
         try:
             with self._on_stream():
-                later = np.flatnonzero(ids < 0)
-                if len(later):
-                    self._check_drawn(spans, later)
+                if (ids < 0).any():
+                    self._table.require_drawn(spans, ids)
                 if not len(plan.opens) and self._is_decode(spans):
                     flight = self._run_decode(spans, ids, rows)
                 else:
@@ -136,19 +134,6 @@ class GpuEngine:
         """The step, waited for."""
         return self.launch(plan, rows).result()
 
-    def _ids(self, rows: memoryview) -> Ints:
-        """Token ids as int32, -1 for DRAWN_LAST."""
-        ids = np.frombuffer(rows, "<u4")
-        known = ids[ids != DRAWN_LAST]
-        if len(known) and int(known.max()) >= self._weights.vocab_size:
-            raise ProtocolError(f"token id {int(known.max())} in a vocabulary of {self._weights.vocab_size}")
-        return ids.view("<i4")
-
-    def _check_drawn(self, spans: PlannedSpans, later: npt.NDArray[np.intp]) -> None:
-        of = np.searchsorted(np.cumsum(spans.counts), later, "right")
-        if self._weights.head is None or not self._table.drew[spans.slots[of]].all():
-            raise ProtocolError("a row of a token drawn last, of a sequence that has drawn none here")
-
     def _is_decode(self, spans: PlannedSpans) -> bool:
         """Whether each row is the next of a sequence, takes a page only where one begins and, with a head, draws."""
         n, starts_page = len(spans.counts), spans.starts % self._page_size == 0
@@ -171,16 +156,16 @@ class GpuEngine:
         upload(fields, self._fields[: N_FIELDS * size])
         if self._weights.embedding is None:
             upload_rows(rows, self._arrived[:n])
-        replay = self._replays[size, int(spans.starts.max()) >= _LONG]
+        replay = self._replays[size]
         if replay.graph is not None:
             replay.graph.replay()
         else:
-            self._decode_step(replay.rows, replay.parts)
+            self._decode_step(replay.rows)
         n_tokens = n if self._weights.head is not None else 0
         report = self._report[: report_ints(size, self._hashers is not None)]
         return self._download(rows, report, n, size, n_tokens, self._space.residual[:n])
 
-    def _decode_step(self, rows: int, parts: int) -> None:
+    def _decode_step(self, rows: int) -> None:
         """What a graph holds: everything from one plan's fields to its report."""
         weights, table = self._weights, self._table
         whole = self._report[: report_ints(rows, self._hashers is not None)]
@@ -197,7 +182,7 @@ class GpuEngine:
             lengths=lengths,
         )
         self._enter(report[0], self._arrived[:rows], self._space.residual[:rows])
-        attend = self._decode.bind(table.page_table, slots, lengths, parts)
+        attend = self._decode.bind(table.page_table, slots, lengths)
         run_layers(
             weights.blocks,
             self._pages,
@@ -246,7 +231,7 @@ class GpuEngine:
             arrived = torch.empty((n, self._hidden_size), device=self._device, dtype=self._dtype)
             upload_rows(rows, arrived)
         self._enter(d_ids, arrived, space.residual[:n])
-        decode = self._decode.bind(table.page_table, d_slots[:n_decode], d_positions[:n_decode] + 1, 1)
+        decode = self._decode.bind(table.page_table, d_slots[:n_decode], d_positions[:n_decode] + 1)
         attend = PrefillAttention(decode, n_decode, table.page_table, [t.view(-1, 4) for t in d_tiles], weights.blocks)
         run_layers(
             weights.blocks,
@@ -315,21 +300,16 @@ class GpuEngine:
     def _capture(self) -> None:
         pool = None
         for size in reversed(self._sizes):  # the largest first: the others then fit into its memory
-            for long in (False, True):
-                parts = self._decode.parts(size) if long else 1
-                if long and parts == 1:
-                    self._replays[size, True] = self._replays[size, False]
-                    continue
-                graph = None
-                if self._cuda:
-                    self._fields[: N_FIELDS * size].view(N_FIELDS, size).copy_(_padding(size, self._device))
-                    self._decode_step(size, parts)  # compiles what is new, and lets libraries choose
-                    torch.cuda.synchronize(self._device)
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-                        self._decode_step(size, parts)
-                    pool = graph.pool()
-                self._replays[size, long] = _Replay(graph, size, parts)
+            graph = None
+            if self._cuda:
+                self._fields[: N_FIELDS * size].view(N_FIELDS, size).copy_(_padding(size, self._device))
+                self._decode_step(size)  # compiles what is new, and lets libraries choose
+                torch.cuda.synchronize(self._device)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                    self._decode_step(size)
+                pool = graph.pool()
+            self._replays[size] = _Replay(graph, size)
 
     def _space_for(self, rows: int) -> Space:
         if self._spaces is None or self._spaces.rows < rows:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from serve_app.engine.gpu.block import Block, Linear, Norm
+from serve_app.engine.block import Block, Linear, Norm
 from serve_app.engine.gpu.kernels.activation import gate
 from serve_app.engine.gpu.kernels.norm import rms_norm
 from serve_app.engine.gpu.kernels.rope import rotate_and_write

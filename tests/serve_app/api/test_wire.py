@@ -62,6 +62,21 @@ def test_numbers_become_millionths_of_what_was_written() -> None:
     assert parse(json.dumps(GOOD_CHAT).encode(), ChatBody).sampling() == Sampling()
 
 
+def test_controls_become_millionths_and_say_nothing_where_they_change_nothing() -> None:
+    asked = {"min_p": 0.05, "presence_penalty": -0.5, "frequency_penalty": 2, "repetition_penalty": 1.1}
+    body = parse(json.dumps(GOOD_CHAT | asked | {"logit_bias": {"70": -100, "9": 0.5, "8": 0}}).encode(), ChatBody)
+    assert body.sampling() == Sampling(
+        min_p_micro=50_000,
+        presence_micro=-500_000,
+        frequency_micro=2_000_000,
+        repetition_micro=1_100_000,
+        logit_bias=((9, 500_000), (70, -100_000_000)),
+    )
+    nothing = {"min_p": 0, "presence_penalty": 0, "frequency_penalty": None, "repetition_penalty": 1, "logit_bias": {}}
+    said = parse(json.dumps(GOOD_CHAT | nothing).encode(), ChatBody).sampling()
+    assert said == Sampling() and said.to_value() == {"t": 1_000_000, "k": 0, "p": 1_000_000, "seed": None}
+
+
 @given(st.integers(0, 2_000_000))
 def test_micro_reads_back_every_millionth(n: int) -> None:
     assert micro(float(Decimal(n) / 1_000_000)) == n

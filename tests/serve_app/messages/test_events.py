@@ -42,6 +42,13 @@ samplings = st.builds(
     st.integers(0, 1 << 24),
     st.integers(1, MICRO),
     st.none() | st.integers(-(1 << 63), (1 << 63) - 1),
+    st.just(0) | st.integers(0, MICRO),
+    st.just(0) | st.integers(-2 * MICRO, 2 * MICRO),
+    st.just(0) | st.integers(-2 * MICRO, 2 * MICRO),
+    st.just(MICRO) | st.integers(MICRO // 100, 10 * MICRO),
+    st.dictionaries(
+        st.integers(0, (1 << 24) - 1), st.integers(1, 100 * MICRO) | st.integers(-100 * MICRO, -1), max_size=3
+    ).map(lambda biases: tuple(sorted(biases.items()))),
 )
 requests = st.builds(
     GenerationRequest,

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.errors import ProtocolError
+from serve_app.messages.controls import BIAS, CONTROL, Controls
+from serve_app.messages.request import MICRO, Sampling
 from serve_app.messages.step import (
     CLOSE,
     OPEN,
@@ -24,6 +26,13 @@ from serve_app.messages.step import (
     closing_plan,
     decode_reply,
     encode_reply,
+)
+
+CONTROLLED = (
+    Sampling(min_p_micro=50_000),
+    Sampling(presence_micro=-1, logit_bias=((3, 5), (4, -100 * MICRO))),
+    Sampling(frequency_micro=2 * MICRO, repetition_micro=MICRO // 100, min_p_micro=MICRO),
+    Sampling(logit_bias=tuple((i, 1) for i in range(300))),
 )
 
 u32 = st.integers(0, (1 << 32) - 1)
@@ -45,11 +54,14 @@ def plans(draw: st.DrawFn) -> StepPlan:
         np.array(pages, "<u4"),
         np.array(closes, CLOSE),
         np.array(signs, "<u8"),
+        Controls.of((seq, draw(st.sampled_from((*CONTROLLED, Sampling()))), [7, 8, 9], 2) for seq in range(len(opens))),
     )
 
 
-def same(a: StepPlan, b: StepPlan) -> bool:
-    return all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(StepPlan))
+def same(a: object, b: object) -> bool:
+    if dataclasses.is_dataclass(a):
+        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    return np.array_equal(a, b)  # type: ignore[arg-type]
 
 
 @given(plans(), st.binary(max_size=200))
@@ -118,13 +130,13 @@ def test_a_span_without_rows_is_refused(spans: list[tuple[int, ...]]) -> None:
         StepPlan.decode(plan.encode(b""))
 
 
-@pytest.mark.parametrize("field", range(3, 9))
+@pytest.mark.parametrize("field", range(3, 10))
 def test_a_count_beyond_the_bounds_is_refused_before_anything_is_read(field: int) -> None:
-    """magic, epoch, step, then six counts: none can make the reader allocate."""
-    header = [0x504D4C31, 1, 1, 0, 0, 0, 0, 0, 0]
+    """magic, epoch, step, then seven counts: none can make the reader allocate."""
+    header = [0x504D4C31, 1, 1, 0, 0, 0, 0, 0, 0, 0]
     header[field] = (1 << 32) - 1
     with pytest.raises(ProtocolError, match="too many"):
-        StepPlan.decode(struct.pack("<IIQIIIIII", *header))
+        StepPlan.decode(struct.pack("<IIQIIIIIII", *header))
 
 
 def test_a_fault_is_told_whatever_its_message_is_made_of() -> None:
@@ -143,3 +155,54 @@ def test_a_damaged_reply_is_refused_or_is_another_reply_but_never_a_crash(reply:
             decode_reply(received)
         except ProtocolError:
             pass
+
+
+@pytest.mark.parametrize("sampling", CONTROLLED)
+def test_controls_come_back_one_sequence_at_a_time(sampling: Sampling) -> None:
+    """With the tokens that count, which are none where nothing counts them."""
+    tokens = [5, 6, 7, 5]
+    (one,) = Controls.of([(3, Sampling(), tokens, 3), (4, sampling, tokens, 3)])
+    assert (one.seq, one.min_p_micro, one.repetition_micro) == (4, sampling.min_p_micro, sampling.repetition_micro)
+    assert (one.presence_micro, one.frequency_micro) == (sampling.presence_micro, sampling.frequency_micro)
+    assert tuple(one.biases.tolist()) == sampling.logit_bias
+    assert one.ids.tolist() == (tokens if sampling.penalises else [])
+    assert one.n_prompt == (3 if sampling.penalises else 0)
+
+
+def opening(controls: Controls) -> StepPlan:
+    opens = np.zeros(1, OPEN)
+    opens["seq"] = 4
+    return StepPlan(
+        1, 2, opens, np.zeros(0, SPAN), np.zeros(0, "<u4"), np.zeros(0, CLOSE), np.zeros(0, "<u8"), controls
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "ids", "biases"),
+    [
+        ((5, 1, 0, 0, MICRO, 0, 0, 0), [], []),  # another sequence than opens
+        ((4, 0, 0, 0, MICRO, 0, 0, 0), [], []),  # nothing
+        ((4, MICRO + 1, 0, 0, MICRO, 0, 0, 0), [], []),
+        ((4, 0, 2 * MICRO + 1, 0, MICRO, 1, 1, 0), [7], []),
+        ((4, 0, -(1 << 31), 0, MICRO, 1, 1, 0), [7], []),
+        ((4, 0, 0, 1, 0, 1, 1, 0), [7], []),
+        ((4, 0, 0, 1, MICRO, 2, 1, 0), [7], []),  # a longer prompt than there are ids
+        ((4, 0, 0, 1, MICRO, 0, 1, 0), [7], []),  # no prompt
+        ((4, 0, 0, 1, MICRO, 0, 0, 0), [], []),  # a penalty and no ids
+        ((4, 1, 0, 0, MICRO, 1, 1, 0), [7], []),  # ids for nothing
+        ((4, 0, 0, 1, MICRO, 1, 1, 0), [1 << 24], []),
+        ((4, 0, 0, 0, MICRO, 0, 0, 2), [], [(3, 1), (3, 1)]),
+        ((4, 0, 0, 0, MICRO, 0, 0, 2), [], [(4, 1), (3, 1)]),
+        ((4, 0, 0, 0, MICRO, 0, 0, 1), [], [(3, 0)]),
+        ((4, 0, 0, 0, MICRO, 0, 0, 1), [], [(3, -(1 << 31))]),
+        ((4, 0, 0, 0, MICRO, 0, 0, 1), [], [(1 << 24, 5)]),
+        ((4, 0, 0, 0, MICRO, 0, 0, 301), [], [(i, 1) for i in range(301)]),
+        ((4, 0, 0, 0, MICRO, 0, 1 << 31, 1 << 31), [], []),
+    ],
+)
+def test_controls_that_no_sampling_says_are_refused(
+    row: tuple[int, ...], ids: list[int], biases: list[tuple[int, int]]
+) -> None:
+    plan = opening(Controls(np.array([row], CONTROL), np.array(ids, "<u4"), np.array(biases, BIAS)))
+    with pytest.raises(ProtocolError, match="controls"):
+        StepPlan.decode(plan.encode(b""))

@@ -25,7 +25,7 @@ from serve_app.messages.request import (
     TokensEvent,
     fresh_salt,
 )
-from serve_app.messages.step import StepPlan
+from serve_app.messages.step import StepPlan, StepResult, encode_reply
 from serve_app.pipeline.head import ERROR_TYPE
 from serve_app.receipts.check import check, check_against_manifest
 from shard_tools import canonical
@@ -232,7 +232,7 @@ def test_messages_of_another_epoch_are_ignored(tiny: Tiny) -> None:
     async def work(pipeline: LocalPipeline) -> None:
         stale = StepPlan.decode(_empty_plan(epoch=99).encode(b""))[0]
         pipeline.stages[0].deliver(stale.encode(b""))
-        pipeline.head.deliver(canonical.encode({"r": "step", "e": 99, "s": 0, "t": [1]}))
+        pipeline.head.deliver(encode_reply(StepResult(99, 0, (1,))))
         tokens, _ = await collect(pipeline, request(tiny[1]))
         assert len(tokens) == 12 and pipeline.head.failure is None
 

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.receipts.rows import PAGE_ROWS, Boundary, RowTree, ids_boundary, ids_bytes, ids_root, tree_root
+from serve_app.receipts.rows import (
+    PAGE_ROWS,
+    Boundary,
+    RowTree,
+    ids_boundary,
+    ids_bytes,
+    ids_root,
+    page_root,
+    tree_root,
+)
 from shard_tools.cid import Cid, Codec
 
 MANIFEST = Cid.of(Codec.DAG_CBOR, b"a manifest")
@@ -99,3 +108,31 @@ def test_rows_out_of_order_or_torn_are_our_own_mistake() -> None:
         with pytest.raises(AssertionError):
             tree.append(first, rows)
     assert (len(tree), tree.root()) == (2, before)
+
+
+@given(st.integers(0, 6), st.lists(st.booleans(), max_size=6), st.integers(0, PAGE_ROWS - 1))
+def test_a_tree_may_take_the_root_of_a_page_for_its_rows(before: int, known: list[bool], after: int) -> None:
+    """Whichever of its pages were hashed by somebody else: the same root, and rows may follow."""
+    rows = rows_of((before + len(known)) * PAGE_ROWS + after)
+    leaves = [leaf(BOUNDARY, i, row) for i, row in enumerate(rows)]
+    tree = RowTree(BOUNDARY)
+    tree.append(0, b"".join(rows[: before * PAGE_ROWS]))
+    for is_known in known:
+        start = len(tree)
+        page = leaves[start : start + PAGE_ROWS]
+        assert page_root(b"".join(page)) == tree_root(page)
+        if is_known:
+            tree.append_page(start, page_root(b"".join(page)))
+        else:
+            tree.append_leaves(start, b"".join(page))
+    tree.append(len(tree), b"".join(rows[len(tree) :]))
+    assert tree.root() == rfc_root(leaves) and len(tree) == len(rows)
+
+
+def test_a_page_behind_half_a_page_or_out_of_place_is_our_own_mistake() -> None:
+    tree = RowTree(BOUNDARY)
+    tree.append(0, bytes(BOUNDARY.row_bytes * PAGE_ROWS))
+    for extra, first in ((0, 0), (1, PAGE_ROWS + 1)):
+        tree.append(len(tree), bytes(BOUNDARY.row_bytes * extra))
+        with pytest.raises(AssertionError):
+            tree.append_page(first, bytes(32))

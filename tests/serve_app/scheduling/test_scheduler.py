@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import random
+import collections
+import zlib
 
 import numpy as np
 import pytest
@@ -11,21 +12,28 @@ from hypothesis import strategies as st
 
 from serve_app.errors import OverloadedError, ProtocolError, RequestError
 from serve_app.messages.request import Sampling
-from serve_app.messages.step import DRAWN_LAST, StepPlan, StepResult
-from serve_app.scheduling.scheduler import Scheduler, Ticket
+from serve_app.messages.step import ABANDON, DRAWN_LAST, SEAL, StepPlan, StepResult
+from serve_app.scheduling.scheduler import Committed, Scheduler, Ticket
 
 STOP = 9
+PAGE = 4
+
+
+def prompt_of(seq: int, n: int) -> tuple[int, ...]:
+    """Requests of one kind (seq % 3) share their beginnings."""
+    return tuple(10 + (7 * i + seq % 3) % 50 for i in range(n))
 
 
 def ticket(seq: int, prompt: int, max_tokens: int) -> Ticket:
-    return Ticket(seq, bytes(32), tuple(range(10, 10 + prompt)), max_tokens, Sampling(0), bytes(8), frozenset([STOP]))
+    stop_ids = frozenset([STOP])
+    return Ticket(seq, bytes(32), prompt_of(seq, prompt), max_tokens, Sampling(0), bytes(8), stop_ids)
 
 
 def scheduler(**changes: int) -> Scheduler:
     limits = {
         "epoch": 1,
         "n_pages": 40,
-        "page_size": 4,
+        "page_size": PAGE,
         "max_step_tokens": 8,
         "max_running": 5,
         "max_waiting": 100,
@@ -34,23 +42,53 @@ def scheduler(**changes: int) -> Scheduler:
     return Scheduler(**(limits | changes))
 
 
+def next_token(known: list[int]) -> int:
+    """The stages of these tests: a function of all tokens so far."""
+    return STOP if (drawn := zlib.crc32(bytes(known)) % 40) == 0 else 100 + drawn
+
+
+def answer_of(asked: Ticket) -> list[int]:
+    """What a request must be answered, whatever runs beside it."""
+    known = list(asked.prompt_ids)
+    while len(known) < len(asked.prompt_ids) + asked.max_tokens:
+        known.append(next_token(known))
+        if known[-1] == STOP:
+            break
+    return known[len(asked.prompt_ids) :]
+
+
 class Drive:
     """Runs a scheduler to its end and checks on every plan what must hold for each.
 
-    Answers as the stages would: the ids of a plan's rows are taken in turn, DRAWN_LAST being what was drawn last.
+    Answers as the stages would: they keep the ids of rows in the pages that they are told, read what the pages of a
+    sequence hold, and draw next_token of that. So a page that two write to, or that was taken too early, shows.
     """
 
     def __init__(
-        self, under_test: Scheduler, draw: random.Random, flights: int, budget: int = 8, lookahead: int = 0
+        self, under_test: Scheduler, flights: int, budget: int = 8, lookahead: int = 0, cache: bool = False
     ) -> None:
-        self.scheduler, self.draw, self.flights, self.budget = under_test, draw, flights, budget
+        self.scheduler, self.flights, self.budget, self.cache = under_test, flights, budget, cache
+        self.n_cached = 0
         self.lookahead = lookahead
-        self.running: dict[int, list[int]] = {}  # ids that have run, by open sequence
+        self.tickets: dict[int, Ticket] = {}
+        self.kv: dict[tuple[int, int], int] = {}  # page and place in it -> token id
+        self.ran: dict[int, list[int]] = {}  # ids of the rows that have run, as a witness sees them, by open sequence
         self.pages: dict[int, list[int]] = {}
-        self.drawn: dict[int, list[int]] = {}  # by the stages
+        self.last: dict[int, int] = {}  # the token drawn last
+        self.attempts: dict[int, int] = {}
         self.ended: dict[int, str] = {}
         self.tokens: dict[int, list[int]] = {}  # committed
         self.sent: list[tuple[StepPlan, tuple[int, ...]]] = []
+
+    def admit(self, asked: Ticket) -> None:
+        self.tickets[asked.seq] = asked
+        self.tokens[asked.seq] = []
+        self.scheduler.admit(asked)
+
+    def stop(self, seq: int, keep: bool) -> None:
+        ended = self.scheduler.stop(seq, "stop" if keep else "cancelled")
+        if ended is not None:
+            self.take(ended)
 
     def step(self) -> bool:
         """Plan what can be planned, then answer one step. False when nothing is left to do."""
@@ -62,83 +100,131 @@ class Drive:
             return False
         plan, tokens = self.sent.pop(0)
         for committed in self.scheduler.apply(StepResult(1, plan.step, tokens)):
-            assert committed.seq not in self.ended
-            if committed.token is not None:
-                self.tokens.setdefault(committed.seq, []).append(committed.token)
-            if committed.reason is not None:
-                self.ended[committed.seq] = committed.reason
+            self.take(committed)
         return True
+
+    def take(self, committed: Committed) -> None:
+        seq, token, reason, attempt = committed
+        assert seq not in self.ended
+        if token is not None:
+            self.tokens[seq].append(token)
+        if reason is not None:
+            self.ended[seq] = reason
+            assert attempt == self.attempts.get(seq, 0)
 
     def check(self, plan: StepPlan) -> tuple[int, ...]:
         """What the stages do with the plan; the tokens they draw."""
         assert plan.rows <= self.budget
         ids = np.frombuffer(self.scheduler.rows_of(plan), "<u4").tolist()
         assert len(ids) == plan.rows
-        for seq in plan.opens["seq"].tolist():
-            assert seq not in self.running
-            self.running[seq], self.pages[seq], self.drawn[seq] = [], [], []
-        page, row, tokens = 0, 0, []
+        cached = dict(plan.opens[["seq", "cached"]].tolist())
+        for seq, attempt in plan.opens[["seq", "attempt"]].tolist():
+            assert seq not in self.ran and attempt == self.attempts.get(seq, 0)
+            self.ran[seq], self.pages[seq] = [], []
+            self.last.pop(seq, None)
+        page, row, asked = 0, 0, []
         for seq, start, count, new, sample in plan.spans.tolist():
-            assert start == len(self.running[seq]), "a gap or an overlap"
-            for id in ids[row : row + count]:
-                if id == DRAWN_LAST:
-                    assert self.lookahead and count == 1, "a token is not waited for"
-                    id = self.drawn[seq][-1]
-                self.running[seq].append(id)
-            row += count
             self.pages[seq] += plan.pages[page : page + new].tolist()
             page += new
-            assert len(self.pages[seq]) == -(-len(self.running[seq]) // 4)
+            if seq in cached:  # a witness knows what the pages hold; so must the Head
+                assert cached[seq] % PAGE == 0
+                self.ran[seq] = [self.kv[self.pages[seq][i // PAGE], i % PAGE] for i in range(cached[seq])]
+                self.n_cached += cached[seq]
+            assert start == len(self.ran[seq]), "a gap or an overlap"
+            assert len(self.pages[seq]) == -(-(start + count) // PAGE)
+            for position, id in enumerate(ids[row : row + count], start):
+                if id == DRAWN_LAST:
+                    assert self.lookahead and count == 1, "a token is not waited for"
+                    id = self.last[seq]
+                self.kv[self.pages[seq][position // PAGE], position % PAGE] = id
+                self.ran[seq].append(id)
+            row += count
             if sample:
-                tokens.append(self.draw.choice([STOP, 1, 2, 3, 4, 5]))
-                self.drawn[seq].append(tokens[-1])
+                asked.append(seq)
+        drawn = []
+        for seq in asked:  # after every row of the step is in its page
+            known = [self.kv[self.pages[seq][i // PAGE], i % PAGE] for i in range(len(self.ran[seq]))]
+            assert known == self.ran[seq], "another wrote to its pages"
+            assert known[: len(self.tickets[seq].prompt_ids)] == list(self.tickets[seq].prompt_ids)
+            self.last[seq] = next_token(known)
+            drawn.append(self.last[seq])
         for seq, rows, seal in plan.closes.tolist():
-            ran = self.running.pop(seq)
-            assert rows <= len(ran) and (len(ran) - rows <= self.lookahead or not seal)
-            if seal:
+            if seal == SEAL:
                 # What is hashed and signed: the prompt and every committed token but the last.
-                committed = self.tokens[seq]
-                assert ran[rows - len(committed) + 1 : rows] == committed[:-1]
-                assert self.drawn[seq][: len(committed)] == committed
-            del self.pages[seq]
-        held = [p for pages in self.pages.values() for p in pages]
-        assert len(held) == len(set(held)), "a page held by two sequences"
-        assert len(self.running) <= 5 + self.flights
-        return tuple(tokens)
+                prompt, committed = list(self.tickets[seq].prompt_ids), self.tokens[seq]
+                assert rows == len(prompt) + len(committed) - 1
+                assert self.ran[seq][:rows] == prompt + committed[:-1]
+                assert len(self.ran[seq]) - rows <= self.lookahead
+            if seal == ABANDON:
+                assert rows == len(self.ran[seq])
+                self.attempts[seq] = self.attempts.get(seq, 0) + 1
+            del self.ran[seq], self.pages[seq]
+        self.check_pages()
+        assert len(self.ran) <= 5 + self.flights
+        return tuple(drawn)
+
+    def check_pages(self) -> None:
+        """A page of several sequences holds rows of all of them; nobody runs a row into it any more."""
+        shared = collections.Counter(p for pages in self.pages.values() for p in pages)
+        for seq, pages in self.pages.items():
+            for i, page in enumerate(pages):
+                if shared[page] > 1:
+                    assert self.cache and (i + 1) * PAGE <= len(self.ran[seq]), "a page held by two sequences"
+                    for place in range(PAGE):
+                        assert self.kv[page, place] == self.ran[seq][i * PAGE + place]
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    requests=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20)), min_size=1, max_size=14),
-    stops=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 13), st.booleans()), max_size=8),
-    flights=st.integers(1, 4),
-    lookahead=st.integers(0, 2),
-    seed=st.integers(0, 1 << 30),
-)
-def test_every_request_ends_once_and_all_pages_come_back(
-    requests: list[tuple[int, int]], stops: list[tuple[int, int, bool]], flights: int, lookahead: int, seed: int
-) -> None:
-    """Whatever is stopped whenever: no page is lost, no row runs twice, none is forgotten."""
-    if lookahead:
-        under_test = scheduler(lookahead=lookahead, micro_batches=1)
-        drive = Drive(under_test, random.Random(seed), flights, lookahead=lookahead)
-    else:
-        drive = Drive(scheduler(), random.Random(seed), flights)
-    for seq, (prompt, max_tokens) in enumerate(requests):
-        drive.scheduler.admit(ticket(seq, prompt, max_tokens))
-    for turn in range(2000):
+Course = tuple[list[tuple[int, int, int]], list[tuple[int, int, bool]]]
+COURSES = st.tuples(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30), st.integers(1, 25)), min_size=1, max_size=14),
+    st.lists(st.tuples(st.integers(0, 80), st.integers(0, 13), st.booleans()), max_size=8),
+)  # requests: turn, length of the prompt, tokens at most; stops: turn, seq, keep
+
+
+def follow(course: Course, drive: Drive) -> None:
+    """Every request ends, once, with the answer it has when it runs alone, or its beginning if it was stopped."""
+    requests, stops = course
+    arriving = [(turn, ticket(seq, prompt, n)) for seq, (turn, prompt, n) in enumerate(requests)]
+    for turn in range(4000):
+        for _, asked in (a for a in arriving if a[0] == turn):
+            drive.admit(asked)
         for _, seq, keep in (s for s in stops if s[0] == turn):
-            ended = drive.scheduler.stop(seq, "stop" if keep else "cancelled")
-            if ended is not None:
-                assert seq not in drive.ended
-                drive.ended[seq] = str(ended.reason)
-        if not drive.step() and turn > 60:
+            drive.stop(seq, keep)
+        if not drive.step() and turn > 80:
             break
     assert set(drive.ended) == set(range(len(requests)))
-    assert drive.scheduler.free_pages == 40
-    assert drive.scheduler.running == drive.scheduler.waiting == drive.scheduler.in_flight == 0
-    for seq, (_, max_tokens) in enumerate(requests):
-        assert len(drive.tokens.get(seq, ())) <= max_tokens
+    s = drive.scheduler
+    assert s.running == s.waiting == s.in_flight == len(drive.ran) == 0
+    for seq, asked in drive.tickets.items():
+        whole, got = answer_of(asked), drive.tokens[seq]
+        assert got == whole[: len(got)]
+        if not any(seq == stopped for _, stopped, _ in stops):
+            assert got == whole and drive.ended[seq] == ("stop" if whole[-1] == STOP else "length")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    course=COURSES,
+    n_pages=st.integers(14, 40),
+    max_step_tokens=st.integers(1, 12),
+    flights=st.integers(1, 4),
+    lookahead=st.integers(0, 2),
+    micro_batches=st.integers(1, 3),
+    cache=st.booleans(),
+)
+def test_every_request_ends_once_with_its_own_answer_and_all_pages_come_back(
+    course: Course, n_pages: int, max_step_tokens: int, flights: int, lookahead: int, micro_batches: int, cache: bool
+) -> None:
+    """Whatever arrives and is stopped whenever, however few pages there are: nothing is lost, and nothing leaks."""
+    under_test = scheduler(
+        n_pages=n_pages,
+        max_step_tokens=max_step_tokens,
+        lookahead=lookahead,
+        micro_batches=1 if lookahead else micro_batches,
+        prefix_cache=cache,
+    )
+    follow(course, Drive(under_test, flights, max_step_tokens, lookahead, cache))
+    assert under_test.free_pages == n_pages
 
 
 def test_an_answer_has_exactly_max_tokens_unless_a_stop_id_came() -> None:
@@ -262,9 +348,37 @@ def test_an_answer_with_too_few_or_too_many_tokens_is_refused_and_changes_nothin
 def test_nobody_is_passed_over_for_ever_when_more_decode_than_fit_in_a_step() -> None:
     """max_step_tokens below max_running: the oldest go first, and all end."""
     s = scheduler(max_step_tokens=2, micro_batches=1)
+    drive = Drive(s, flights=1, budget=2)
     for seq in range(5):
-        s.admit(ticket(seq, 3, 6))
-    drive = Drive(s, random.Random(0), flights=1, budget=2)
+        drive.admit(ticket(seq, 3, 6))
     while drive.step():
         pass
     assert set(drive.ended) == set(range(5)) and s.free_pages == 40
+
+
+def test_the_youngest_gives_its_pages_to_the_oldest_and_later_begins_anew_with_all_it_knew() -> None:
+    """Two that do not fit together: the first is never thrown out, the second loses no token."""
+    s = scheduler(n_pages=6, micro_batches=1)
+    drive = Drive(s, flights=1)
+    first, second = ticket(0, 8, 13), ticket(1, 8, 13)  # five pages each, in the end
+    drive.admit(first)
+    drive.admit(second)
+    while drive.step():
+        pass
+    assert s.preemptions >= 1 and drive.attempts.keys() == {1}
+    assert {0: answer_of(first), 1: answer_of(second)} == drive.tokens
+    assert s.rows_abandoned > 0 and s.free_pages == 6
+
+
+def test_one_stopped_while_it_waits_to_begin_anew_runs_its_rows_for_the_receipt_and_draws_no_more() -> None:
+    s = scheduler(n_pages=6, micro_batches=1)
+    drive = Drive(s, flights=1)
+    for seq in (0, 1):
+        drive.admit(ticket(seq, 8, 13))
+    while not drive.attempts:
+        drive.step()
+    known = list(drive.tokens[1])
+    drive.stop(1, keep=True)
+    while drive.step():
+        pass
+    assert drive.ended[1] == "stop" and drive.tokens[1] == known and drive.tokens[0] == answer_of(drive.tickets[0])

@@ -20,7 +20,7 @@ from shard_tools.store.block_store import BlockStore
 from shard_tools.store.memory import MemoryStore
 from tests.tiny_models import write_tiny_checkpoint
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "mixtral", "qwen3_moe")
 
 
 def parameters(store: BlockStore, manifest: Manifest) -> dict[str, torch.Tensor]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-Activation = Literal["silu", "gelu_tanh"]
+from serve_app.engine.block import Activation
+from serve_app.engine.gpu.kernels.early_launch import starts_early, wait_for_inputs
 
 
 @triton.jit
@@ -21,7 +20,8 @@ def activate(gate, GELU: tl.constexpr):
 
 
 @triton.jit
-def _gate(x, out, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _gate(x, out, width, GELU: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    wait_for_inputs(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = at < width
@@ -35,5 +35,7 @@ def _gate(x, out, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
 def gate(x: Tensor, out: Tensor, activation: Activation = "silu") -> None:
     """x [rows, 2 * width], gate then up -> out [rows, width]."""
     rows, width = out.shape
-    block = 1024
-    _gate[(rows, triton.cdiv(width, block))](x, out, width, GELU=activation == "gelu_tanh", BLOCK=block, num_warps=4)
+    block, early = 1024, starts_early(rows)
+    _gate[(rows, triton.cdiv(width, block))](
+        x, out, width, GELU=activation == "gelu_tanh", BLOCK=block, EARLY=early, num_warps=4, launch_pdl=early
+    )

@@ -1,24 +1,69 @@
 """One new row per sequence attends to all keys and values of its sequence, in pages.
 
-Equals softmax(q k^T * scale) v over the positions the row may see, softmax in float32. Two launches: every program of
-the first takes one part of one sequence for the query heads that share one KV head, so that keys are read once;
-the second joins the parts. The number of parts is fixed by the caller and lengths are read on the device, so a CUDA
-graph may hold both. With the same number of parts a row's bits do not depend on what else is in the batch.
-Source: the split-KV scheme of Dao et al. 2023, "Flash-Decoding for long-context inference".
+Equals softmax(q k^T * scale) v over the positions the row may see, softmax in float32. Sequences are as unequal as
+their users, so they are cut into chunks of one length, and a fixed number of programs take the chunks in turn: all
+multiprocessors end together, however the lengths lie. A program takes one chunk for the query heads that share one KV
+head, so that keys are read once; a second launch joins the chunks of a row. List, lengths and chunk length are made and
+read on the device, so that a CUDA graph may hold it all.
+Source: the split-KV scheme of Dao et al. 2023, "Flash-Decoding for long-context inference"; work lists as in Ye et al.
+2024, "FlashInfer", section 3.3.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from serve_app.engine.gpu.kernels.early_launch import starts_early, wait_for_inputs
+
 LOG2E = tl.constexpr(1.4426950408889634)
-MIN_PART = 256  # positions: a shorter part costs more to start and to join than it saves
+SHORTEST_CHUNK = 256  # positions: a shorter one costs more to start and to join than it saves
+_TURNS = 8  # chunks for each program at most, unless the rows alone are more: enough to even out their lengths
+
+
+@triton.jit(do_not_specialize=["n_rows", "most"])
+def _list_chunks(slots, lengths, n_rows, most, items, first_items, meta, SHORTEST: tl.constexpr, ROWS: tl.constexpr):
+    """One program. items: row, chunk, slot, length of each chunk in row order; meta: how many, and their length."""
+    offs = tl.arange(0, ROWS)
+    longest = 0
+    for n in range(0, n_rows, ROWS):
+        longest = tl.maximum(longest, tl.max(tl.load(lengths + n + offs, mask=n + offs < n_rows, other=0), 0))
+    chunk = tl.zeros([], tl.int32) + SHORTEST
+    total = 0
+    for n in range(0, n_rows, ROWS):
+        length = tl.load(lengths + n + offs, mask=n + offs < n_rows, other=0)
+        total += tl.sum((length + chunk - 1) // chunk, 0)
+    while (total > most) & (chunk < longest):
+        chunk = chunk * 2
+        total = 0
+        for n in range(0, n_rows, ROWS):
+            length = tl.load(lengths + n + offs, mask=n + offs < n_rows, other=0)
+            total += tl.sum((length + chunk - 1) // chunk, 0)
+    before = 0
+    for n in range(0, n_rows, ROWS):
+        row = n + offs
+        slot = tl.load(slots + row, mask=row < n_rows, other=0)
+        length = tl.load(lengths + row, mask=row < n_rows, other=0)
+        chunks = (length + chunk - 1) // chunk
+        first = before + tl.cumsum(chunks, 0) - chunks
+        tl.store(first_items + row, first, mask=row < n_rows)
+        for c in range(tl.max(chunks, 0)):
+            at = items + (first + c) * 4
+            tl.store(at, row, mask=c < chunks)
+            tl.store(at + 1, c + tl.zeros([ROWS], tl.int32), mask=c < chunks)
+            tl.store(at + 2, slot, mask=c < chunks)
+            tl.store(at + 3, length, mask=c < chunks)
+        before += tl.sum(chunks, 0)
+    tl.store(meta, total)
+    tl.store(meta + 1, chunk)
 
 
 @triton.jit
-def _attend_part(
+def _attend_chunks(
     q,
     keys,
     values,
@@ -26,8 +71,8 @@ def _attend_part(
     part_out,
     part_stat,
     page_table,
-    slots,
-    lengths,
+    items,
+    meta,
     sinks,
     scale,
     softcap,
@@ -38,112 +83,173 @@ def _attend_part(
     GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr,
     PAGE: tl.constexpr,
-    PARTS: tl.constexpr,
-    MIN_PART: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    part = tl.program_id(2)
-    length = tl.load(lengths + row)
-    first = 0
-    if HAS_WINDOW:
-        first = tl.maximum(length - window, 0) // BLOCK * BLOCK
-    parts = tl.minimum(tl.maximum((length - first + MIN_PART - 1) // MIN_PART, 1), PARTS)
-    if part >= parts:
-        return
-    per_part = ((length - first + parts - 1) // parts + BLOCK - 1) // BLOCK * BLOCK
-    begin = first + part * per_part
-    end = tl.minimum(begin + per_part, length)
-
+    wait_for_inputs(EARLY)
+    total = tl.load(meta) * KV_HEADS
+    chunk = tl.load(meta + 1)
     offs_g = tl.arange(0, GROUP_PAD)
     offs_d = tl.arange(0, DIM)
     offs_n = tl.arange(0, BLOCK)
     real = offs_g < GROUP
-    heads = head * GROUP + offs_g
-    q_at = (row * KV_HEADS * GROUP + heads)[:, None] * DIM + offs_d[None, :]
-    query = tl.load(q + q_at, mask=real[:, None], other=0.0)
-    table = page_table + tl.load(slots + row).to(tl.int64) * table_stride
-
-    top = tl.full([GROUP_PAD], -1e30, tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, DIM], tl.float32)
-    for n in range(begin, end, BLOCK):
-        at = n + offs_n
-        seen = at < end
+    for turn in range(tl.program_id(0), total, PROGRAMS):
+        item = turn // KV_HEADS
+        head = turn % KV_HEADS
+        row = tl.load(items + item * 4)
+        mine = tl.load(items + item * 4 + 1)
+        slot = tl.load(items + item * 4 + 2)
+        length = tl.load(items + item * 4 + 3)
+        begin = mine * chunk
+        end = tl.minimum(begin + chunk, length)
+        first = 0  # the first chunk that holds a position the row may see
         if HAS_WINDOW:
-            seen = seen & (at >= length - window)
-        page = tl.load(table + at // PAGE, mask=at < end, other=0).to(tl.int64)
-        base = (page * KV_HEADS + head) * (PAGE * DIM) + (at % PAGE) * DIM
-        k = tl.load(keys + base[None, :] + offs_d[:, None])
-        scores = tl.dot(query, k, input_precision="ieee") * scale
-        if HAS_SOFTCAP:
-            scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E) / softcap) + 1.0))
-        scores = tl.where(seen[None, :], scores * LOG2E, -1e30)
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shrink = tl.exp2(top - new_top)
-        weights = tl.where(seen[None, :], tl.exp2(scores - new_top[:, None]), 0.0)
-        v = tl.load(values + base[:, None] + offs_d[None, :], mask=seen[:, None], other=0.0)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        top = new_top
-    if parts == 1:
-        if HAS_SINKS:
-            total += tl.exp2(tl.load(sinks + heads, mask=real, other=0.0).to(tl.float32) * LOG2E - top)
-        acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-        tl.store(out + q_at, acc.to(out.dtype.element_ty), mask=real[:, None])
-    else:
-        at = (row * KV_HEADS * GROUP + heads) * PARTS + part
-        tl.store(part_out + at[:, None] * DIM + offs_d[None, :], acc, mask=real[:, None])
-        tl.store(part_stat + at * 2, top, mask=real)
-        tl.store(part_stat + at * 2 + 1, total, mask=real)
+            first = tl.maximum(length - window, 0) // chunk
+            begin = tl.maximum(begin, tl.maximum(length - window, 0) // BLOCK * BLOCK)
+
+        heads = head * GROUP + offs_g
+        q_at = (row * KV_HEADS * GROUP + heads)[:, None] * DIM + offs_d[None, :]
+        query = tl.load(q + q_at, mask=real[:, None], other=0.0)
+        table = page_table + slot.to(tl.int64) * table_stride
+
+        top = tl.full([GROUP_PAD], -1e30, tl.float32)
+        sum_ = tl.zeros([GROUP_PAD], tl.float32)
+        acc = tl.zeros([GROUP_PAD, DIM], tl.float32)
+        for n in range(begin, end, BLOCK):
+            at = n + offs_n
+            seen = at < end
+            if HAS_WINDOW:
+                seen = seen & (at >= length - window)
+            page = tl.load(table + at // PAGE, mask=at < end, other=0).to(tl.int64)
+            base = (page * KV_HEADS + head) * (PAGE * DIM) + (at % PAGE) * DIM
+            k = tl.load(keys + base[None, :] + offs_d[:, None])
+            scores = tl.dot(query, k, input_precision="ieee") * scale
+            if HAS_SOFTCAP:
+                scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E) / softcap) + 1.0))
+            scores = tl.where(seen[None, :], scores * LOG2E, -1e30)
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            shrink = tl.exp2(top - new_top)
+            weights = tl.where(seen[None, :], tl.exp2(scores - new_top[:, None]), 0.0)
+            v = tl.load(values + base[:, None] + offs_d[None, :], mask=seen[:, None], other=0.0)
+            sum_ = sum_ * shrink + tl.sum(weights, 1)
+            acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+            top = new_top
+        alone = (length + chunk - 1) // chunk - first == 1
+        if alone & (mine == first):
+            if HAS_SINKS:
+                sum_ += tl.exp2(tl.load(sinks + heads, mask=real, other=0.0).to(tl.float32) * LOG2E - top)
+            whole = acc / tl.where(sum_ > 0.0, sum_, 1.0)[:, None]
+            tl.store(out + q_at, whole.to(out.dtype.element_ty), mask=real[:, None])
+        elif mine >= first:
+            at = (item * KV_HEADS * GROUP + heads).to(tl.int64)
+            tl.store(part_out + at[:, None] * DIM + offs_d[None, :], acc, mask=real[:, None])
+            tl.store(part_stat + at * 2, top, mask=real)
+            tl.store(part_stat + at * 2 + 1, sum_, mask=real)
 
 
 @triton.jit
-def _join_parts(
+def _join_chunks(
     out,
     part_out,
     part_stat,
     lengths,
+    first_items,
+    meta,
     sinks,
     window,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
-    PARTS: tl.constexpr,
-    PARTS_PAD: tl.constexpr,
-    MIN_PART: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     row = tl.program_id(0)
     head = tl.program_id(1)
+    wait_for_inputs(EARLY)
     length = tl.load(lengths + row)
+    chunk = tl.load(meta + 1)
+    n_chunks = (length + chunk - 1) // chunk
     first = 0
     if HAS_WINDOW:
-        first = tl.maximum(length - window, 0) // BLOCK * BLOCK
-    parts = tl.minimum(tl.maximum((length - first + MIN_PART - 1) // MIN_PART, 1), PARTS)
-    if parts == 1:
+        first = tl.maximum(length - window, 0) // chunk
+    if n_chunks - first < 2:
         return
-    per_part = ((length - first + parts - 1) // parts + BLOCK - 1) // BLOCK * BLOCK
-    offs_p = tl.arange(0, PARTS_PAD)
+    item = tl.load(first_items + row).to(tl.int64)
+    offs_c = tl.arange(0, CHUNKS)
     offs_d = tl.arange(0, DIM)
-    # Rounding a part up to whole blocks may leave the last ones without positions.
-    real = (offs_p < parts) & (first + offs_p * per_part < length)
-    at = (row * HEADS + head) * PARTS + offs_p
-    top = tl.load(part_stat + at * 2, mask=real, other=-1e30)
-    total = tl.load(part_stat + at * 2 + 1, mask=real, other=0.0)
-    acc = tl.load(part_out + at[:, None] * DIM + offs_d[None, :], mask=real[:, None], other=0.0)
-    best = tl.max(top, 0)
-    share = tl.where(real, tl.exp2(top - best), 0.0)
-    whole = tl.sum(total * share, 0)
+    best = tl.full([], -1e30, tl.float32)
+    whole = tl.full([], 0.0, tl.float32)
+    joined = tl.zeros([DIM], tl.float32)
+    for c in range(first, n_chunks, CHUNKS):
+        real = c + offs_c < n_chunks
+        at = (item + c + offs_c) * HEADS + head
+        top = tl.load(part_stat + at * 2, mask=real, other=-1e30)
+        total = tl.load(part_stat + at * 2 + 1, mask=real, other=0.0)
+        acc = tl.load(part_out + at[:, None] * DIM + offs_d[None, :], mask=real[:, None], other=0.0)
+        new_best = tl.maximum(best, tl.max(top, 0))
+        shrink = tl.exp2(best - new_best)
+        share = tl.where(real, tl.exp2(top - new_best), 0.0)
+        whole = whole * shrink + tl.sum(total * share, 0)
+        joined = joined * shrink + tl.sum(acc * share[:, None], 0)
+        best = new_best
     if HAS_SINKS:
         whole += tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - best)
-    joined = tl.sum(acc * share[:, None], 0) / whole
-    tl.store(out + (row * HEADS + head) * DIM + offs_d, joined.to(out.dtype.element_ty))
+    tl.store(out + (row * HEADS + head) * DIM + offs_d, (joined / whole).to(out.dtype.element_ty))
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSpace:
+    """Room for the chunks of up to so many rows. One step at a time; what is in it is made anew by list_chunks."""
+
+    programs: int
+    most: int  # chunks at most, unless the rows alone are more
+    items: Tensor  # [chunks, 4] int32: row, number of the chunk, slot, length of the row
+    first_items: Tensor  # [rows] int32
+    meta: Tensor  # [2] int32: how many chunks, and their length in positions
+    part_out: Tensor  # [chunks * heads * dim] float32
+    part_stat: Tensor  # [chunks * heads * 2] float32
+
+    @classmethod
+    def of(cls, max_rows: int, heads: int, kv_heads: int, dim: int, device: torch.device) -> ChunkSpace:
+        """heads, kv_heads, dim: the most of any layer (kv_heads: the least)."""
+        # Three programs on each multiprocessor hide each other's starts. A CPU, in the interpreter, takes a few.
+        programs = 3 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+        most = max(_TURNS * programs // kv_heads, 1)
+        chunks = max(most, max_rows)
+
+        def ints(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        return cls(
+            programs=programs,
+            most=most,
+            items=ints(chunks, 4),
+            first_items=ints(max_rows),
+            meta=ints(2),
+            part_out=torch.zeros(chunks * heads * dim, dtype=torch.float32, device=device),
+            part_stat=torch.zeros(chunks * heads * 2, dtype=torch.float32, device=device),
+        )
+
+
+def list_chunks(slots: Tensor, lengths: Tensor, space: ChunkSpace) -> None:
+    """What the rows of a step are cut into, for all its layers. lengths [rows] int32, 0 for a row to leave alone."""
+    _list_chunks[(1,)](
+        slots,
+        lengths,
+        len(lengths),
+        space.most,
+        space.items,
+        space.first_items,
+        space.meta,
+        SHORTEST=SHORTEST_CHUNK,
+        ROWS=256,
+        num_warps=4,
+    )
 
 
 def decode_attention(
@@ -151,40 +257,37 @@ def decode_attention(
     keys: Tensor,
     values: Tensor,
     page_table: Tensor,
-    slots: Tensor,
     lengths: Tensor,
     *,
     out: Tensor,
-    part_out: Tensor,
-    part_stat: Tensor,
-    parts: int,
+    space: ChunkSpace,
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
     sinks: Tensor | None = None,
     block: int = 64,
     warps: int = 4,
-    stages: int = 3,
+    stages: int = 2,
 ) -> None:
-    """Write to out [rows, heads, dim]; row i is the last position of the sequence in slots[i].
+    """Write to out [rows, heads, dim]; row i is the last position of a sequence.
 
     q [rows, heads, dim]; keys, values [pages, kv_heads, page, dim]; page_table [slots, pages of a sequence] int32;
-    lengths [rows] int32, the new row counted, 0 for a row to leave alone. Work space: part_out
-    [rows, heads, parts, dim] float32, part_stat [rows, heads, parts, 2] float32. dim is a power of two.
+    lengths [rows] int32, the new row counted, as list_chunks has seen them, and the slots with them. dim and block are
+    powers of two.
     """
     rows, heads, dim = q.shape
     kv_heads, page = keys.shape[1], keys.shape[2]
-    group = heads // kv_heads
-    _attend_part[(rows, kv_heads, parts)](
+    group, early = heads // kv_heads, starts_early(rows)
+    _attend_chunks[(space.programs,)](
         q,
         keys,
         values,
         out,
-        part_out,
-        part_stat,
+        space.part_out,
+        space.part_stat,
         page_table,
-        slots,
-        lengths,
+        space.items,
+        space.meta,
         sinks,
         scale,
         softcap or 0.0,
@@ -195,30 +298,31 @@ def decode_attention(
         GROUP_PAD=max(16, triton.next_power_of_2(group)),
         DIM=dim,
         PAGE=page,
-        PARTS=parts,
-        MIN_PART=MIN_PART,
+        PROGRAMS=space.programs,
         BLOCK=block,
         HAS_SOFTCAP=softcap is not None,
         HAS_WINDOW=window is not None,
         HAS_SINKS=sinks is not None,
         num_warps=warps,
         num_stages=stages,
+        EARLY=early,
+        launch_pdl=early,
     )
-    if parts > 1:
-        _join_parts[(rows, heads)](
-            out,
-            part_out,
-            part_stat,
-            lengths,
-            sinks,
-            window or 0,
-            HEADS=heads,
-            DIM=dim,
-            PARTS=parts,
-            PARTS_PAD=triton.next_power_of_2(parts),
-            MIN_PART=MIN_PART,
-            BLOCK=block,
-            HAS_WINDOW=window is not None,
-            HAS_SINKS=sinks is not None,
-            num_warps=2,
-        )
+    _join_chunks[(rows, heads)](
+        out,
+        space.part_out,
+        space.part_stat,
+        lengths,
+        space.first_items,
+        space.meta,
+        sinks,
+        window or 0,
+        HEADS=heads,
+        DIM=dim,
+        CHUNKS=8,
+        HAS_WINDOW=window is not None,
+        HAS_SINKS=sinks is not None,
+        num_warps=2,
+        EARLY=early,
+        launch_pdl=early,
+    )

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from serve_app.engine.gpu.kernels.early_launch import starts_early, wait_for_inputs
+
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _rotate_and_write(
@@ -36,6 +38,7 @@ def _rotate_and_write(
     HAS_NORM: tl.constexpr,
     GEMMA: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     # One program: one row and BLOCK_H heads of it. Heads are numbered through q, k, v.
     row = tl.program_id(0).to(tl.int64)
@@ -43,6 +46,7 @@ def _rotate_and_write(
     all_heads: tl.constexpr = HEADS + 2 * KV_HEADS
     offs = tl.arange(0, DIM)
     kind = q_out.dtype.element_ty
+    wait_for_inputs(EARLY)
     slot = tl.load(slots + row)
     if slot < 0:
         return
@@ -113,7 +117,7 @@ def rotate_and_write(
     """
     rows, heads, dim = q_out.shape
     kv_heads, page = keys.shape[1], keys.shape[2]
-    block = 4 if rows >= 64 else 1
+    block, early = 4 if rows >= 64 else 1, starts_early(rows)
     _rotate_and_write[(rows, triton.cdiv(heads + 2 * kv_heads, block))](
         qkv,
         q_out,
@@ -138,4 +142,6 @@ def rotate_and_write(
         GEMMA=gemma,
         BLOCK_H=block,
         num_warps=1 if block == 1 else 4,
+        EARLY=early,
+        launch_pdl=early,
     )

@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from serve_app.engine.gpu.kernels.activation import Activation, activate
+from serve_app.engine.block import Activation
+from serve_app.engine.gpu.kernels.activation import activate
+from serve_app.engine.gpu.kernels.early_launch import starts_early, wait_for_inputs
 
 MAX_ROWS = 64
 
@@ -30,6 +32,7 @@ def _one_row(
     GELU: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     at_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
@@ -37,15 +40,28 @@ def _one_row(
     rows = weight + at_n[:, None].to(tl.int64) * WIDTH
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc_up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for k in range(0, WIDTH, BLOCK_K):
+    up_rows = rows
+    if GATED:
+        up_rows = rows + n_out.to(tl.int64) * WIDTH
+    # The first weights are on their way before the row they are multiplied with is there.
+    both = real[:, None] & (offs_k < WIDTH)[None, :]
+    w = tl.load(rows + offs_k[None, :], mask=both, other=0.0)
+    w_up = w
+    if GATED:
+        w_up = tl.load(up_rows + offs_k[None, :], mask=both, other=0.0)
+    wait_for_inputs(EARLY)
+    for k in tl.static_range(0, WIDTH, BLOCK_K):
         at_k = k + offs_k
         inside = at_k < WIDTH
+        if k > 0:
+            both = real[:, None] & inside[None, :]
+            w = tl.load(rows + at_k[None, :], mask=both, other=0.0)
+            if GATED:
+                w_up = tl.load(up_rows + at_k[None, :], mask=both, other=0.0)
         xv = tl.load(x + at_k, mask=inside, other=0.0).to(tl.float32)[None, :]
-        both = real[:, None] & inside[None, :]
-        acc += tl.load(rows + at_k[None, :], mask=both, other=0.0).to(tl.float32) * xv
+        acc += w.to(tl.float32) * xv
         if GATED:
-            up = rows + n_out.to(tl.int64) * WIDTH
-            acc_up += tl.load(up + at_k[None, :], mask=both, other=0.0).to(tl.float32) * xv
+            acc_up += w_up.to(tl.float32) * xv
     y = tl.sum(acc, 1)
     kind = out.dtype.element_ty
     if HAS_BIAS:
@@ -139,7 +155,8 @@ def skinny_product(
     )
     grid = (triton.cdiv(n_out, block_n),)
     if rows == 1:
-        _one_row[grid](x, weight, out, bias, residual, n_out, **shared)
+        early = starts_early(rows)
+        _one_row[grid](x, weight, out, bias, residual, n_out, EARLY=early, launch_pdl=early, **shared)
     else:
         pad = max(16, triton.next_power_of_2(rows))
         _few_rows[grid](x, weight, out, bias, residual, rows, n_out, BLOCK_M=pad, **shared)

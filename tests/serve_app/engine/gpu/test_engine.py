@@ -2,56 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="the kernels are Triton's: pip install 'llm-d[test]'")
 
-from serve_app.engine.gpu.block import NotFusable
+from serve_app.engine.block import NotFusable
 from serve_app.engine.gpu.engine import GpuEngine
 from serve_app.engine.gpu.stage_weights import read_weights
 from serve_app.engine.load import LoadOptions, load_engine
 from serve_app.engine.torch_engine import TorchEngine
 from serve_app.errors import PipelineError, ProtocolError
-from serve_app.messages.step import CLOSE, DRAWN_LAST, OPEN, SPAN, StepPlan
+from serve_app.messages.step import DRAWN_LAST, StepPlan
 from serve_app.receipts.rows import Boundary, ids_boundary, leaves_of
-from shard_tools.checkpoint.source import open_checkpoint
-from shard_tools.checkpoint.split import split
 from shard_tools.manifest import Manifest
 from shard_tools.store.memory import MemoryStore
-from tests.tiny_models import write_tiny_checkpoint
+from tests.serve_app.engine.steps import PAGE, REFUSED, STEPS, ids, plan_of, published
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PAGE = 4
-Span = tuple[int, int, int, list[int], int]  # seq, start, count, new pages, sample
-
-
-def plan_of(
-    spans: list[Span], opens: dict[int, tuple[int, int, int]] | None = None, closes: tuple[int, ...] = ()
-) -> StepPlan:
-    """opens: seq -> temperature_micro, top_k, top_p_micro."""
-    opening = np.zeros(len(opens or {}), OPEN)
-    for i, (seq, (temperature, top_k, top_p)) in enumerate((opens or {}).items()):
-        opening[i] = (seq, [7] * 32, [seq, 1, 2, 3, 4, 5, 6, 7], temperature, top_k, top_p)
-    return StepPlan(
-        1,
-        0,
-        opening,
-        np.array([(seq, start, count, len(new), sample) for seq, start, count, new, sample in spans], SPAN),
-        np.array([page for span in spans for page in span[3]], "<u4"),
-        np.array([(seq, 0, 0) for seq in closes], CLOSE),
-        np.zeros(0, "<u8"),
-    )
-
-
-def ids(*values: int) -> memoryview:
-    return memoryview(np.array(values, "<u4").tobytes())
 
 
 def engines(
@@ -72,36 +43,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[MemoryStore, Manifes
     return published(tmp_path_factory.mktemp("tiny"), "llama")
 
 
-def published(folder: Path, family: str) -> tuple[MemoryStore, Manifest]:
-    store = MemoryStore()
-    checkpoint = write_tiny_checkpoint(folder / "checkpoint", family, layers=2, vocab=130)
-    return store, split(open_checkpoint(checkpoint), store, "tiny", "float32")
+OTHERS = ["llama", "qwen2", "mistral", "gemma2", "gemma3_text", "phi3"]
 
 
-STEPS: list[tuple[StepPlan, memoryview]] = [
-    # Two prompts, one of them in two chunks; greedy, and with every way to draw.
-    (
-        plan_of([(1, 0, 5, [3, 9], 1), (2, 0, 9, [0, 1, 2], 0)], {1: (0, 0, 10**6), 2: (800_000, 20, 900_000)}),
-        ids(*range(5, 10), *range(20, 29)),
-    ),
-    # A decode row, then the rest of a prompt, then a third sequence of one row.
-    (
-        plan_of([(1, 5, 1, [], 1), (2, 9, 2, [], 1), (3, 0, 1, [5], 1)], {3: (1_000_000, 0, 10**6)}),
-        ids(11, 30, 31, 7),
-    ),
-    # Decode rows only, of tokens that the Head does not know yet; one begins a page.
-    (plan_of([(3, 1, 1, [], 1), (1, 6, 1, [], 1), (2, 11, 1, [], 1)]), ids(*[DRAWN_LAST] * 3)),
-    (plan_of([(1, 7, 1, [], 1), (2, 12, 1, [6], 1)], closes=(3,)), ids(DRAWN_LAST, 90)),
-    (plan_of([(1, 8, 1, [11], 1)], closes=(2,)), ids(DRAWN_LAST)),
-    (plan_of([], closes=(1,)), ids()),
-    (plan_of([(4, 0, 3, [3], 1)], {4: (0, 0, 10**6)}), ids(1, 2, 3)),
-]
-
-
-OTHERS = ["llama", "qwen2", "mistral", "gemma3_text", "phi3"]
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])
+@pytest.mark.parametrize("family", ["qwen3", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])
 def test_equals_the_plain_engine_step_by_step(family: str, tmp_path: Path) -> None:
     """Tokens and the ids they came from are equal; rows within rounding of float32; the hashes are of these bytes."""
     store, manifest = published(tmp_path, family)
@@ -136,21 +81,6 @@ def test_a_range_without_embedding_and_one_without_head_make_the_whole(tiny: tup
         assert found.tokens == wanted.tokens and bytes(found.received) == bytes(between.hidden)
 
 
-REFUSED: list[tuple[StepPlan, memoryview, str]] = [
-    (plan_of([(1, 0, 1, [0], 1)]), ids(5), "sequence 1 is not open"),
-    (plan_of([(7, 0, 2, [1], 1)]), ids(5, 6), "goes on at another position"),
-    (plan_of([(7, 3, 2, [], 1)]), ids(5, 6), "too few pages"),
-    (plan_of([(7, 3, 1, [40], 1)]), ids(5), "page 40 of 40"),
-    (plan_of([(7, 3, 1, [], 1)]), ids(130), "token id 130 in a vocabulary of 130"),
-    (plan_of([(7, 3, 1, [], 1), (7, 4, 1, [1], 1)]), ids(1, 2), "runs one sequence twice"),
-    (plan_of([(7, 3, 1, [], 1)], {7: (0, 0, 10**6)}), ids(5), "is open already"),
-    (plan_of([(8, 0, 1, [1], 1)], {8: (0, 0, 10**6)}), ids(DRAWN_LAST), "has drawn none"),
-    (plan_of([(7, 3, 1, [], 1)]), ids(1, 2), "8 bytes for 1 rows"),
-    (plan_of([(8, 0, 1, [1], 1)], {seq: (0, 0, 10**6) for seq in range(8, 40)}), ids(5), "there is room for"),
-    (plan_of([(7, 3, 600, list(range(2, 39)) * 5, 1)]), memoryview(bytes(2400)), "grows beyond 512"),
-]
-
-
 def test_a_plan_that_does_not_fit_is_refused_and_changes_nothing(tiny: tuple[MemoryStore, Manifest]) -> None:
     """After each the sequence goes on as if nothing had been asked."""
     plain, fused = engines(*tiny)
@@ -161,6 +91,30 @@ def test_a_plan_that_does_not_fit_is_refused_and_changes_nothing(tiny: tuple[Mem
             fused.run(plan, rows)
     after = plan_of([(7, 3, 1, [], 1)])
     assert fused.run(after, ids(4)).tokens == plain.run(after, ids(4)).tokens
+
+
+ONE = {8: (0, 0, 10**6)}
+NO_SUCH_BEGINNING: list[tuple[StepPlan, memoryview, str]] = [
+    (plan_of([(8, 3, 1, [0], 1)], ONE, cached=(3,)), ids(5), "opens behind 3 rows"),
+    (plan_of([(7, 4, 1, [1], 1)], ONE, cached=(4,)), ids(5), "opens behind 4 rows and runs none"),
+    (plan_of([(8, 0, 1, [0], 1)], ONE, cached=(4,)), ids(5), "goes on at"),
+    (plan_of([(8, 5, 1, [0, 1], 1)], ONE, cached=(4,)), ids(5), "goes on at"),
+    (plan_of([(8, 4, 1, [0], 1)], ONE, cached=(4,)), ids(5), "too few pages"),
+    (plan_of([(8, 4, 1, [50, 1], 1)], ONE, cached=(4,)), ids(5), "page 50 of 40"),
+]
+
+
+def test_an_opening_behind_rows_that_cannot_be_there_is_refused_by_both_engines(
+    tiny: tuple[MemoryStore, Manifest],
+) -> None:
+    """Half a page, no row of its own, a gap, an overlap, a page too few, an unknown one: nothing changed."""
+    for engine in engines(*tiny):
+        engine.run(plan_of([(7, 0, 4, [0], 1)], {7: (0, 0, 10**6)}), ids(1, 2, 3, 4))
+        for plan, rows, message in NO_SUCH_BEGINNING:
+            with pytest.raises(ProtocolError, match=message):
+                engine.run(plan, rows)
+        behind = engine.run(plan_of([(8, 4, 1, [0, 1], 1)], ONE, cached=(4,)), ids(5))
+        assert behind.tokens == engine.run(plan_of([(7, 4, 1, [2], 1)]), ids(5)).tokens
 
 
 def test_logits_that_are_not_finite_are_an_error_of_that_step_alone(tiny: tuple[MemoryStore, Manifest]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton", reason="triton is not installed: the GPU engine cannot run here")
 
 from serve_app.engine.gpu.kernels.activation import gate  # noqa: E402
-from serve_app.engine.gpu.kernels.decode_attention import decode_attention  # noqa: E402
+from serve_app.engine.gpu.kernels.decode_attention import ChunkSpace, decode_attention, list_chunks  # noqa: E402
 from serve_app.engine.gpu.kernels.norm import rms_norm  # noqa: E402
 from serve_app.engine.gpu.kernels.prefill_attention import prefill_attention, rows_per_tile  # noqa: E402
 from serve_app.engine.gpu.kernels.rope import rotate_and_write  # noqa: E402
@@ -84,26 +82,29 @@ OPTIONS = [(None, None, False), (40, None, False), (None, 20.0, False), (None, N
 
 
 @pytest.mark.parametrize(("window", "softcap", "has_sinks"), OPTIONS)
-@pytest.mark.parametrize(("heads", "kv_heads", "parts"), [(4, 2, 1), (4, 2, 4), (3, 3, 3), (8, 1, 2)])
+@pytest.mark.parametrize(("heads", "kv_heads", "most"), [(4, 2, 1), (4, 2, 9), (3, 3, 100), (8, 1, 5)])
 def test_decode_attention_equals_plain_attention(
-    heads: int, kv_heads: int, parts: int, window: int | None, softcap: float | None, has_sinks: bool
+    heads: int, kv_heads: int, most: int, window: int | None, softcap: float | None, has_sinks: bool
 ) -> None:
+    """Whatever the rows are cut into: most, how many chunks there may be, decides their length."""
     cache = Cache([1, 16, 300, 700, 50], kv_heads)
     order = [3, 0, 2, 1]  # rows are not in the order of slots, and one sequence sits this step out
     q = tensor(5, heads, DIM)
     sinks = tensor(heads, seed=5) if has_sinks else None
     out = torch.full((5, heads, DIM), 7.0, device=DEVICE)
+    lengths = ints([*(cache.lengths[i] for i in order), 0])
+    space = replace(ChunkSpace.of(5, heads, kv_heads, DIM, DEVICE), most=most)
+    space.part_out.fill_(float("nan"))
+    space.part_stat.fill_(float("nan"))
+    list_chunks(ints([*order, 0]), lengths, space)
     decode_attention(
         q,
         cache.keys,
         cache.values,
         cache.table,
-        ints([*order, 0]),
-        ints([*(cache.lengths[i] for i in order), 0]),
+        lengths,
         out=out,
-        part_out=torch.full((5, heads, parts, DIM), float("nan"), device=DEVICE),
-        part_stat=torch.full((5, heads, parts, 2), float("nan"), device=DEVICE),
-        parts=parts,
+        space=space,
         scale=DIM**-0.5,
         softcap=softcap,
         window=window,
@@ -112,6 +113,21 @@ def test_decode_attention_equals_plain_attention(
     for row, i in enumerate(order):
         k, v = cache.plain(cache.keys, i), cache.plain(cache.values, i)
         close(out[row : row + 1], attend(q[row : row + 1], k, v, cache.lengths[i] - 1, window, softcap, sinks))
+    assert (out[4] == 7.0).all()
+
+
+def test_chunks_cover_every_position_once() -> None:
+    """As short as may be for how many there may be, in the order of rows."""
+    lengths = [700, 0, 1, 256, 257, *[5] * 300, 1024]
+    for most, length in ((10_000, 256), (311, 256), (310, 512), (307, 512), (306, 1024), (1, 1024)):
+        space = replace(ChunkSpace.of(1000, 1, 1, DIM, DEVICE), most=most)
+        slots = [1000 - row for row in range(len(lengths))]
+        list_chunks(ints(slots), ints(lengths), space)
+        wanted = [(row, c, slots[row], n) for row, n in enumerate(lengths) for c in range(-(-n // length))]
+        assert space.meta.tolist() == [len(wanted), length]
+        assert [tuple(item) for item in space.items[: len(wanted)].tolist()] == wanted
+        firsts = [sum(-(-n // length) for n in lengths[:row]) for row in range(len(lengths))]
+        assert space.first_items[: len(lengths)].tolist() == firsts
 
 
 @pytest.mark.parametrize(("window", "softcap", "has_sinks"), OPTIONS)

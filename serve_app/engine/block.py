@@ -1,20 +1,20 @@
-"""What the GPU engine must know of one decoder layer, read off transformers' module: never off the family's name.
+"""What a fused engine must know of one decoder layer, read off transformers' module: never off the family's name.
 
 A module that does not look like norm, attention, norm, gated MLP is refused; whether one that looks so also computes so
-is for the self-check (self_check.py) to say. Merging projections leaves the module's own parameters as views into
-the merged ones, so the layer stays whole and nothing is held twice.
+is for the check at start-up (stage_weights.py) to say. Merging projections leaves the module's own parameters as views
+into the merged ones, so the layer stays whole and nothing is held twice.
 """
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from serve_app.engine.gpu.kernels.activation import Activation
+Activation = Literal["silu", "gelu_tanh"]
 
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # frequencies that do not change with the length
 

@@ -1,4 +1,4 @@
-"""What the GPU engine knows of open sequences, on the host and on the device.
+"""What a fused engine knows of open sequences, on the host and on the device.
 
 Each open sequence has a slot. The device holds, by slot: the list of its pages, how to draw, and the token it drew
 last. The host holds what is needed to check a plan before anything changes.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from serve_app.errors import ProtocolError
-from serve_app.messages.step import StepPlan
+from serve_app.messages.step import DRAWN_LAST, StepPlan
 
 Ints = npt.NDArray[np.int32]
 _INT32_MAX = (1 << 31) - 1
@@ -31,6 +31,15 @@ class PlannedSpans:
     page_places: Ints  # [pages]
     pages: Ints  # [pages]
     new_pages: Ints  # how many of these are each span's
+
+
+def token_ids(rows: memoryview, vocab_size: int) -> Ints:
+    """Token ids as int32, -1 for DRAWN_LAST. Raises ProtocolError for one that is none of the vocabulary."""
+    ids = np.frombuffer(rows, "<u4")
+    known = ids[ids != DRAWN_LAST]
+    if len(known) and int(known.max()) >= vocab_size:
+        raise ProtocolError(f"token id {int(known.max())} in a vocabulary of {vocab_size}")
+    return ids.view("<i4")
 
 
 class RequestTable:
@@ -74,6 +83,8 @@ class RequestTable:
         new = plan.spans["new_pages"].astype(np.int64)
         fresh = np.isin(slots, list(slot_of.values())) if opens else np.zeros(len(slots), np.bool_)
         lengths, held = np.where(fresh, 0, self._lengths[slots]), np.where(fresh, 0, self._held[slots])
+        if plan.opens["cached"].any():
+            lengths = self._behind_cached(plan, seqs, lengths)
         stop, pages = starts + counts, held + new
         for wrong, why in (
             (starts != lengths, "goes on at another position than it has come to"),
@@ -99,6 +110,14 @@ class RequestTable:
             new_pages=new.astype(np.int32),
         )
 
+    def _behind_cached(self, plan: StepPlan, seqs: list[int], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where each span must start, given the sequences that open behind rows which their pages hold already."""
+        cached = {seq: n for seq, n in plan.opens[["seq", "cached"]].tolist() if n}
+        for seq, n in cached.items():
+            if n % self._page_size or seq not in seqs:
+                raise ProtocolError(f"sequence {seq} opens behind {n} rows and runs none, or they are no whole pages")
+        return np.array([cached.get(seq, length) for seq, length in zip(seqs, lengths.tolist(), strict=True)])
+
     def undo(self, plan: StepPlan, spans: PlannedSpans) -> None:
         """A step that began could not run: its sequences are as before it."""
         self._lengths[spans.slots] = spans.starts
@@ -106,10 +125,20 @@ class RequestTable:
         for seq in plan.opens["seq"].tolist():
             self._free.append(self._slots.pop(seq))
 
+    def require_drawn(self, spans: PlannedSpans, ids: Ints) -> None:
+        """Raises ProtocolError if a row stands for a token drawn last (-1) and its sequence has drawn none here."""
+        of = np.searchsorted(np.cumsum(spans.counts), np.flatnonzero(ids < 0), "right")
+        if not self.drew[spans.slots[of]].all():
+            raise ProtocolError("a row of a token drawn last, of a sequence that has drawn none here")
+
+    def slots_of(self, seqs: list[int]) -> list[int]:
+        """Of sequences that are open."""
+        return [self._slots[seq] for seq in seqs]
+
     def opened(self, plan: StepPlan) -> Ints:
         """[opens, 6]: slot, temperature, top_k, top_p, key words, for the device."""
         out = np.zeros((len(plan.opens), 6), np.int32)
-        out[:, 0] = [self._slots[seq] for seq in plan.opens["seq"].tolist()]
+        out[:, 0] = self.slots_of(plan.opens["seq"].tolist())
         for column, name in enumerate(("temperature_micro", "top_k", "top_p_micro"), 1):
             out[:, column] = np.minimum(plan.opens[name], _INT32_MAX)
         out[:, 4:] = np.ascontiguousarray(plan.opens["key"]).view("<i4")

@@ -1,0 +1,197 @@
+"""What do receipts cost? Tokens per second as they are, against the same pipeline without hashing and signing.
+
+    python -m benchmarks.receipts_cost [--model smollm2] [--stages 2] [--pairs 5] [--requests 8] [--tokens 24]
+
+Both pipelines stand in one process and answer the same greedy requests in turn, so that a slow minute of the machine
+meets both; the ratio of each pair is kept. Because a few per cent drown in such a machine's noise, the processor time
+that the witnesses' threads take is counted as well. The client's check is timed on receipts of 44 and of 2000 rows,
+with nothing remembered from issuing them. On a CPU: where an engine hashes by itself, leaving it out takes more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import serve_app.local
+import serve_app.pipeline.stage
+from benchmarks.models import PublishedModel, greedy, published, random_prompt
+from benchmarks.report import Result, save
+from benchmarks.spread import percentiles
+from serve_app.local import LocalLimits, LocalPipeline
+from serve_app.messages.request import FailedEvent, FinishedEvent, GenerationRequest, TokensEvent
+from serve_app.messages.step import StepPlan
+from serve_app.pipeline.head import Head
+from serve_app.pipeline.witness import Witness
+from serve_app.receipts import rows
+from serve_app.receipts.check import check
+from serve_app.scheduling.scheduler import Committed
+
+CHECKED = ((30, 15), (1500, 501))  # prompt and answer tokens that make 44 and 2000 rows
+CHECK_BAR_MS = 5.0
+
+
+class BlindWitness:
+    """Stands where a Witness stands, looks at nothing and signs nothing."""
+
+    rows_hashed = 0
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def saw(self, plan: StepPlan, output: object) -> None:
+        """Nothing."""
+
+    def lost(self, plan: StepPlan) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class UnsignedHead(Head):
+    """Ends a request when its last token is drawn: no roots are waited for, and no receipt is issued."""
+
+    def _commit(self, committed: Committed) -> None:
+        super()._commit(committed)
+        running = self._running.get(committed.seq)
+        if running is not None and running.reason is not None:
+            self._end(committed.seq, FinishedEvent(running.request.id, running.reason, b""))
+
+
+class TimedWitness(Witness):
+    """A Witness that counts its thread's processor time."""
+
+    cpu_s = 0.0
+
+    def _hash(self, *args: Any) -> None:
+        began = time.thread_time()
+        super()._hash(*args)
+        self.cpu_s += time.thread_time() - began
+
+    def _end_and_sign(self, *args: Any) -> None:
+        began = time.thread_time()
+        super()._end_and_sign(*args)
+        self.cpu_s += time.thread_time() - began
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["smollm2", "tiny"], default="smollm2")
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--out", type=Path, default=None, help="folder for the result; default: benchmarks/results")
+    a = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        model = published(root / "model", a.model)
+        figures: dict[str, Any] = {"model": model.manifest.name, "stages": a.stages}
+        figures |= asyncio.run(compare(model, a.stages, a.pairs, a.requests, a.tokens))
+        small = model if a.model == "tiny" else published(root / "tiny", "tiny")
+        figures["check_ms"] = asyncio.run(check_times(small))
+    save(Result("receipts_cost", figures), a.out)
+    typical = figures["check_ms"]["44_rows"]["p50"]
+    if typical > CHECK_BAR_MS:
+        print(f"checking a receipt of 44 rows takes {typical} ms, more than {CHECK_BAR_MS}", file=sys.stderr)
+    return int(typical > CHECK_BAR_MS)
+
+
+async def compare(model: PublishedModel, stages: int, pairs: int, n: int, tokens: int) -> dict[str, Any]:
+    """Tokens per second with and without, in turn; the first pair warms up and is not counted."""
+    with _parts(TimedWitness, Head):
+        signed = model.pipeline(stages)
+    with _parts(BlindWitness, UnsignedHead):
+        unsigned = model.pipeline(stages)
+    draw = random.Random(0)
+    prompts = [random_prompt(draw, model.manifest, draw.randint(16, 64)) for _ in range(n)]
+    with_s: list[float] = []
+    without_s: list[float] = []
+    witness_s = total_s = 0.0
+    for i in range(pairs + 1):
+        order = [(signed, with_s, True), (unsigned, without_s, False)]
+        for pipeline, times, receipts in order if i % 2 else reversed(order):
+            cpu, witnesses, began = time.process_time(), witnesses_s(signed), time.perf_counter()
+            requests = [greedy(model.manifest, prompt, tokens) for prompt in prompts]
+            answers = await asyncio.gather(*(ended(pipeline, r) for r in requests))
+            assert all(len(answer) == tokens and bool(receipt) == receipts for answer, receipt in answers)
+            if i:
+                times.append(time.perf_counter() - began)
+            if i and receipts:
+                witness_s += witnesses_s(signed) - witnesses
+                total_s += time.process_time() - cpu
+    signed.close()
+    unsigned.close()
+    ratios = [without / with_ for with_, without in zip(with_s, without_s, strict=True)]
+    total = n * tokens
+    return {
+        "requests": n,
+        "tokens_each": tokens,
+        "with_receipts_tokens_per_s": [round(total / s, 2) for s in with_s],
+        "without_receipts_tokens_per_s": [round(total / s, 2) for s in without_s],
+        "ratio_median": round(statistics.median(ratios), 4),
+        "ratio_lowest": round(min(ratios), 4),
+        "ratio_highest": round(max(ratios), 4),
+        "witness_share_of_cpu_percent": round(100 * witness_s / total_s, 2),
+    }
+
+
+def witnesses_s(pipeline: LocalPipeline) -> float:
+    """Processor seconds of its witnesses so far."""
+    return sum(stage.witness.cpu_s for stage in pipeline.stages)  # type: ignore[attr-defined]
+
+
+async def check_times(model: PublishedModel, repeats: int = 30) -> dict[str, Any]:
+    """Milliseconds of the client's whole check, by how many rows the receipt speaks of."""
+    pipeline = model.pipeline(2, LocalLimits(n_pages=256))
+    draw, out = random.Random(1), {}
+    for prompt, tokens in CHECKED:
+        request = greedy(model.manifest, random_prompt(draw, model.manifest, prompt), tokens)
+        _, receipt = await ended(pipeline, request)
+        times = []
+        for _ in range(repeats):
+            rows._remembered_root.cache_clear()  # a client that checks has not issued it
+            began = time.perf_counter()
+            checked = check(receipt, pipeline.operator.public, now_s=int(time.time()))
+            times.append((time.perf_counter() - began) * 1e3)
+        out[f"{checked.statements[0].n_rows}_rows"] = percentiles(times, 2)
+    pipeline.close()
+    return out
+
+
+async def ended(pipeline: LocalPipeline, request: GenerationRequest) -> tuple[list[int], bytes]:
+    """Its tokens and its receipt."""
+    tokens: list[int] = []
+    async for event in pipeline.generate(request):
+        if isinstance(event, TokensEvent):
+            tokens += event.tokens
+        elif isinstance(event, FailedEvent):
+            raise SystemExit(f"a request failed: {event.message}")
+        else:
+            receipt = event.receipt
+    return tokens, receipt
+
+
+@contextmanager
+def _parts(witness: type, head: type) -> Iterator[None]:
+    """A LocalPipeline built inside is built of these."""
+    stage_module, local_module = serve_app.pipeline.stage, serve_app.local
+    stage_module.Witness, local_module.Head = witness, head  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        stage_module.Witness, local_module.Head = Witness, Head  # type: ignore[misc]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""One request on its way through the scheduler: what it has drawn, which rows have run, which pages it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from serve_app.messages.request import FinishReason, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A request as the scheduler needs it. seq: the Head's number for it, never reused."""
+
+    seq: int
+    request_hash: bytes
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    sampling_key: bytes
+    stop_ids: frozenset[int]
+
+
+class Committed(NamedTuple):
+    """What a step gave one sequence. token None: nothing was drawn. reason None: it goes on.
+
+    attempt: how often it had begun anew; told with the reason.
+    """
+
+    seq: int
+    token: int | None
+    reason: FinishReason | None
+    attempt: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The state of one request. Its scheduler alone changes it."""
+
+    ticket: Ticket
+    rank: int  # order among all: the least goes first and is preempted last
+    n_prompt: int
+    limit: int  # tokens at most
+    tokens: list[int]  # prompt, then what was drawn
+    fill: int = 0  # rows that run as a prompt does: of the tokens known when it was seated
+    length: int = 0  # tokens, those on their way counted
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0  # rows that have run, or run in a step in flight
+    done: int = 0  # rows whose step has come back
+    cached: int = 0  # rows that lay in its pages when it was seated
+    offered: int = 0  # of its pages, those that others can find
+    names: list[bytes] = field(default_factory=list)  # of its full pages (scheduling/pages.py)
+    seated: bool = False  # among the running
+    opened: bool = False  # the stages know this attempt
+    attempt: int = 0
+    flights: int = 0  # steps on their way that hold rows of it, of this attempt or the last
+    ending: Literal["stop", "cancelled"] | None = None  # asked for; the next step to come back ends it
+    final: FinishReason | None = None  # known; what is still being drawn is void
+    ended: bool = False
+
+    @classmethod
+    def of(cls, ticket: Ticket, rank: int) -> Sequence:
+        """Of a request that has just arrived."""
+        n = len(ticket.prompt_ids)
+        return cls(ticket, rank, n, n + ticket.max_tokens, list(ticket.prompt_ids))
+
+    @property
+    def drew(self) -> bool:
+        """Whether a token of it is known that was drawn."""
+        return len(self.tokens) > self.n_prompt
+
+    @property
+    def rows_to_fill(self) -> int:
+        """Rows of the tokens known now that must run; one that has ended draws nothing and lacks the last."""
+        return len(self.tokens) - (self.final is not None)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every row that a receipt must account for has run. One that drew nothing gets none."""
+        return not self.drew or self.done >= len(self.tokens) - 1
+
+    def seat(self, pages: list[int], cached: int) -> None:
+        """It may run, behind the rows that these pages hold already."""
+        self.fill, self.length = self.rows_to_fill, len(self.tokens)
+        self.pages, self.offered = pages, len(pages)
+        self.computed = self.done = self.cached = cached
+        self.seated = True
+
+    def unseat(self) -> None:
+        """It holds nothing, and the stages forget it."""
+        self.pages = []
+        self.seated = self.opened = False

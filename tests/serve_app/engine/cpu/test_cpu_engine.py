@@ -1,0 +1,130 @@
+"""The CPU engine gives what the plain engine gives, step by step, and keeps as still when a plan is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serve_app.engine.cpu.engine import CpuEngine
+from serve_app.engine.cpu.native import library
+from serve_app.engine.load import LoadOptions, load_engine
+from serve_app.engine.torch_engine import TorchEngine
+from serve_app.errors import PipelineError, ProtocolError
+from serve_app.messages.step import DRAWN_LAST
+from shard_tools.manifest import Manifest
+from shard_tools.store.memory import MemoryStore
+from tests.serve_app.engine.steps import PAGE, REFUSED, STEPS, ids, plan_of, published
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+
+
+def engines(
+    store: MemoryStore, manifest: Manifest, start: int = 0, stop: int | None = None, native: bool = True
+) -> tuple[TorchEngine, CpuEngine]:
+    stop = manifest.n_layers if stop is None else stop
+    plain, fast = (
+        load_engine(store, manifest, start, stop, LoadOptions("cpu", "float32", PAGE, 1, fused, native))
+        for fused in (False, True)
+    )
+    assert isinstance(plain, TorchEngine) and isinstance(fast, CpuEngine)
+    assert fast.is_native == (native and library() is not None)
+    for engine in (plain, fast):
+        engine.reserve(40, 3)
+    return plain, fast
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[MemoryStore, Manifest]:
+    return published(tmp_path_factory.mktemp("tiny"), "llama")
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["compiled", "operators"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_plain_engine_step_by_step(family: str, native: bool, tmp_path: Path) -> None:
+    """Tokens and the ids they came from are equal; rows within rounding of float32."""
+    plain, fast = engines(*published(tmp_path, family), native=native)
+    for plan, rows in STEPS:
+        wanted, found = plain.run(plan, rows), fast.run(plan, rows)
+        assert found.tokens == wanted.tokens
+        assert bytes(found.received) == bytes(wanted.received)
+        expected, got = (np.frombuffer(out.hidden, "<f4") for out in (wanted, found))
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4 * max(np.abs(expected).max(initial=0), 1))
+        if len(found.hidden):
+            logits = [engine.logits_of(found.hidden).numpy() for engine in (plain, fast)]
+            np.testing.assert_allclose(logits[1], logits[0], atol=1e-4 * np.abs(logits[0]).max())
+
+
+def test_a_range_without_embedding_and_one_without_head_make_the_whole(tiny: tuple[MemoryStore, Manifest]) -> None:
+    plain, _ = engines(*tiny)
+    (_, first), (_, second) = engines(*tiny, 0, 1), engines(*tiny, 1, 2)
+    for plan, rows in (s for s in STEPS if DRAWN_LAST not in np.frombuffer(s[1], "<u4")):
+        if len(plan.spans) and int(plan.spans["start"][0]) > 5:
+            continue
+        wanted = plain.run(plan, rows)
+        between = first.run(plan, rows)
+        assert between.tokens == ()
+        found = second.run(plan, between.hidden)
+        assert found.tokens == wanted.tokens and bytes(found.received) == bytes(between.hidden)
+
+
+def test_a_plan_that_does_not_fit_is_refused_and_changes_nothing(tiny: tuple[MemoryStore, Manifest]) -> None:
+    """After each the sequence goes on as if nothing had been asked."""
+    plain, fast = engines(*tiny)
+    begin = plan_of([(7, 0, 3, [0], 1)], {7: (0, 0, 10**6)})
+    assert fast.run(begin, ids(1, 2, 3)).tokens == plain.run(begin, ids(1, 2, 3)).tokens
+    for plan, rows, message in REFUSED:
+        with pytest.raises(ProtocolError, match=message):
+            fast.run(plan, rows)
+    after = plan_of([(7, 3, 1, [], 1)])
+    assert fast.run(after, ids(4)).tokens == plain.run(after, ids(4)).tokens
+
+
+def test_logits_that_are_not_finite_are_an_error_of_that_step_alone(tiny: tuple[MemoryStore, Manifest]) -> None:
+    _, fast = engines(*tiny)
+    embedding = fast._weights.stage.embedding
+    assert embedding is not None
+    embedding[5] = float("nan")
+    spoilt = fast.launch(plan_of([(1, 0, 2, [0], 1)], {1: (0, 0, 10**6)}), ids(5, 6))
+    sound = fast.launch(plan_of([(2, 0, 2, [1], 1)], {2: (0, 0, 10**6)}), ids(7, 6))
+    with pytest.raises(PipelineError, match="not finite"):
+        spoilt.result()
+    assert len(sound.result().tokens) == 1
+
+
+def test_a_model_that_no_fused_engine_computes_is_served_by_the_plain_one(tmp_path: Path) -> None:
+    store, manifest = published(tmp_path, "gpt2")
+    assert isinstance(load_engine(store, manifest, 0, 2, LoadOptions("cpu", "float32", PAGE, None)), TorchEngine)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["compiled", "operators"])
+def test_bfloat16_logits_are_as_close_as_the_plain_engines(native: bool, tmp_path: Path) -> None:
+    """Of a prompt and the rows after it, against the same values in float32; with two threads."""
+    store, manifest = published(tmp_path, "llama")
+    options = [LoadOptions("cpu", "float32", PAGE, None, False), LoadOptions("cpu", "bfloat16", PAGE, None, False)]
+    options.append(LoadOptions("cpu", "bfloat16", PAGE, 2, True, native))
+    logits = []
+    for engine in (load_engine(store, manifest, 0, 2, option) for option in options):
+        engine.reserve(40, 3)
+        rows = [engine.run(plan_of([(1, 0, 40, list(range(10)), 1)], {1: (0, 0, 10**6)}), ids(*range(40)))]
+        for position in range(40, 44):
+            new = [10] if position == 40 else []
+            rows.append(engine.run(plan_of([(1, position, 1, new, 1)]), ids(position)))
+        logits.append(np.concatenate([engine.logits_of(out.hidden).numpy() for out in rows]))
+    exact, plain, fast = logits
+    for part in (slice(0, 40), slice(40, 44)):
+        errors = [np.linalg.norm(found[part] - exact[part]) for found in (plain, fast)]
+        assert errors[1] <= 1.5 * errors[0]
+
+
+def test_pages_in_any_order_are_read_in_the_sequences_order(tiny: tuple[MemoryStore, Manifest]) -> None:
+    """One run of pages is a view, others are gathered; the rows are the same."""
+    found = []
+    for native in (True, False):
+        for pages in ([4, 5, 6], [9, 2, 30]):
+            _, fast = engines(*tiny, native=native)
+            fast.run(plan_of([(1, 0, 9, pages, 1)], {1: (0, 0, 10**6)}), ids(*range(9)))
+            found.append(np.frombuffer(fast.run(plan_of([(1, 9, 2, [], 1)]), ids(5, 6)).hidden, "<f4"))
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-3, atol=1e-4 * np.abs(found[0]).max())
