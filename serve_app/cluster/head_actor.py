@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import ray
 
@@ -24,6 +24,7 @@ from serve_app.transport.handshake import EdgeAddress
 from serve_app.transport.link import LinkAddress
 from shard_tools.canonical import Value
 
+T = TypeVar("T")
 _STEP_TIMEOUT_S = 60.0
 
 
@@ -125,13 +126,17 @@ class _HeadProcess:
         await asyncio.sleep(0)  # lets the events of that reach the sockets before the actor is killed
 
     def _take(self, reply: bytes) -> None:
-        """From whatever thread an edge has, into the loop that the Head lives in."""
-        if self._head is not None and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._head.deliver, reply)
+        if self._head is not None:
+            self._hand_over(self._head.deliver, reply)
 
     def _stage_lost(self, stage: str, why: str) -> None:
-        if self._head is not None and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._head.fail, f"{stage} is gone: {why}")
+        if self._head is not None:
+            self._hand_over(self._head.fail, f"{stage} is gone: {why}")
+
+    def _hand_over(self, take: Callable[[T], None], what: T) -> None:
+        """From whatever thread an edge has, into the loop that the Head lives in; one that has ended needs nothing."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(take, what)
 
     def _facts(self) -> dict[str, Value]:
         assert self._head is not None

@@ -72,6 +72,8 @@ class Heart:
         says = data[_BEAT.size - 1]
         if not hmac.compare_digest(data, beat(self._key, self._from_dialler, self._next, says)):
             return "a heartbeat came that is not its next one"
+        if self._next == 0:
+            self._silent = 0  # its helper is there: from now on silence means something
         self._next += 1
         self._last = says
         self._lived = self._lived or says == RUNS

@@ -135,7 +135,11 @@ class SharedMemoryInlet:
         self._end = End(inlet.peer.name, inlet.lost, lambda: _cut(self._socket))
         self._signs = ProcessSigns(inlet.peer.pid, closed=lambda: self._ring[self._size] == 1)
         self._socket.settimeout(None)
-        self._socket.send(accepted())
+        try:
+            self._socket.send(accepted())
+        except OSError:
+            self._signs.close()
+            raise
         self._watch = Watch(self._signs, self._end.fail)
         self._thread = threading.Thread(target=self._receive_all, name=f"edge {inlet.edge}", daemon=True)
         self._thread.start()
@@ -163,9 +167,11 @@ class SharedMemoryInlet:
     def _receive(self) -> bytes | None:
         """The next message, or None when the sender has closed."""
         pieces: list[bytes] = []
-        missing = -1
+        whole = missing = -1
         while missing:
             packet = self._socket.recv(_RECORD.size + INLINE_BYTES)
+            if not packet and not pieces and self._ring[self._size] == 1:
+                return None  # it closed while nothing more went into the socket
             if len(packet) < _RECORD.size:
                 raise ConnectionResetError(ENDED if not packet else "a record was cut short")
             kind, number, total, position, size = _RECORD.unpack_from(packet)
@@ -178,10 +184,11 @@ class SharedMemoryInlet:
             if kind == _INLINE and not pieces and len(packet) == _RECORD.size + total:
                 self._number += 1
                 return packet[_RECORD.size :]
-            missing = total if missing < 0 else missing
+            if not pieces:
+                whole = missing = total
             offset = position % self._size
             fits = 0 < size <= missing and position == self._position and offset + size <= self._size
-            if kind != _PIECE or not fits or total - missing != sum(map(len, pieces)):
+            if kind != _PIECE or not fits or total != whole:
                 raise ProtocolError(f"a record that does not continue message {number}")
             pieces.append(self._ring[offset : offset + size])
             missing -= size

@@ -26,6 +26,7 @@ PULSE_MAGIC = b"llmd-pulse-1\n"
 TOKEN_BYTES = 16  # names the edge that a connection of heartbeats belongs to
 _FRAME = struct.Struct("<QI")  # number from 0, bytes that follow
 _END = 0xFFFFFFFF  # in place of a length: the sender closes
+_KEPT_BYTES = 16 << 20  # of receive buffer from one frame to the next
 _RECORD_BYTES = 16 << 10  # of TLS: what is not larger goes out as one
 
 
@@ -81,7 +82,7 @@ class TcpInlet:
     def __init__(self, tls: ssl.SSLSocket, inlet: Inlet) -> None:
         """Takes over a connection whose hello was read; nothing is received before `accept`."""
         self._inlet, self._tls, self._below = inlet, tls, _below(tls)
-        self._number = 0
+        self._number, self._buffer = 0, bytearray()
         self._end = End(inlet.peer.name, inlet.lost, lambda: _cut(self._below))
         self._watch: Watch | None = None
         self._thread = threading.Thread(target=self._receive_all, name=f"edge {inlet.edge}", daemon=True)
@@ -94,7 +95,11 @@ class TcpInlet:
 
     def attach(self, pulse: socket.socket, key: bytes) -> None:
         """The peer's heartbeats come by this connection. Called once."""
-        self._watch = Watch(HeartbeatSigns(pulse, key, dialled=False), self._end.fail)
+        try:
+            self._watch = Watch(HeartbeatSigns(pulse, key, dialled=False), self._end.fail)
+        except OSError as e:
+            self._end.fail(f"no heartbeat helper could be started on this host: {reason(e)}")
+            return
         if self._end.why is not None:
             self._watch.close()
 
@@ -133,7 +138,12 @@ class TcpInlet:
         if length > MAX_PAYLOAD_BYTES:
             raise ProtocolError(f"a frame of {length} bytes where at most {MAX_PAYLOAD_BYTES} are accepted")
         self._number += 1
-        return receive_exactly(self._tls, length)
+        # Into memory that is there: fresh pages for each frame took longer than their decryption.
+        if not length <= len(self._buffer) <= max(length, _KEPT_BYTES):
+            self._buffer = bytearray(length)
+        view = memoryview(self._buffer)[:length]
+        _receive_into(self._tls, view)
+        return bytes(view)
 
 
 def dial_tcp(outlet: Outlet, epoch: int, credentials: bytes, lost: Lost) -> TcpEdge:
@@ -167,12 +177,7 @@ def dial_tcp(outlet: Outlet, epoch: int, credentials: bytes, lost: Lost) -> TcpE
 def receive_exactly(connection: socket.socket, n: int) -> bytes:
     """The next n bytes. Raises OSError if the connection ends before."""
     data = bytearray(n)
-    view = memoryview(data)
-    while len(view):
-        got = connection.recv_into(view)
-        if not got:
-            raise ConnectionResetError(f"{ENDED}, or closed the connection without a word")
-        view = view[got:]
+    _receive_into(connection, memoryview(data))
     return bytes(data)
 
 
@@ -181,6 +186,14 @@ def reason(error: OSError) -> str:
     if isinstance(error, ssl.SSLError):
         return str(error.reason or error)
     return str(error.args[-1]) if error.args else type(error).__name__
+
+
+def _receive_into(connection: socket.socket, view: memoryview) -> None:
+    while len(view):
+        got = connection.recv_into(view)
+        if not got:
+            raise ConnectionResetError(f"{ENDED}, or closed the connection without a word")
+        view = view[got:]
 
 
 def _connect(host: str, port: int) -> socket.socket:

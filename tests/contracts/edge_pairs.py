@@ -83,6 +83,12 @@ def pair(kind: str, room: int = 0) -> Iterator[Pair]:
     if kind == "local":
         yield Pair(LocalEdge(received.put), received, lost_receiver, lost_sender, lambda: None)
         return
+    if kind == "ray":
+        from tests.contracts.ray_pair import ray_pair
+
+        with ray_pair() as (by_ray, taken, _):
+            yield Pair(by_ray, taken, lost_receiver, lost_sender, lambda: None)
+        return
     assert kind in KINDS
     inlets = [inlet(kind, os.getpid(), received.put, lost_sender)]
     listener = EdgeListener(EPOCH, inlets, "127.0.0.1", credentials(HERE))

@@ -14,11 +14,13 @@ import random
 import signal
 import socket
 import struct
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,8 +48,17 @@ from tests.contracts.edge_pairs import (
 )
 
 FOUND_S = 2.0
-every_edge = pytest.mark.parametrize("kind", ["local", *KINDS])
+every_edge = pytest.mark.parametrize("kind", ["local", *KINDS, pytest.param("ray", marks=pytest.mark.ray)])
 between_processes = pytest.mark.parametrize("kind", KINDS)
+slow = pytest.mark.slow
+
+
+def endings(hard: object, easy: object) -> list[Any]:
+    """The hardest case is in the fast suite: a peer that is stopped while messages wait."""
+    others = [(signal.SIGSTOP, easy), (signal.SIGKILL, hard), (signal.SIGKILL, easy)]
+    return [(signal.SIGSTOP, hard), *(pytest.param(*case, marks=slow) for case in others)]
+
+
 FarEnds = Callable[[EdgeKind, str], FarEnd]
 
 
@@ -159,8 +170,7 @@ def test_a_receiver_that_closes_is_a_loss_for_its_sender(kind: EdgeKind) -> None
 
 
 @between_processes
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("size", [0, 1 << 20])
+@pytest.mark.parametrize(("how", "size"), endings(1 << 20, 0))
 def test_a_receiver_that_dies_or_stops_is_found(
     kind: EdgeKind, how: signal.Signals, size: int, far_end: FarEnds
 ) -> None:
@@ -192,8 +202,7 @@ def test_a_receiver_that_dies_or_stops_is_found(
 
 
 @between_processes
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize(("how", "busy"), endings(True, False))
 def test_a_sender_that_dies_or_stops_is_found(
     kind: EdgeKind, how: signal.Signals, busy: bool, far_end: FarEnds
 ) -> None:
@@ -215,13 +224,14 @@ def test_a_sender_that_dies_or_stops_is_found(
     listener.close()
 
 
+@slow
 def test_a_host_that_says_nothing_is_found(far_end: FarEnds) -> None:
     """Its whole session is stopped, the heartbeat's process included, so that its kernel alone keeps the connection."""
     end, lost = far_end("tcp", "count"), Losses()
     edge = dial(outlet("tcp", end.pid, end.address()), lost)
     edge.send(b"x")
     end.hear()
-    time.sleep(0.3)
+    time.sleep(1.5)  # until its helper beats: before that it is given 5 s
     began = time.monotonic()
     os.killpg(end.pid, signal.SIGSTOP)
     _, why, at = lost.first()
@@ -230,6 +240,22 @@ def test_a_host_that_says_nothing_is_found(far_end: FarEnds) -> None:
     edge.close()
 
 
+@pytest.mark.ray
+def test_over_rays_calls_a_dead_receiver_is_found_when_something_is_sent() -> None:
+    """The reference keeps no watch of its own; the Supervisor's pings do."""
+    from tests.contracts.ray_pair import ray_pair
+
+    with ray_pair() as (edge, received, pid):
+        edge.send(b"x")
+        assert received.get(timeout=10) == b"x"
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(PipelineError, match="is gone"):
+            for _ in range(100):
+                edge.send(b"x")
+                time.sleep(0.1)
+
+
+@slow
 @between_processes
 @pytest.mark.parametrize("role", ["count", "send"])
 def test_a_peer_that_holds_pythons_lock_for_long_is_not_dead(kind: EdgeKind, role: str, far_end: FarEnds) -> None:
@@ -455,15 +481,17 @@ def test_strangers_and_silence_do_not_keep_the_neighbour_out(first: bytes) -> No
 
 
 @between_processes
-def test_nothing_is_left_behind(kind: EdgeKind, far_end: FarEnds) -> None:
+def test_nothing_is_left_behind(kind: EdgeKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No descriptor, thread, process or file after closing; nothing in /dev/shm after a killed peer either."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # other programs of this machine use the usual one
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def there() -> tuple[int, int, set[str], set[str]]:
         return (
             len(os.listdir("/proc/self/fd")),
             threading.active_count(),
-            set(os.listdir("/dev/shm")),
-            {name for name in os.listdir("/tmp") if name.startswith("llmd-")},
+            {name for name in os.listdir("/dev/shm") if "llmd" in name},
+            set(os.listdir(tmp_path)),
         )
 
     with pair(kind) as p:
@@ -482,6 +510,11 @@ def test_nothing_is_left_behind(kind: EdgeKind, far_end: FarEnds) -> None:
     edge.close()
     end.end()
     deadline = time.monotonic() + 3
-    while there() != before and time.monotonic() < deadline:
+    while not no_more(there(), before) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert there() == before
+    assert no_more(there(), before), (there(), before)
+
+
+def no_more(now: tuple[int, int, set[str], set[str]], before: tuple[int, int, set[str], set[str]]) -> bool:
+    """Less may be there: threads of earlier tests end meanwhile."""
+    return all(a <= b for a, b in zip(now, before, strict=True))

@@ -1,0 +1,29 @@
+"""Which kind of edge joins two processes. Whole pipelines over each kind: e2e/."""
+
+from __future__ import annotations
+
+import pytest
+
+from serve_app.cluster.wiring import EdgeMode, Kind, Party, kind_between
+from shard_tools.signing import Signer
+
+
+@pytest.mark.parametrize(
+    ("mode", "same_node", "kind"),
+    [
+        ("auto", True, "shared_memory"),
+        ("auto", False, "tcp"),
+        ("tcp", True, "tcp"),
+        ("tcp", False, "tcp"),
+        ("ray", True, "ray"),
+        ("ray", False, "ray"),
+    ],
+)
+def test_neighbours_of_one_ray_node_share_memory_and_others_talk_tls(
+    mode: EdgeMode, same_node: bool, kind: Kind
+) -> None:
+    """By Ray's node and not by address: two pods may share an address, and never /proc."""
+    key = Signer.from_seed(bytes(32)).public
+    a = Party("stage 0", key, 1, "node-a", "10.0.0.1")
+    b = Party("stage 1", key, 2, "node-a" if same_node else "node-b", "10.0.0.1")
+    assert kind_between(mode, a, b) == kind
