@@ -64,4 +64,6 @@ def admitted(
         stop_ids=tuple(sorted(set(model.text.stop_ids))),
         client_nonce=body.nonce(),
         salt=fresh_salt(),
+        priority=body.priority(),
+        cache_salt=body.cache_salt(),
     )

@@ -15,7 +15,15 @@ from pydantic_core import from_json
 
 from serve_app.api.openai_fields import acted_on
 from serve_app.errors import RequestError
-from serve_app.messages.request import MAX_BIASES, MAX_TOKENS, MAX_VOCAB, MICRO, Sampling
+from serve_app.messages.request import (
+    MAX_BIASES,
+    MAX_CACHE_SALT_BYTES,
+    MAX_PRIORITY,
+    MAX_TOKENS,
+    MAX_VOCAB,
+    MICRO,
+    Sampling,
+)
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 256  # of one message
@@ -77,9 +85,15 @@ class StreamOptions(_Closed):
 
 
 class Extension(_Closed):
-    """Our own part of a request, under `llmd`. nonce: 32 bytes in hex that make the receipt fresh."""
+    """Our own part of a request, under `llmd`. nonce: 32 bytes in hex that make the receipt fresh.
 
-    nonce: Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")]
+    priority: the larger goes first. cache_salt: only requests with the same one see from the time to the first token
+    that this beginning was computed before.
+    """
+
+    nonce: Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")] | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
+    cache_salt: Annotated[str, Field(pattern="^[!-~]+$", max_length=MAX_CACHE_SALT_BYTES)] | None = None
 
 
 class _Body(_Closed):
@@ -134,7 +148,15 @@ class _Body(_Closed):
 
     def nonce(self) -> bytes:
         """The client's nonce, or empty."""
-        return bytes.fromhex(self.llmd.nonce) if self.llmd else b""
+        return bytes.fromhex(self.llmd.nonce) if self.llmd and self.llmd.nonce else b""
+
+    def priority(self) -> int:
+        """How urgent it is; 0 is usual."""
+        return self.llmd.priority if self.llmd else 0
+
+    def cache_salt(self) -> bytes:
+        """The client's salt for shared beginnings, or empty."""
+        return self.llmd.cache_salt.encode() if self.llmd and self.llmd.cache_salt else b""
 
     def wants_usage(self) -> bool:
         """Whether a stream ends with a chunk that counts tokens."""

@@ -28,6 +28,8 @@ MIN_REPETITION_MICRO, MAX_REPETITION_MICRO = MICRO // 100, 10 * MICRO  # servers
 MAX_BIASES, MAX_BIAS_MICRO = 300, 100 * MICRO  # OpenAI's
 MAX_REQUEST_BYTES = 8 << 20
 NONCE_BYTES = 32
+MAX_PRIORITY = 4  # levels above and below the usual 0
+MAX_CACHE_SALT_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,8 @@ class GenerationRequest:
     stop_ids: tuple[int, ...]  # a token of these ends the completion (end of turn); sorted
     client_nonce: bytes  # 32 bytes chosen by the client; empty: the receipt then says "no freshness"
     salt: bytes  # 32 random bytes of the ingress, so that the commitment hides a guessable prompt
+    priority: int = 0  # the larger goes first, as if it had come earlier (scheduling/seats.py)
+    cache_salt: bytes = b""  # requests share computed beginnings only with those of the same salt
 
     def encode(self) -> bytes:
         return canonical.encode(
@@ -164,6 +168,8 @@ class GenerationRequest:
                 "stop": list(self.stop_ids),
                 "nonce": self.client_nonce,
                 "salt": self.salt,
+                "priority": self.priority,
+                "cache_salt": self.cache_salt,
             }
         )
 
@@ -179,6 +185,8 @@ class GenerationRequest:
                 f.integers("stop", 64, 0, MAX_VOCAB),
                 f.data("nonce", 0, NONCE_BYTES),
                 f.data("salt", NONCE_BYTES, NONCE_BYTES),
+                f.integer("priority", -MAX_PRIORITY, MAX_PRIORITY),
+                f.data("cache_salt", 0, MAX_CACHE_SALT_BYTES),
             )
 
 

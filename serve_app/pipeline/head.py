@@ -130,6 +130,8 @@ class Head:
             request.sampling,
             sampling_key(request, nonce),
             frozenset(request.stop_ids),
+            request.priority,
+            request.cache_salt,
         )
         self._scheduler.admit(ticket)
         self._running[seq] = _Running(request, sink, bound, nonce)

@@ -86,14 +86,14 @@ class PagePool:
             self._idle.pop(page, None)
 
 
+def no_page(salt: bytes) -> bytes:
+    """What stands for the name before that of a first page: beginnings of different salts have no name in common."""
+    return hashlib.sha256(b"llmd.prefix.v1\0" + salt).digest()
+
+
 def page_names(before: bytes, ids: Sequence[int], page_size: int) -> list[bytes]:
-    """The names of the full pages that `ids` fill, behind the page named `before`, or b"" if they are the first."""
-    # The salt of the whole scheme: these names are never mistaken for another hash of ours.
-    name, data, step = (
-        before or hashlib.sha256(b"llmd.prefix.v1\0").digest(),
-        np.array(ids, "<u4").tobytes(),
-        4 * page_size,
-    )
+    """The names of the full pages that `ids` fill, behind the page named `before`."""
+    name, data, step = before, np.array(ids, "<u4").tobytes(), 4 * page_size
     names = []
     for i in range(0, len(data) - step + 1, step):
         name = hashlib.sha256(name + data[i : i + step]).digest()

@@ -4,7 +4,12 @@ Pure: no Ray, no torch, no clock. `admit`, then `plan` / `apply` in turn, with s
 stage of a pipeline has work. The chunks of a prompt may be in several steps at a time. A sequence that draws waits
 for its token, unless one engine both draws and embeds: then with `lookahead` it also runs the row of the token on its
 way (DRAWN_LAST), so that the engine never waits for the Head; if that token ends the sequence, such rows are void.
-Requests join and leave between any two steps. Decoding rows go first, then prefill chunks fill the budget.
+Requests join and leave between any two steps.
+
+Decoding rows go first, then prefill chunks; a part of the budget is the prompts' own, so neither starves the other.
+What could run now is shared out evenly over the stages: a long prompt does not fill one micro-batch while the stages
+that wait for the others stand idle. Who is earlier in rank, by priority and arrival (scheduling/sequence.py), is served
+first: seated, given pages, kept.
 
 Pages are taken as rows need them. A request is seated when those of its prompt are there. Where a running sequence
 finds none, the last in rank is preempted: the stages forget it, it waits again, and later runs anew as a prompt of all
@@ -27,6 +32,8 @@ from serve_app.scheduling.seats import Seats
 from serve_app.scheduling.sequence import Committed, Sequence, Ticket
 
 __all__ = ["Committed", "Scheduler", "Ticket", "lookahead", "max_flights"]
+
+_CHUNKS = 8  # a pass over the weights for less than this part of the budget costs nearly what the whole would
 
 
 def max_flights(stages: int) -> int:
@@ -55,7 +62,7 @@ class Scheduler:
         lookahead: int = 0,
         prefix_cache: bool = False,
     ) -> None:
-        """micro_batches: into how many steps the running sequences are shared out.
+        """micro_batches: into how many steps rows that could run together are shared out, one for each stage.
 
         lookahead: tokens that may be on their way when a further row is planned; 0 unless one engine draws and embeds.
         prefix_cache: the rows of a beginning that lies in some pages already do not run again.
@@ -63,11 +70,13 @@ class Scheduler:
         self._epoch = epoch
         self._seats = Seats(n_pages, page_size, max_running, prefix_cache)
         self._max_step_tokens = max_step_tokens
+        self._least_chunk = max(1, max_step_tokens // _CHUNKS)
         self._max_waiting = max_waiting
         self._micro_batches = micro_batches
         self._lookahead = lookahead
         self._arrivals = 0
         self._flights: dict[int, Flight] = {}
+        self._rows: dict[int, int] = {}  # of each step in flight
         self._signs: list[int] = []
         self._next_step = 0
         self.prompt_tokens = 0  # of requests whose rows have begun to run
@@ -148,11 +157,9 @@ class Scheduler:
         self._seats.let_in()
         draft = Draft()
         decoding, prompts = self._ready()
-        # An equal share for every micro-batch in flight: a front-loaded first one leaves the others' stages idle.
-        quota = math.ceil(self.running / self._micro_batches)
-        self._add_decoding(draft, decoding[: min(quota, self._max_step_tokens)])
-        budget = self._max_step_tokens - len(draft.flight)
-        for sequence in prompts[: quota - len(draft.flight)]:
+        self._add_decoding(draft, decoding[: self._decoding_share(len(prompts))])
+        budget = self._prompt_share(len(draft.flight), len(decoding), prompts)
+        for sequence in prompts:
             budget -= self._add_prompt(draft, sequence, budget)
         closes, signs = self._seats.closes, self._signs
         if not draft.flight and not closes and not signs:
@@ -161,6 +168,7 @@ class Scheduler:
         self._seats.closes, self._signs, self._next_step = [], [], step + 1
         if draft.flight:
             self._flights[step] = draft.flight
+            self._rows[step] = sum(draft.counts)
         for sequence in draft.opens:
             if sequence.attempt == 0:
                 self.prompt_tokens += sequence.n_prompt
@@ -187,7 +195,7 @@ class Scheduler:
         asked = sum(sampled for _, sampled, _ in flight)
         if len(result.tokens) != asked:
             raise ProtocolError(f"step {result.step} asked for {asked} tokens and got {len(result.tokens)}")
-        del self._flights[result.step]
+        del self._flights[result.step], self._rows[result.step]
         tokens = iter(result.tokens)
         out: list[Committed] = []
         page_size = self._seats.page_size
@@ -234,6 +242,7 @@ class Scheduler:
 
         One preempted since is dropped too: steps behind this one read rows that never were.
         """
+        self._rows.pop(step, None)
         dropped = [s.ticket.seq for s, _, _ in self._flights.pop(step, []) if not s.ended]
         for seq in dropped:
             self.drop(seq)
@@ -254,6 +263,20 @@ class Scheduler:
             ):
                 decoding.append(sequence)
         return decoding, prompts
+
+    def _decoding_share(self, prompts: int) -> int:
+        """How many sequences may draw in this step."""
+        even = math.ceil((self.running - prompts) / self._micro_batches)
+        kept = min(self._least_chunk, self._max_step_tokens - 1) if prompts else 0
+        return min(even, self._max_step_tokens - kept)
+
+    def _prompt_share(self, added: int, decoding: int, prompts: list[Sequence]) -> int:
+        """How many rows of prompts may run in this step, beside so many rows added."""
+        if not prompts:
+            return 0
+        rows = decoding + sum(s.fill - s.computed for s in prompts) + sum(self._rows.values())
+        even = math.ceil(rows / self._micro_batches)
+        return min(self._max_step_tokens - added, max(even - added, self._least_chunk))
 
     def _add_decoding(self, draft: Draft, decoding: list[Sequence]) -> None:
         """One row each. Whoever begins a page and finds none stays out."""

@@ -6,7 +6,7 @@ import bisect
 from collections.abc import Collection
 
 from serve_app.messages.step import ABANDON
-from serve_app.scheduling.pages import PagePool, page_names
+from serve_app.scheduling.pages import PagePool, no_page, page_names
 from serve_app.scheduling.sequence import Sequence
 
 
@@ -117,5 +117,5 @@ class Seats:
         names, size = sequence.names, self.page_size
         if len(names) < pages:
             ids = sequence.tokens[len(names) * size : pages * size]
-            names += page_names(names[-1] if names else b"", ids, size)
+            names += page_names(names[-1] if names else no_page(sequence.ticket.cache_salt), ids, size)
         return names[:pages]

@@ -7,6 +7,11 @@ from typing import Literal, NamedTuple
 
 from serve_app.messages.request import FinishReason, Sampling
 
+# One level of priority is worth so many arrivals: per level between them, no more of those that come later overtake a
+# request. So it ages as others arrive, and needs no clock. The order of two never changes, which is why the first in
+# rank always gets on. 64 are what runs at a time by default: a whole turn of the house.
+LEVEL_ARRIVALS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
@@ -19,6 +24,8 @@ class Ticket:
     sampling: Sampling
     sampling_key: bytes
     stop_ids: frozenset[int]
+    priority: int = 0  # the larger goes first
+    cache_salt: bytes = b""  # only requests of the same one share pages
 
 
 class Committed(NamedTuple):
@@ -38,7 +45,7 @@ class Sequence:
     """The state of one request. Its scheduler alone changes it."""
 
     ticket: Ticket
-    rank: int  # order among all: the least goes first and is preempted last
+    rank: tuple[int, int]  # order among all: the least goes first and is preempted last
     n_prompt: int
     limit: int  # tokens at most
     tokens: list[int]  # prompt, then what was drawn
@@ -59,9 +66,10 @@ class Sequence:
     ended: bool = False
 
     @classmethod
-    def of(cls, ticket: Ticket, rank: int) -> Sequence:
-        """Of a request that has just arrived."""
+    def of(cls, ticket: Ticket, arrival: int) -> Sequence:
+        """Of the request that is the `arrival`-th to arrive."""
         n = len(ticket.prompt_ids)
+        rank = arrival - ticket.priority * LEVEL_ARRIVALS, arrival
         return cls(ticket, rank, n, n + ticket.max_tokens, list(ticket.prompt_ids))
 
     @property

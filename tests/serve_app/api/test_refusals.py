@@ -68,6 +68,10 @@ def refused(server: Server, status: int, body: Any, path: str = CHAT) -> dict[st
         ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias", "at most 300"),
         ({"temprature": 1}, "temprature", "did you mean 'temperature'?"),
         ({"llmd": {"nonce": "00"}}, "llmd", "llmd.nonce"),
+        ({"llmd": {"priority": 5}}, "llmd", "less than or equal to 4"),
+        ({"llmd": {"priority": 1.5}}, "llmd", "llmd.priority"),
+        ({"llmd": {"cache_salt": "x" * 65}}, "llmd", "llmd.cache_salt"),
+        ({"llmd": {"cache_salt": "é"}}, "llmd", "llmd.cache_salt"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [GOOD["messages"][0]] * 2049}, "messages", "at most 2048"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "messages.0.role"),
@@ -98,7 +102,7 @@ def test_fields_that_change_nothing_are_accepted(server: Server) -> None:
         "top_k": 5,
         "seed": -3,
         "stop": None,
-        "llmd": {"nonce": "ab" * 32},
+        "llmd": {"nonce": "ab" * 32, "priority": -4, "cache_salt": "tenant-7"},
     }
     with server.http as http:
         assert http.post(CHAT, json=body).status_code == 200

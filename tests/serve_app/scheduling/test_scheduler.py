@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from serve_app.errors import OverloadedError, ProtocolError, RequestError
 from serve_app.messages.request import Sampling
 from serve_app.messages.step import ABANDON, DRAWN_LAST, SEAL, StepPlan, StepResult
+from serve_app.scheduling.pages import PagePool, no_page, page_names
 from serve_app.scheduling.scheduler import Committed, Scheduler, Ticket
+from serve_app.scheduling.sequence import LEVEL_ARRIVALS
 
 STOP = 9
 PAGE = 4
@@ -24,9 +26,9 @@ def prompt_of(seq: int, n: int) -> tuple[int, ...]:
     return tuple(10 + (7 * i + seq % 3) % 50 for i in range(n))
 
 
-def ticket(seq: int, prompt: int, max_tokens: int) -> Ticket:
-    stop_ids = frozenset([STOP])
-    return Ticket(seq, bytes(32), prompt_of(seq, prompt), max_tokens, Sampling(0), bytes(8), stop_ids)
+def ticket(seq: int, prompt: int, max_tokens: int, priority: int = 0, salt: bytes = b"") -> Ticket:
+    ids, stop_ids = prompt_of(seq, prompt), frozenset([STOP])
+    return Ticket(seq, bytes(32), ids, max_tokens, Sampling(0), bytes(8), stop_ids, priority, salt)
 
 
 def scheduler(**changes: int) -> Scheduler:
@@ -174,17 +176,18 @@ class Drive:
                         assert self.kv[page, place] == self.ran[seq][i * PAGE + place]
 
 
-Course = tuple[list[tuple[int, int, int]], list[tuple[int, int, bool]]]
+Course = tuple[list[tuple[int, int, int, int]], list[tuple[int, int, bool]]]
+REQUESTS = st.tuples(st.integers(0, 40), st.integers(1, 30), st.integers(1, 25), st.integers(-1, 1))
 COURSES = st.tuples(
-    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30), st.integers(1, 25)), min_size=1, max_size=14),
+    st.lists(REQUESTS, min_size=1, max_size=14),
     st.lists(st.tuples(st.integers(0, 80), st.integers(0, 13), st.booleans()), max_size=8),
-)  # requests: turn, length of the prompt, tokens at most; stops: turn, seq, keep
+)  # requests: turn, length of the prompt, tokens at most, priority; stops: turn, seq, keep
 
 
 def follow(course: Course, drive: Drive) -> None:
     """Every request ends, once, with the answer it has when it runs alone, or its beginning if it was stopped."""
     requests, stops = course
-    arriving = [(turn, ticket(seq, prompt, n)) for seq, (turn, prompt, n) in enumerate(requests)]
+    arriving = [(turn, ticket(seq, *rest)) for seq, (turn, *rest) in enumerate(requests)]
     for turn in range(4000):
         for _, asked in (a for a in arriving if a[0] == turn):
             drive.admit(asked)
@@ -228,7 +231,7 @@ def test_every_request_ends_once_with_its_own_answer_and_all_pages_come_back(
 
 
 def test_an_answer_has_exactly_max_tokens_unless_a_stop_id_came() -> None:
-    s = scheduler()
+    s = scheduler(micro_batches=1)
     s.admit(ticket(0, 3, 4))
     reasons = []
     for _ in range(4):
@@ -321,7 +324,7 @@ def test_a_step_that_fails_takes_only_its_own_sequences_along() -> None:
 def test_only_answers_with_tokens_that_someone_waits_for_are_sealed() -> None:
     """A hang-up needs no receipt; a stop string's answer does."""
     for reason, seal in (("stop", 1), ("cancelled", 0)):
-        s = scheduler()
+        s = scheduler(micro_batches=1)
         s.admit(ticket(0, 3, 9))
         plan = s.plan()
         assert plan is not None
@@ -382,3 +385,92 @@ def test_one_stopped_while_it_waits_to_begin_anew_runs_its_rows_for_the_receipt_
     while drive.step():
         pass
     assert drive.ended[1] == "stop" and drive.tokens[1] == known and drive.tokens[0] == answer_of(drive.tickets[0])
+
+
+def first_spans(s: Scheduler, n: int) -> list[list[tuple[int, int]]]:
+    """Of the next n plans, who runs how many rows."""
+    plans = [s.plan() for _ in range(n)]
+    return [[(int(x["seq"]), int(x["count"])) for x in p.spans] if p is not None else [] for p in plans]
+
+
+def test_a_long_prompt_is_shared_out_over_the_stages() -> None:
+    """Three stages have a third each, instead of one the whole and two nothing; what is left later goes on so."""
+    s = scheduler(micro_batches=3, max_step_tokens=64, n_pages=40)
+    s.admit(ticket(0, 90, 4))
+    assert first_spans(s, 4) == [[(0, 30)], [(0, 30)], [(0, 30)], []]
+
+
+def test_short_prompts_too_but_no_pass_over_the_weights_is_for_a_few_rows() -> None:
+    s = scheduler(micro_batches=3, max_step_tokens=64)
+    for seq in range(4):
+        s.admit(ticket(seq, 5, 4))
+    assert first_spans(s, 4) == [[(0, 5), (1, 3)], [(1, 2), (2, 5), (3, 1)], [(3, 4)], []]
+
+
+def test_many_that_draw_leave_a_part_of_the_budget_to_prompts() -> None:
+    """More decode than fit into a step; a prompt goes on all the same, and they do."""
+    s = scheduler(micro_batches=1, max_step_tokens=4, max_running=7)
+    drive = Drive(s, flights=1, budget=4)
+    for seq in range(6):
+        drive.admit(ticket(seq, 1, 25))
+    while not all(drive.tokens.values()):
+        drive.step()
+    drive.admit(ticket(6, 20, 2))
+    assert first_spans(s, 1) == [[(0, 1), (1, 1), (2, 1), (6, 1)]]
+
+
+def test_the_more_urgent_goes_first_and_is_preempted_last() -> None:
+    s = scheduler(n_pages=6, micro_batches=1, max_running=2)
+    drive = Drive(s, flights=1)
+    for seq, priority in ((0, 0), (1, 1), (2, 0), (3, 2)):
+        drive.admit(ticket(seq, 8, 13, priority))
+    while drive.step():
+        pass
+    # 0 and 1 were seated as they came; 0 makes room for 1, and 3 goes before both that are left.
+    assert 1 not in drive.attempts and 3 not in drive.attempts and drive.attempts.keys() >= {0}
+    assert list(drive.ended) == [1, 3, 0, 2]
+    assert drive.tokens == {seq: answer_of(asked) for seq, asked in drive.tickets.items()}
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_nobody_starves_however_many_more_urgent_ones_arrive(levels: int) -> None:
+    """So many overtake it as the levels between are worth; then it is served, though they still come."""
+    s = scheduler(max_running=1, n_pages=6, micro_batches=1, max_waiting=1000)
+    drive = Drive(s, flights=1)
+    drive.admit(ticket(0, 1, 9, 0))
+    drive.admit(ticket(1, 1, 1, -levels))
+    seq = 2
+    while 1 not in drive.ended:
+        drive.admit(ticket(seq, 1, 1, 0))
+        seq += 1
+        drive.step()
+    overtook = sum(other > 1 for other in drive.ended)
+    assert levels * LEVEL_ARRIVALS - 3 <= overtook <= levels * LEVEL_ARRIVALS
+
+
+def test_beginnings_of_another_salt_are_not_shared() -> None:
+    """Nor does one salt's name stand for another's."""
+    s = scheduler(prefix_cache=True, micro_batches=1)
+    drive = Drive(s, flights=1, cache=True)
+    for seq, salt in ((0, b"a"), (3, b"a"), (6, b"b"), (9, b"")):
+        drive.admit(ticket(seq, 20, 1, salt=salt))
+        while drive.step():
+            pass
+    assert drive.n_cached == 16 and s.cached_tokens == 16 and s.prompt_tokens == 80
+
+
+def test_of_pages_nobody_holds_the_one_unused_longest_goes_first_and_ends_before_beginnings() -> None:
+    """A beginning that many share outlives what followed it once."""
+    pool = PagePool(4)
+    names = page_names(no_page(b""), range(16), 4)
+    first = pool.take(2)
+    for page, name in zip(first, names, strict=False):
+        pool.name(page, name)
+    pool.give_back(first)
+    assert pool.free == 4 and pool.find(names) == first and pool.unheld(first) == 2
+    held = pool.take(3)  # two that hold nothing, then the second of the first two
+    assert pool.find(names) == first[:1] and first[1] in held
+    pool.share(first[:1])
+    assert pool.free == 0 and pool.unheld(first[:1]) == 0
+    pool.give_back(first[:1])
+    assert pool.free == 1 and pool.take(1) == first[:1] and pool.find(names) == []
