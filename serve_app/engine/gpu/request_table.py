@@ -106,6 +106,10 @@ class RequestTable:
         for seq in plan.opens["seq"].tolist():
             self._free.append(self._slots.pop(seq))
 
+    def slot_of(self, seq: int) -> int:
+        """Of an open sequence."""
+        return self._slots[seq]
+
     def opened(self, plan: StepPlan) -> Ints:
         """[opens, 6]: slot, temperature, top_k, top_p, key words, for the device."""
         out = np.zeros((len(plan.opens), 6), np.int32)
@@ -125,10 +129,13 @@ class RequestTable:
         """Put pages in their places in the flat table."""
         self.page_table.view(-1).index_copy_(0, places.long(), pages)
 
-    def end(self, plan: StepPlan) -> None:
-        """Forget closed sequences; unknown ones were forgotten already."""
+    def end(self, plan: StepPlan) -> list[int]:
+        """Forget closed sequences, unknown ones were forgotten already; the slots that are free now."""
+        closed = []
         for seq in plan.closes["seq"].tolist():
             slot = self._slots.pop(seq, None)
             if slot is not None:
                 self._lengths[slot] = self._held[slot] = 0
-                self._free.append(slot)
+                closed.append(slot)
+        self._free += closed
+        return closed
