@@ -154,10 +154,13 @@ class RequestTable:
         """Put pages in their places in the flat table."""
         self.page_table.view(-1).index_copy_(0, places.long(), pages)
 
-    def end(self, plan: StepPlan) -> None:
-        """Forget closed sequences; unknown ones were forgotten already."""
+    def end(self, plan: StepPlan) -> list[int]:
+        """Forget closed sequences, unknown ones were forgotten already; the slots that are free now."""
+        closed = []
         for seq in plan.closes["seq"].tolist():
             slot = self._slots.pop(seq, None)
             if slot is not None:
                 self._lengths[slot] = self._held[slot] = 0
-                self._free.append(slot)
+                closed.append(slot)
+        self._free += closed
+        return closed

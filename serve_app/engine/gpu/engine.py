@@ -21,10 +21,11 @@ from torch import Tensor
 
 from serve_app.engine.engine import StepOutput
 from serve_app.engine.gpu.attend import DecodeAttention, PrefillAttention, tiles_of
+from serve_app.engine.gpu.controls import ControlTable
 from serve_app.engine.gpu.copies import upload, upload_all, upload_rows
 from serve_app.engine.gpu.flight import Flight, report_ints
 from serve_app.engine.gpu.forward import Pages, Space, head_product, norm, part, run_layers
-from serve_app.engine.gpu.kernels.prepare import N_FIELDS, prepare
+from serve_app.engine.gpu.kernels.prepare import N_FIELDS, padding, prepare
 from serve_app.engine.gpu.kernels.row_hash import RowHasher
 from serve_app.engine.gpu.kernels.sampler import SamplerSpace, sample
 from serve_app.engine.request_table import Ints, PlannedSpans, RequestTable, token_ids
@@ -73,6 +74,7 @@ class GpuEngine:
         self._hashers: tuple[RowHasher, RowHasher] | None = None
         self._hand_on = True
         self._spaces: Space | None = None
+        self._controls: ControlTable | None = None  # where tokens are drawn
         self._replays: dict[int, _Replay] = {}
 
     @torch.inference_mode()
@@ -81,7 +83,8 @@ class GpuEngine:
         self._max_rows = max_sequences
         self._pages = Pages(weights.blocks, n_pages, self._page_size, device, self._dtype)
         # Sequences that end are closed by a later plan, and new ones may open before that.
-        self._table = RequestTable(2 * max_sequences + 16, n_pages, self._page_size, weights.context_length, device)
+        n_slots = 2 * max_sequences + 16
+        self._table = RequestTable(n_slots, n_pages, self._page_size, weights.context_length, device)
         self._space = Space(max_sequences, weights.blocks, self._hidden_size, device, self._dtype)
         self._fields = torch.zeros(N_FIELDS * max_sequences, dtype=torch.int32, device=device)
         self._report = torch.zeros(report_ints(max_sequences, True), dtype=torch.int32, device=device)
@@ -93,6 +96,9 @@ class GpuEngine:
         if weights.head is not None:
             self._logits = torch.zeros((max_sequences, len(weights.head)), dtype=self._dtype, device=device)
             self._sampler = SamplerSpace(max_sequences, len(weights.head), device)
+            self._controls = ControlTable(
+                self._table, n_slots, n_pages, self._page_size, (max_sequences, len(weights.head)), device
+            )
         self._replays = {}
         self._sizes = batch_sizes(max_sequences)
 
@@ -100,14 +106,14 @@ class GpuEngine:
     def launch(self, plan: StepPlan, rows: memoryview) -> Flight:
         if len(rows) != plan.rows * self._row_bytes:
             raise ProtocolError(f"{len(rows)} bytes for {plan.rows} rows of {self._row_bytes}")
-        if len(plan.controls.rows) and self._weights.head is not None:
-            raise ProtocolError("penalties, logit_bias and min_p are not drawn on a GPU yet")
         if not self._replays:  # only now is it known whether rows are hashed
             self._make_replays()
         ids = token_ids(rows, self._weights.vocab_size) if self._weights.embedding is not None else _NO_IDS
         spans = self._table.begin(plan)
         try:
             with self._on_stream():
+                if self._controls is not None:
+                    self._controls.open(plan)
                 if (ids < 0).any():
                     self._table.require_drawn(spans, ids)
                 if not len(plan.opens) and self._is_decode(spans):
@@ -117,9 +123,10 @@ class GpuEngine:
         except BaseException:
             self._table.undo(plan, spans)
             raise
-        if self._weights.head is not None:
+        closed = self._table.end(plan)
+        if self._controls is not None:
             self._table.drew[spans.slots[spans.samples]] = True
-        self._table.end(plan)
+            self._controls.ran(spans, closed)
         return flight
 
     def hash_rows(self, inlet: bytes, outlet: bytes, *, hand_on: bool) -> bool:
@@ -151,6 +158,8 @@ class GpuEngine:
         fields[0], fields[1], fields[2], fields[3] = 0, -1, 0, -1
         if len(ids):
             fields[0, :n] = ids
+        elif self._controls is not None:
+            fields[0, :n] = self._controls.first_ids(spans)
         fields[1, :n], fields[2, :n] = spans.slots, spans.starts
         fields[3, :n][spans.new_pages == 1] = spans.pages
         upload(fields, self._fields[: N_FIELDS * size])
@@ -180,6 +189,7 @@ class GpuEngine:
             slots=slots,
             positions=positions,
             lengths=lengths,
+            history=None if self._controls is None else self._controls.history,
         )
         self._enter(report[0], self._arrived[:rows], self._space.residual[:rows])
         attend = self._decode.bind(table.page_table, slots, lengths)
@@ -223,6 +233,8 @@ class GpuEngine:
             table.write_opened(d_opened.view(-1, 6))
         if len(spans.pages):
             table.write_pages(d_places, d_pages)
+        if self._controls is not None:
+            self._controls.write_tokens(spans)
         if len(ids):
             d_ids = torch.where(d_ids < 0, table.last_tokens[d_slots.long()], d_ids)
         space = self._space_for(n)
@@ -272,11 +284,12 @@ class GpuEngine:
 
     def _draw(self, x: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
         weights, table = self._weights, self._table
-        assert weights.head is not None
+        assert weights.head is not None and self._controls is not None
         logits = part(self._logits, len(x), len(weights.head))
         head_product(x, weights.head, logits)
         if weights.logit_cap is not None:
             torch.tanh(logits.div_(weights.logit_cap), out=logits).mul_(weights.logit_cap)
+        self._controls.apply(logits, slots, positions)
         temperature, top_k, top_p = table.draws
         sample(
             logits,
@@ -289,6 +302,7 @@ class GpuEngine:
             tokens=tokens,
             last_tokens=table.last_tokens,
             space=self._sampler,
+            controlled=self._controls.controlled,
         )
 
     def _make_replays(self) -> None:
@@ -302,7 +316,7 @@ class GpuEngine:
         for size in reversed(self._sizes):  # the largest first: the others then fit into its memory
             graph = None
             if self._cuda:
-                self._fields[: N_FIELDS * size].view(N_FIELDS, size).copy_(_padding(size, self._device))
+                self._fields[: N_FIELDS * size].view(N_FIELDS, size).copy_(padding(size, self._device))
                 self._decode_step(size)  # compiles what is new, and lets libraries choose
                 torch.cuda.synchronize(self._device)
                 graph = torch.cuda.CUDAGraph()
@@ -362,8 +376,3 @@ class GpuEngine:
             return
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             yield
-
-
-def _padding(size: int, device: torch.device) -> Tensor:
-    rows = torch.tensor([0, -1, 0, -1], dtype=torch.int32, device=device)
-    return rows[:, None].expand(N_FIELDS, size)

@@ -1,65 +1,27 @@
 """Draws one token per row from its logits by engine/sampler.py's rule, without the host waiting.
 
-Three launches. Rows with top-k or top-p first find the boundary of what they leave: bisection over the logits' bit
-patterns, no sort. Then every block of the vocabulary finds its best score in float32. The last launch looks again,
+Three launches. Rows with top-k, top-p or min-p first find the boundary of what they leave: bisection over the logits'
+bit patterns, no sort. Then every block of the vocabulary finds its best score in float32. The last launch looks again,
 in float64, at the tokens whose float32 score is so near the best that rounding could have changed the order;
 so the token is that of the float64 rule, whatever the block size or batch.
-Noise: Philox4x32-10 of Salmon et al. 2011, counter (position, token id), as in engine/philox.py.
+A row with penalties or biases is drawn from logits of its own (penalties.py).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from serve_app.engine.gpu.kernels.logit_row import find_own, from_order, load_row, order_of
+from serve_app.engine.gpu.kernels.noise import gumbel32, philox
+from serve_app.engine.gpu.kernels.penalties import N_CONTROLS
+
 _BLOCK = 4096  # of the vocabulary, for one program of the second launch
 _LOWEST = tl.constexpr(-(2**31))
-
-
-@triton.jit
-def _philox(position, ids, k0, k1):
-    """Word 0 of counter (position, id, 0, 0): uint32."""
-    zero = tl.zeros(ids.shape, tl.uint32)
-    m0 = tl.full(ids.shape, 0xD2511F53, tl.uint32)
-    m1 = tl.full(ids.shape, 0xCD9E8D57, tl.uint32)
-    c0 = zero + position
-    c1 = ids
-    c2 = zero
-    c3 = zero
-    k0 = zero + k0
-    k1 = zero + k1
-    for _ in tl.static_range(10):
-        hi0 = tl.umulhi(c0, m0)
-        lo0 = c0 * m0
-        hi1 = tl.umulhi(c2, m1)
-        lo1 = c2 * m1
-        c0 = hi1 ^ c1 ^ k0
-        c1 = lo1
-        c2 = hi0 ^ c3 ^ k1
-        c3 = lo0
-        k0 = k0 + tl.full(ids.shape, 0x9E3779B9, tl.uint32)
-        k1 = k1 + tl.full(ids.shape, 0xBB67AE85, tl.uint32)
-    return c0
-
-
-@triton.jit
-def _gumbel32(bits):
-    """Standard Gumbel noise in float32 of u = (bits + 1/2) / 2^32, right to a few units even where u is near 1."""
-    upper = bits >= tl.full(bits.shape, 0x80000000, tl.uint32)
-    u = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    v = ((~bits).to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 1 - u, which u itself cannot hold
-    w = 1.0 - v
-    near_one = tl.where(w == 1.0, v, tl.log(w) * (v / (w - 1.0)))  # -log(1 - v)
-    return -tl.log(tl.where(upper, near_one, -tl.log(u)))
-
-
-@triton.jit
-def _order(logits):
-    """int32 keys in the order of the float32 logits; -0.0 counts as 0.0."""
-    bits = (logits + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -70,8 +32,13 @@ def _find_boundary(
     top_k,
     top_p_micro,
     boundary,
+    min_p_log,
+    controls,
+    own_at,
     n_vocab,
     CHUNK: tl.constexpr,
+    CONTROLS: tl.constexpr,
+    FIELDS: tl.constexpr,
 ):
     """boundary[row] = (key, id): allowed are keys above it, and equal keys of ids up to it."""
     row = tl.program_id(0)
@@ -81,10 +48,15 @@ def _find_boundary(
     t_micro = tl.load(temperature_micro + slot, mask=slot >= 0, other=0)
     tl.store(boundary + row * 2, _LOWEST)
     tl.store(boundary + row * 2 + 1, n_vocab)
-    if (slot < 0) | (t_micro == 0) | ((k == 0) & (p_micro == 1000000)):
+    base = logits + row.to(tl.int64) * n_vocab
+    lowest_log = tl.full([], 1.0, tl.float64)  # above 0: no min-p
+    has_own, own_row = 0, base
+    if CONTROLS:
+        lowest_log = tl.load(min_p_log + slot, mask=slot >= 0, other=1.0)
+        has_own, own_row = find_own(controls, own_at, slot, row.to(tl.int64) * n_vocab, FIELDS)
+    if (slot < 0) | (t_micro == 0) | ((k == 0) & (p_micro == 1000000) & (lowest_log > 0)):
         return
     offs = tl.arange(0, CHUNK)
-    base = logits + row.to(tl.int64) * n_vocab
     key = tl.full([], _LOWEST, tl.int32)
     quota = n_vocab  # how many tokens of the boundary's own key are allowed
     if (k > 0) & (k < n_vocab):
@@ -94,8 +66,8 @@ def _find_boundary(
             middle = (low + high) // 2
             count = 0
             for n in range(0, n_vocab, CHUNK):
-                x = tl.load(base + n + offs, mask=n + offs < n_vocab, other=float("-inf")).to(tl.float32)
-                count += tl.sum(((_order(x) >= middle) & (n + offs < n_vocab)).to(tl.int32), 0)
+                x = load_row(base, own_row, has_own, n + offs, n + offs < n_vocab, float("-inf"), CONTROLS)
+                count += tl.sum(((order_of(x) >= middle) & (n + offs < n_vocab)).to(tl.int32), 0)
             if count >= k:
                 low = middle
             else:
@@ -103,21 +75,21 @@ def _find_boundary(
         key = low.to(tl.int32)
         above = 0
         for n in range(0, n_vocab, CHUNK):
-            x = tl.load(base + n + offs, mask=n + offs < n_vocab, other=float("-inf")).to(tl.float32)
-            above += tl.sum(((_order(x) > key) & (n + offs < n_vocab)).to(tl.int32), 0)
+            x = load_row(base, own_row, has_own, n + offs, n + offs < n_vocab, float("-inf"), CONTROLS)
+            above += tl.sum(((order_of(x) > key) & (n + offs < n_vocab)).to(tl.int32), 0)
         quota = k - above
     if p_micro < 1000000:
         best = float("-inf")
         for n in range(0, n_vocab, CHUNK):
-            x = tl.load(base + n + offs, mask=n + offs < n_vocab, other=float("-inf")).to(tl.float32)
+            x = load_row(base, own_row, has_own, n + offs, n + offs < n_vocab, float("-inf"), CONTROLS)
             best = tl.maximum(best, tl.max(x, 0))
         sharp = 1e6 / t_micro.to(tl.float32)
         total = tl.full([], 0.0, tl.float64)
         tie = tl.full([], 0.0, tl.float64)  # weight of one token of the boundary's own key
         for n in range(0, n_vocab, CHUNK):
-            x = tl.load(base + n + offs, mask=n + offs < n_vocab, other=float("-inf")).to(tl.float32)
+            x = load_row(base, own_row, has_own, n + offs, n + offs < n_vocab, float("-inf"), CONTROLS)
             weight = tl.where(n + offs < n_vocab, tl.exp((x - best) * sharp), 0.0)
-            order = _order(x)
+            order = order_of(x)
             total += tl.sum(tl.where(order > key, weight, 0.0), 0).to(tl.float64)
             tie = tl.maximum(tie, tl.max(tl.where(order == key, weight, 0.0), 0).to(tl.float64))
         if key > _LOWEST:
@@ -129,8 +101,8 @@ def _find_boundary(
             middle = (low + high) // 2
             mass = tl.full([], 0.0, tl.float64)
             for n in range(0, n_vocab, CHUNK):
-                x = tl.load(base + n + offs, mask=n + offs < n_vocab, other=float("-inf")).to(tl.float32)
-                inside = (_order(x) >= middle) & (n + offs < n_vocab)
+                x = load_row(base, own_row, has_own, n + offs, n + offs < n_vocab, float("-inf"), CONTROLS)
+                inside = (order_of(x) >= middle) & (n + offs < n_vocab)
                 mass += tl.sum(tl.where(inside, tl.exp((x - best) * sharp), 0.0), 0).to(tl.float64)
             if mass >= wanted:
                 low = middle
@@ -140,9 +112,9 @@ def _find_boundary(
         above_mass = tl.full([], 0.0, tl.float64)
         own = tl.full([], 0.0, tl.float64)
         for n in range(0, n_vocab, CHUNK):
-            x = tl.load(base + n + offs, mask=n + offs < n_vocab, other=float("-inf")).to(tl.float32)
+            x = load_row(base, own_row, has_own, n + offs, n + offs < n_vocab, float("-inf"), CONTROLS)
             weight = tl.where(n + offs < n_vocab, tl.exp((x - best) * sharp), 0.0)
-            order = _order(x)
+            order = order_of(x)
             above_mass += tl.sum(tl.where(order > found, weight, 0.0), 0).to(tl.float64)
             own = tl.maximum(own, tl.max(tl.where(order == found, weight, 0.0), 0).to(tl.float64))
         missing = (wanted - above_mass) / own
@@ -153,11 +125,29 @@ def _find_boundary(
     used = 0
     last = -1
     for n in range(0, n_vocab, CHUNK):
-        x = tl.load(base + n + offs, mask=n + offs < n_vocab, other=float("-inf")).to(tl.float32)
-        equal = ((_order(x) == key) & (n + offs < n_vocab)).to(tl.int32)
+        x = load_row(base, own_row, has_own, n + offs, n + offs < n_vocab, float("-inf"), CONTROLS)
+        equal = ((order_of(x) == key) & (n + offs < n_vocab)).to(tl.int32)
         rank = used + tl.cumsum(equal, 0)
         last = tl.maximum(last, tl.max(tl.where((equal > 0) & (rank <= quota), n + offs, -1), 0))
         used += tl.sum(equal, 0)
+    if lowest_log <= 0:
+        best = tl.full([], float("-inf"), tl.float32)
+        for n in range(0, n_vocab, CHUNK):
+            x = load_row(base, own_row, has_own, n + offs, n + offs < n_vocab, float("-inf"), CONTROLS)
+            best = tl.maximum(best, tl.max(x, 0))
+        temperature = t_micro.to(tl.float64) / 1e6
+        top = best.to(tl.float64) / temperature
+        low = tl.full([], _LOWEST, tl.int64)  # too unlikely: this key is no number
+        high = order_of(best).to(tl.int64)  # likely enough
+        while high - low > 1:
+            middle = (low + high) // 2
+            if from_order(middle.to(tl.int32)).to(tl.float64) / temperature - top >= lowest_log:
+                high = middle
+            else:
+                low = middle
+        if high.to(tl.int32) > key:
+            key = high.to(tl.int32)
+            last = n_vocab
     tl.store(boundary + row * 2, key)
     tl.store(boundary + row * 2 + 1, last)
 
@@ -168,7 +158,7 @@ def _score32(x, ids, allowed, t_micro, position, k0, k1):
     if t_micro == 0:
         score = x
     else:
-        score = x * (1e6 / t_micro.to(tl.float32)) + _gumbel32(_philox(position, ids.to(tl.uint32), k0, k1))
+        score = x * (1e6 / t_micro.to(tl.float32)) + gumbel32(philox(position, ids.to(tl.uint32), k0, k1))
     return tl.where(allowed, score, float("-inf"))
 
 
@@ -176,7 +166,7 @@ def _score32(x, ids, allowed, t_micro, position, k0, k1):
 def _allowed(x, ids, n_vocab, boundary, row):
     key = tl.load(boundary + row * 2)
     last = tl.load(boundary + row * 2 + 1)
-    order = _order(x)
+    order = order_of(x)
     return (ids < n_vocab) & ((order > key) | ((order == key) & (ids <= last)) | (key == _LOWEST))
 
 
@@ -189,9 +179,13 @@ def _best_of_block(
     keys,
     boundary,
     block_best,
+    controls,
+    own_at,
     n_vocab,
     n_blocks,
     BLOCK: tl.constexpr,
+    CONTROLS: tl.constexpr,
+    FIELDS: tl.constexpr,
 ):
     row = tl.program_id(0)
     block = tl.program_id(1)
@@ -199,7 +193,11 @@ def _best_of_block(
     if slot < 0:
         return
     ids = block * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits + row.to(tl.int64) * n_vocab + ids, mask=ids < n_vocab, other=0.0).to(tl.float32)
+    base = logits + row.to(tl.int64) * n_vocab
+    has_own, own_row = 0, base
+    if CONTROLS:
+        has_own, own_row = find_own(controls, own_at, slot, row.to(tl.int64) * n_vocab, FIELDS)
+    x = load_row(base, own_row, has_own, ids, ids < n_vocab, 0.0, CONTROLS)
     broken = tl.max(((x != x) | (tl.abs(x) == float("inf"))).to(tl.int32), 0)
     allowed = _allowed(x, ids, n_vocab, boundary, row)
     t_micro = tl.load(temperature_micro + slot)
@@ -222,10 +220,14 @@ def _choose(
     block_best,
     tokens,
     last_tokens,
+    controls,
+    own_at,
     n_vocab,
     n_blocks,
     BLOCK: tl.constexpr,
     BLOCKS_PAD: tl.constexpr,
+    CONTROLS: tl.constexpr,
+    FIELDS: tl.constexpr,
 ):
     row = tl.program_id(0)
     slot = tl.load(slots + row)
@@ -244,18 +246,22 @@ def _choose(
     position = (tl.load(positions + row) + 1).to(tl.uint32)
     # float32 scores are right to a few units of the scaled logit's last place and to 1e-5 of noise.
     near = tl.where(t_micro == 0, top, top - 1e-3 - 1e-6 * tl.abs(top))
+    base = logits + row.to(tl.int64) * n_vocab
+    has_own, own_row = 0, base
+    if CONTROLS:
+        has_own, own_row = find_own(controls, own_at, slot, row.to(tl.int64) * n_vocab, FIELDS)
     best = tl.full([], float("-inf"), tl.float64)
     token = n_vocab
     for block in range(n_blocks):
         if tl.load(block_best + row * n_blocks + block) >= near:
             ids = block * BLOCK + tl.arange(0, BLOCK)
-            x = tl.load(logits + row.to(tl.int64) * n_vocab + ids, mask=ids < n_vocab, other=0.0).to(tl.float32)
+            x = load_row(base, own_row, has_own, ids, ids < n_vocab, 0.0, CONTROLS)
             allowed = _allowed(x, ids, n_vocab, boundary, row)
             score = _score32(x, ids, allowed, t_micro, position, k0, k1)
             chosen = allowed & (score >= near)
             exact = x.to(tl.float64)
             if t_micro != 0:
-                bits = _philox(position, ids.to(tl.uint32), k0, k1)
+                bits = philox(position, ids.to(tl.uint32), k0, k1)
                 u = (bits.to(tl.float64) + 0.5) / 4294967296.0
                 exact = exact / (t_micro.to(tl.float64) / 1e6) - tl.log(-tl.log(u))
             exact = tl.where(chosen, exact, float("-inf"))
@@ -277,6 +283,15 @@ class SamplerSpace:
         self.block_best = torch.empty((rows, self.n_blocks), dtype=torch.float32, device=device)
 
 
+@dataclass(frozen=True, slots=True)
+class Controlled:
+    """What some slots draw by besides. Tensors by slot, but own_at: see penalties.apply_penalties."""
+
+    controls: Tensor  # [slots, N_CONTROLS] int32
+    min_p_log: Tensor  # [slots] float64: ln of min-p, above 0 where there is none
+    own_at: Tensor  # [1] int64
+
+
 def sample(
     logits: Tensor,
     slots: Tensor,
@@ -289,6 +304,7 @@ def sample(
     tokens: Tensor,
     last_tokens: Tensor,
     space: SamplerSpace,
+    controlled: Controlled | None = None,
 ) -> None:
     """tokens[row] and last_tokens[slot] become the token after `positions[row]`; -1 in tokens for logits not finite.
 
@@ -296,8 +312,24 @@ def sample(
     alone; by slot: temperature_micro, top_k, top_p_micro int32, keys [slots, 2] int32 (the bits of two words).
     """
     rows, n_vocab = logits.shape
+    has = controlled is not None
+    # Without them nothing of these is read.
+    given = controlled or Controlled(slots, slots, slots)
     _find_boundary[(rows,)](
-        logits, slots, temperature_micro, top_k, top_p_micro, space.boundary, n_vocab, CHUNK=_BLOCK, num_warps=16
+        logits,
+        slots,
+        temperature_micro,
+        top_k,
+        top_p_micro,
+        space.boundary,
+        given.min_p_log,
+        given.controls,
+        given.own_at,
+        n_vocab,
+        CHUNK=_BLOCK,
+        CONTROLS=has,
+        FIELDS=N_CONTROLS,
+        num_warps=16,
     )
     _best_of_block[(rows, space.n_blocks)](
         logits,
@@ -307,9 +339,13 @@ def sample(
         keys,
         space.boundary,
         space.block_best,
+        given.controls,
+        given.own_at,
         n_vocab,
         space.n_blocks,
         BLOCK=_BLOCK,
+        CONTROLS=has,
+        FIELDS=N_CONTROLS,
         num_warps=8,
     )
     _choose[(rows,)](
@@ -322,9 +358,13 @@ def sample(
         space.block_best,
         tokens,
         last_tokens,
+        given.controls,
+        given.own_at,
         n_vocab,
         space.n_blocks,
         BLOCK=_BLOCK,
+        CONTROLS=has,
+        FIELDS=N_CONTROLS,
         BLOCKS_PAD=triton.next_power_of_2(space.n_blocks),
         num_warps=8,
     )
