@@ -95,9 +95,7 @@ class PipelineConfig:
     max_step_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 512  # per step; bounds how long a prompt delays others
     max_requests: Annotated[int, Field(ge=1, le=65536)] = 64  # running at once; 64 rows fill a CPU's matrix units
     max_waiting: Annotated[int, Field(ge=0, le=1 << 20)] = 256  # admitted, not yet running; beyond it clients get 429
-    prefix_cache: bool = (
-        True  # a beginning that lies in KV pages already is not computed again; pages of 16 n tokens only
-    )
+    prefix_cache: bool = True  # beginnings that pages hold are not computed again; page_size must be a multiple of 16
     threads_per_stage: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"  # auto: a fair share
     gpus_per_stage: Annotated[float, Field(gt=0, le=1)] = 1.0  # only on cuda; less than 1 shares a GPU, as in tests
     # how rows go from stage to stage. auto: shared memory on one host, TLS between hosts; tcp: TLS everywhere; ray:

@@ -26,7 +26,7 @@ import numpy as np
 
 from serve_app.errors import OverloadedError, ProtocolError, RequestError
 from serve_app.messages.request import FinishReason
-from serve_app.messages.step import DRAWN_LAST, FORGET, SEAL, StepPlan, StepResult
+from serve_app.messages.step import DRAWN_LAST, FORGET, MAX_ITEMS, SEAL, StepPlan, StepResult
 from serve_app.scheduling.draft import Draft, Flight
 from serve_app.scheduling.seats import Seats
 from serve_app.scheduling.sequence import Committed, Sequence, Ticket
@@ -302,6 +302,8 @@ class Scheduler:
             count = min(count, (len(sequence.pages) + seats.pool.free) * seats.page_size - done)
             if count <= 0:
                 return 0
+        if not sequence.opened and draft.pages and len(draft.pages) + seats.pages_of(done + count) > MAX_ITEMS:
+            return 0  # long beginnings that others computed would make the plan too large: in the next one
         new = seats.grow(sequence, seats.pages_of(done + count) - len(sequence.pages))
         draft.add(sequence, count, done + count == sequence.fill and sequence.final is None, new)
         return count

@@ -5,9 +5,11 @@ from __future__ import annotations
 import bisect
 from collections.abc import Collection
 
-from serve_app.messages.step import ABANDON
+from serve_app.messages.step import ABANDON, MAX_ITEMS
 from serve_app.scheduling.pages import PagePool, no_page, page_names
 from serve_app.scheduling.sequence import Sequence
+
+_MAX_CACHED = MAX_ITEMS // 2  # pages: those of one beginning travel in one plan, beside what else it holds
 
 
 class Seats:
@@ -110,7 +112,8 @@ class Seats:
         """Pages that hold the first rows of a sequence already. At least one row must run: it has something to give."""
         if not self._prefix_cache:
             return []
-        return self.pool.find(self._names(sequence, (sequence.rows_to_fill - 1) // self.page_size))
+        pages = min((sequence.rows_to_fill - 1) // self.page_size, _MAX_CACHED)
+        return self.pool.find(self._names(sequence, pages))
 
     def _names(self, sequence: Sequence, pages: int) -> list[bytes]:
         """The names of a sequence's first pages, at least so many; each is hashed once."""

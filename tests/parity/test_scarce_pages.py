@@ -151,3 +151,34 @@ def test_a_preempted_request_finds_its_own_pages_again(published: Published, sta
             pipeline.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_requests_stopped_while_pages_are_scarce_keep_what_they_were_told(published: Published, stages: int) -> None:
+    """Preempted or not when the ingress finds a stop string: the receipt is over exactly the tokens streamed."""
+    store, manifest, model = published
+
+    async def main() -> None:
+        options = LoadOptions("cpu", "float32", 4, None)
+        limits = LocalLimits(n_pages=24, max_step_tokens=16)
+        pipeline = LocalPipeline(store, manifest, stages=stages, options=options, limits=limits)
+
+        async def stopped(i: int, prompt: tuple[int, ...]) -> None:
+            id, tokens = RequestId(str(i)), list[int]()
+            asked = GenerationRequest(id, manifest.cid, prompt, 40, Sampling(0), (), b"", fresh_salt())
+            async for event in pipeline.generate(asked):
+                if isinstance(event, TokensEvent):
+                    tokens += event.tokens
+                    if len(tokens) == 8 + 4 * i:
+                        await pipeline.stop(id)
+            assert isinstance(event, FinishedEvent) and event.reason == "stop", event
+            checked = check(event.receipt, pipeline.operator.public, now_s=int(time.time()))
+            assert list(checked.receipt.out_ids) == tokens and is_greedy(model, prompt, tokens)
+
+        try:
+            await asyncio.gather(*(stopped(i, prompt) for i, prompt in enumerate(PROMPTS)))
+            assert pipeline.head.status()["free_pages"] == 24
+        finally:
+            pipeline.close()
+
+    asyncio.run(main())

@@ -205,7 +205,7 @@ def follow(course: Course, drive: Drive) -> None:
             assert got == whole and drive.ended[seq] == ("stop" if whole[-1] == STOP else "length")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     course=COURSES,
     n_pages=st.integers(14, 40),
@@ -457,6 +457,25 @@ def test_beginnings_of_another_salt_are_not_shared() -> None:
         while drive.step():
             pass
     assert drive.n_cached == 16 and s.cached_tokens == 16 and s.prompt_tokens == 80
+
+
+def test_long_beginnings_that_are_there_already_do_not_make_a_plan_that_stages_refuse(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their pages travel in the plan that opens a sequence: several take several plans."""
+    monkeypatch.setattr("serve_app.scheduling.scheduler.MAX_ITEMS", 12)
+    s = scheduler(prefix_cache=True, micro_batches=1, max_running=5)
+    drive = Drive(s, flights=1, cache=True)
+    drive.admit(ticket(0, 30, 1))
+    while drive.step():
+        pass
+    for seq in (3, 6, 9):
+        drive.admit(ticket(seq, 30, 1))
+    opened = []
+    while (plan := s.plan()) is not None:
+        assert len(plan.pages) <= 12
+        opened.append(len(plan.opens))
+    assert opened == [1, 1, 1]
 
 
 def test_of_pages_nobody_holds_the_one_unused_longest_goes_first_and_ends_before_beginnings() -> None:
