@@ -108,7 +108,8 @@ def serving(figure: Figure, f: Figures) -> None:
              (*[BLUE] * len(runs), GREY))  # fmt: skip
     else:
         bars(rate, names, rates, "answer tokens/s")
-    rate.set_title("Throughput; peer: transformers" if peer else "Throughput")
+    rate.set_title("Throughput")
+    rate.set_xlabel("peer: transformers" if peer else "")
     each.set_xlabel("requests/s that arrive")
 
 
