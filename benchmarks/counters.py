@@ -22,8 +22,9 @@ def counter(pipeline: Mapping[str, Any], *words: str) -> int | None:
 
 
 def prefix_hits(pipeline: Mapping[str, Any]) -> int | None:
-    """Whatever the build counts as found in its prefix cache; None where it has no such cache."""
-    return counter(pipeline, "hit")
+    """Prompt tokens that the build says it found in its prefix cache; None where it has no such cache."""
+    found = counter(pipeline, "cached_tokens")
+    return counter(pipeline, "hit") if found is None else found
 
 
 def preemptions(pipeline: Mapping[str, Any]) -> int:
@@ -38,28 +39,32 @@ def free_pages(pipeline: Mapping[str, Any], n_pages: int) -> int:
 
 
 def rows_problem(
-    pipeline_before: Mapping[str, Any],
-    pipeline_after: Mapping[str, Any],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
     hashed: Sequence[int],
     receipts_rows: int,
+    *,
+    reused: Sequence[int] | None = None,
     cancelled_rows: int = 0,
 ) -> str | None:
     """Why the rows of a run do not add up, or None.
 
-    hashed: rows each stage hashed in the run. receipts_rows: rows that its receipts speak of. cancelled_rows: at most
-    so many more are of requests that ended without one. A cache may spare rows; a preempted request runs some twice.
+    before, after: the pipeline's status. hashed: rows each stage hashed in the run; reused: those whose hashes it had
+    already, None if it does not say. receipts_rows: rows that the receipts speak of. cancelled_rows: at most so many
+    more are of requests that ended without one. Rows of an attempt that was preempted run, and count as abandoned.
     """
-    run = int(pipeline_after["rows_run"]) - int(pipeline_before["rows_run"])
-    again = preemptions(pipeline_after) - preemptions(pipeline_before)
-    if len(set(hashed)) != 1:
-        return f"the stages hashed different numbers of rows: {list(hashed)}"
-    if prefix_hits(pipeline_after) is not None:
-        return None
-    if hashed[0] < receipts_rows or (not again and hashed[0] > receipts_rows + cancelled_rows):
+    run = int(after["rows_run"]) - int(before["rows_run"])
+    abandoned = (counter(after, "rows_abandoned") or 0) - (counter(before, "rows_abandoned") or 0)
+    cached = (prefix_hits(after) or 0) - (prefix_hits(before) or 0)
+    if len(set(hashed)) != 1 or (reused is not None and len(set(reused)) != 1):
+        return f"the stages hashed different numbers of rows: {list(hashed)}, and reused {reused}"
+    known = hashed[0] + (reused[0] if reused is not None else 0)
+    spared = cached if reused is None else 0
+    if not receipts_rows - spared <= known <= receipts_rows + cancelled_rows:
         more = f" and up to {cancelled_rows} of cancelled requests" if cancelled_rows else ""
-        return f"{hashed[0]} rows were hashed, the receipts speak of {receipts_rows}{more}"
+        return f"{known} rows were hashed, the receipts speak of {receipts_rows}{more}"
     # One stage alone looks ahead and runs rows that turn out void; without that every row that runs counts.
-    exact = len(hashed) > 1 and not again and not cancelled_rows
-    if run < hashed[0] or (exact and run != hashed[0]):
-        return f"{run} rows were run and {hashed[0]} hashed"
+    exact = len(hashed) > 1 and not cancelled_rows
+    if run < hashed[0] or (exact and run != hashed[0] + abandoned):
+        return f"{run} rows were run, {hashed[0]} hashed and {abandoned} abandoned"
     return None

@@ -107,7 +107,7 @@ async def _ask(
 def _take(reply: Reply, event: Any, at: float) -> None:
     if not isinstance(event, dict):
         raise BadReplyError(f"an event that is no object: {str(event)[:100]}")
-    if "error" in event:
+    if event.get("error"):
         raise BadReplyError(str(event["error"])[:300])
     usage = event.get("usage")
     if usage:

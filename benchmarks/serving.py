@@ -121,10 +121,13 @@ def measure(
         rows, wrong = receipts_rows(replies, key)
         problems += wrong
         after = pipeline_state(url)
-        hashed = [b["rows_hashed"] - a["rows_hashed"] for a, b in zip(before["stages"], after["stages"], strict=True)]
+        stages = list(zip(before["stages"], after["stages"], strict=True))
+        hashed = [b["rows_hashed"] - a["rows_hashed"] for a, b in stages]
+        says = all("rows_reused" in stage for stage in after["stages"])
+        reused = [b["rows_reused"] - a["rows_reused"] for a, b in stages] if says else None
         figures |= {"receipts": len([r for r in replies if r.receipt]), "rows_hashed": hashed}
         figures["rows_run"] = after["rows_run"] - before["rows_run"]
-        wrong_rows = rows_problem(before, after, hashed, rows)
+        wrong_rows = rows_problem(before, after, hashed, rows, reused=reused)
         problems += [wrong_rows] if wrong_rows else []
     return figures, problems
 

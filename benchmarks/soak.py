@@ -134,7 +134,7 @@ async def _soak(
     pipeline = model.pipeline(stages, limits)
     await pipeline.warm_up()
     door: Door = HttpDoor(pipeline, model) if http else LocalDoor(pipeline, model)
-    before, hashed = dict(pipeline.head.status()), [stage.witness.rows_hashed for stage in pipeline.stages]
+    before, rows_before = dict(pipeline.head.status()), _rows(pipeline)
     tally, watch = Tally(), ProcessWatch()
     began = time.perf_counter()
     end = began + seconds
@@ -154,8 +154,10 @@ async def _soak(
         problems.append(f"{after['running']} requests run and {after['waiting']} wait after all clients have gone")
     if free_pages(after, n_pages) != n_pages:
         problems.append(f"{free_pages(after, n_pages)} of {n_pages} pages are free at the end")
-    hashed = [stage.witness.rows_hashed - n for stage, n in zip(pipeline.stages, hashed, strict=True)]
-    wrong = rows_problem(before, after, hashed, tally.receipts_rows, tally.cancelled_rows)
+    hashed, reused = (
+        [a - b for a, b in zip(*pair, strict=True)] for pair in zip(_rows(pipeline), rows_before, strict=True)
+    )
+    wrong = rows_problem(before, after, hashed, tally.receipts_rows, reused=reused, cancelled_rows=tally.cancelled_rows)
     if wrong:
         problems.append(wrong)
     rows_run = int(after["rows_run"]) - int(before["rows_run"])
@@ -181,11 +183,18 @@ async def _soak(
         "longest_wait_of_its_bound": round(max(waits, default=0.0), 2),
         "rows_run": rows_run,
         "rows_hashed": hashed,
+        "rows_reused": reused,
         "rows_of_receipts": tally.receipts_rows,
         "preemptions": preemptions(after),
         "prefix_hits": prefix_hits(after),
         **watch.figures(),
     }, problems
+
+
+def _rows(pipeline: LocalPipeline) -> tuple[list[int], list[int]]:
+    """Rows that each stage hashed, and rows whose hashes it had already."""
+    witnesses = [stage.witness for stage in pipeline.stages]
+    return [w.rows_hashed for w in witnesses], [getattr(w, "rows_reused", 0) for w in witnesses]
 
 
 async def _client(
