@@ -13,8 +13,8 @@ from serve_app.messages.request import MICRO, Sampling
 
 
 def word(key: bytes, position: int, token: int) -> int:
-    """Word 0 of Philox4x32-10 at counter (position, token, 0, 0)."""
-    return philox((position, token, 0, 0), struct.unpack("<2I", key))[0]
+    """Word token % 4 of Philox4x32-10 at counter (position, token // 4, 0, 0)."""
+    return philox((position, token // 4, 0, 0), struct.unpack("<2I", key))[token % 4]
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -41,7 +41,18 @@ def test_bits_depend_only_on_key_position_and_token() -> None:
     shuffled = np.random.default_rng(1).permutation(1000).astype(np.uint32)
     assert np.array_equal(uniform_bits(key, 7, shuffled), everything[shuffled])
     assert uniform_bits(key, 7, np.array([[41]], dtype=np.uint32)) == everything[41]
+    far_apart = np.array([3, 4_000_001, 999], dtype=np.uint32)
+    assert uniform_bits(key, 7, far_apart).tolist()[::2] == everything[far_apart[::2]].tolist()
+    assert uniform_bits(key, 7, np.arange(0, dtype=np.uint32)).shape == (0,)
     assert not np.array_equal(uniform_bits(key, 8, np.arange(1000, dtype=np.uint32)), everything)
+
+
+def test_a_token_has_the_word_of_its_own() -> None:
+    """Word id % 4 of counter (position, id // 4, 0, 0), as PROTOCOL.md says."""
+    for token in (0, 1, 6, 11, 4097):
+        zero = np.uint64(0)
+        four = philox4x32(np.uint64(5), np.uint64(token // 4), zero, zero, b"abcdefgh")
+        assert uniform_bits(b"abcdefgh", 5, np.array([token], dtype=np.uint32))[0] == four[token % 4]
 
 
 def test_bits_look_uniform() -> None:

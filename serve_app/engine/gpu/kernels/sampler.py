@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from serve_app.engine.gpu.kernels.logit_row import find_own, from_order, load_row, order_of
-from serve_app.engine.gpu.kernels.noise import gumbel32, philox
+from serve_app.engine.gpu.kernels.noise import gumbel32, noise_bits
 from serve_app.engine.gpu.kernels.penalties import N_CONTROLS
 
 _BLOCK = 4096  # of the vocabulary, for one program of the second launch
@@ -153,12 +153,12 @@ def _find_boundary(
 
 
 @triton.jit
-def _score32(x, ids, allowed, t_micro, position, k0, k1):
+def _score32(x, first_id, allowed, t_micro, position, k0, k1, BLOCK: tl.constexpr):
     """What the float64 rule would score, in float32; greedy rows score their logit."""
     if t_micro == 0:
         score = x
     else:
-        score = x * (1e6 / t_micro.to(tl.float32)) + gumbel32(philox(position, ids.to(tl.uint32), k0, k1))
+        score = x * (1e6 / t_micro.to(tl.float32)) + gumbel32(noise_bits(position, first_id, k0, k1, BLOCK))
     return tl.where(allowed, score, float("-inf"))
 
 
@@ -204,7 +204,7 @@ def _best_of_block(
     k0 = tl.load(keys + slot * 2).to(tl.uint32, bitcast=True)
     k1 = tl.load(keys + slot * 2 + 1).to(tl.uint32, bitcast=True)
     position = (tl.load(positions + row) + 1).to(tl.uint32)
-    score = _score32(x, ids, allowed, t_micro, position, k0, k1)
+    score = _score32(x, block * BLOCK, allowed, t_micro, position, k0, k1, BLOCK)
     best = tl.where(broken > 0, float("inf"), tl.max(score, 0))
     tl.store(block_best + row * n_blocks + block, best)
 
@@ -252,24 +252,26 @@ def _choose(
         has_own, own_row = find_own(controls, own_at, slot, row.to(tl.int64) * n_vocab, FIELDS)
     best = tl.full([], float("-inf"), tl.float64)
     token = n_vocab
-    for block in range(n_blocks):
-        if tl.load(block_best + row * n_blocks + block) >= near:
-            ids = block * BLOCK + tl.arange(0, BLOCK)
-            x = load_row(base, own_row, has_own, ids, ids < n_vocab, 0.0, CONTROLS)
-            allowed = _allowed(x, ids, n_vocab, boundary, row)
-            score = _score32(x, ids, allowed, t_micro, position, k0, k1)
-            chosen = allowed & (score >= near)
-            exact = x.to(tl.float64)
-            if t_micro != 0:
-                bits = philox(position, ids.to(tl.uint32), k0, k1)
-                u = (bits.to(tl.float64) + 0.5) / 4294967296.0
-                exact = exact / (t_micro.to(tl.float64) / 1e6) - tl.log(-tl.log(u))
-            exact = tl.where(chosen, exact, float("-inf"))
-            here = tl.max(exact, 0)
-            first = tl.min(tl.where(exact == here, ids, n_vocab), 0)
-            if here > best:  # an equal one of a later block has a higher id
-                best = here
-                token = first
+    # Most often one block only: look at none of the others.
+    block = tl.min(tl.where(bests >= near, at, n_blocks), 0)
+    while block < n_blocks:
+        ids = block * BLOCK + tl.arange(0, BLOCK)
+        x = load_row(base, own_row, has_own, ids, ids < n_vocab, 0.0, CONTROLS)
+        allowed = _allowed(x, ids, n_vocab, boundary, row)
+        score = _score32(x, block * BLOCK, allowed, t_micro, position, k0, k1, BLOCK)
+        chosen = allowed & (score >= near)
+        exact = x.to(tl.float64)
+        if t_micro != 0:
+            bits = noise_bits(position, block * BLOCK, k0, k1, BLOCK)
+            u = (bits.to(tl.float64) + 0.5) / 4294967296.0
+            exact = exact / (t_micro.to(tl.float64) / 1e6) - tl.log(-tl.log(u))
+        exact = tl.where(chosen, exact, float("-inf"))
+        here = tl.max(exact, 0)
+        first = tl.min(tl.where(exact == here, ids, n_vocab), 0)
+        if here > best:  # an equal one of a later block has a higher id
+            best = here
+            token = first
+        block = tl.min(tl.where((bests >= near) & (at > block), at, n_blocks), 0)
     tl.store(tokens + row, token)
     tl.store(last_tokens + slot, token)
 
