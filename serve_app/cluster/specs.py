@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve_app.engine.engine import DeviceName, EngineProfile
+from shard_tools.choice import Choice
 from shard_tools.cid import Cid
 from shard_tools.signing import Envelope, PublicKey
 
@@ -25,7 +26,8 @@ class StageSpec:
     manifest: Cid
     signature: Cid
     trusted: frozenset[PublicKey]  # publishers
-    store: Path
+    store: Path | Choice
+    engine: Choice
     device: DeviceName
     page_size: int
     threads: int

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.engine import ActivationDtype, DeviceName, Engine, StepOutput
+from serve_app.engine.engines import AUTO, ENGINES
 from serve_app.engine.kv_pages import KvPages
 from serve_app.engine.stage_model import StageModel
 from serve_app.engine.torch_engine import TORCH_DTYPES, TorchEngine
 from serve_app.errors import ConfigError
 from serve_app.messages.step import StepPlan
+from shard_tools.choice import Choice
 from shard_tools.cid import Cid
+from shard_tools.errors import InputError
 from shard_tools.fetch import read_file, read_tensor
 from shard_tools.manifest import Manifest
 from shard_tools.store.block_store import BlockStore
@@ -43,14 +46,39 @@ class LoadOptions:
     dtype: ActivationDtype
     page_size: int
     threads: int | None  # None: leave torch's own
-    fused: bool = True  # False: plain torch ops, whatever the device
+    engine: Choice = AUTO  # of engines.ENGINES
 
 
-def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> LoadedEngine:
-    """The engine of layers [start, stop), with embedding and head where they belong: the fastest that can compute them.
+def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> Engine:
+    """The chosen engine of layers [start, stop), with embedding and head where they belong.
 
-    Raises NotFoundError, CorruptBlockError naming the block, ConfigError for a device or model that cannot be.
+    Raises NotFoundError, CorruptBlockError naming the block, ConfigError for an engine, device or model that cannot be.
     """
+    try:
+        engine: Engine = ENGINES.make(options.engine, store, manifest, start, stop, options)
+    except InputError as e:
+        raise ConfigError(f"args.pipeline.engine: {e}") from e
+    return engine
+
+
+def load_fastest(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> LoadedEngine:
+    """`auto`: the fastest engine that computes this model on this device."""
+    plain = load_plain(store, manifest, start, stop, options)
+    if options.device == "cuda" and options.dtype != "float32":
+        try:
+            return _fused(plain, options)
+        except ConfigError as e:
+            _log.warning("this stage computes with plain torch ops, many times slower: %s", e)
+    return plain
+
+
+def load_gpu(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> LoadedEngine:
+    """`gpu`: the GPU engine. Raises ConfigError with the reason where it cannot compute this model here."""
+    return _fused(load_plain(store, manifest, start, stop, options), options)
+
+
+def load_plain(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> TorchEngine:
+    """`torch`: plain torch ops, whatever the device."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -80,7 +108,7 @@ def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, op
         device=device,
         dtype=TORCH_DTYPES[options.dtype],
     )
-    plain = TorchEngine(
+    return TorchEngine(
         model,
         kv,
         embeds=start == 0,
@@ -90,28 +118,27 @@ def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, op
         device=device,
         dtype=options.dtype,
     )
-    if options.fused and options.device == "cuda" and options.dtype != "float32":
-        return _fused(plain, options)
-    return plain
 
 
 def _fused(plain: TorchEngine, options: LoadOptions) -> LoadedEngine:
-    """The GPU engine on the same weights, or the plain one where it does not fit the model: slower, never wrong."""
+    """The GPU engine on the same weights. Raises ConfigError saying why it cannot be."""
     try:
+        import triton
+
         from serve_app.engine.gpu.block import NotFusable
         from serve_app.engine.gpu.engine import GpuEngine
         from serve_app.engine.gpu.stage_weights import read_weights
     except ImportError as e:
-        _log.warning("no Triton, so this stage computes with plain torch ops, many times slower: %s", e)
-        return plain
+        raise ConfigError(f"the GPU engine needs Triton: {e}") from e
+    if options.device != "cuda" and not triton.knobs.runtime.interpret:
+        raise ConfigError("the GPU engine needs a GPU: set pipeline.device to cuda, or pipeline.engine to auto")
     try:
         began = time.perf_counter()
         engine = GpuEngine(plain, read_weights(plain, options.page_size), options.page_size)
         engine.timings["check_s"] = time.perf_counter() - began
         return engine
     except NotFusable as e:
-        _log.warning("this stage computes with plain torch ops, many times slower, because of %s", e)
-        return plain
+        raise ConfigError(f"the GPU engine does not compute this model: {e}") from e
 
 
 def computes_fast_in(dtype: ActivationDtype, device: DeviceName) -> bool:
