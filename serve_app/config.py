@@ -118,6 +118,7 @@ class PipelineConfig:
     stages: Annotated[int, Field(ge=1, le=64)] = 2  # two is the least that shows the point: nobody holds it all
     placement: Literal["even"] = "even"  # equal layer counts; the only planner so far
     engine: NameOrChoice = Choice("auto")  # auto: the fastest that computes the model on this device
+    deterministic: bool = False  # the same bits whatever the batch, for exact verification; several times slower
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where Ray has a GPU for every stage, else cpu
     # auto: the manifest's, or float32 where a stage's CPU has no arithmetic of the manifest's (16 rows of bfloat16 took
     # 2.4x as long as float32 on such a one); the shards' values are the same either way

@@ -132,6 +132,7 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
             trusted=trusted,
             store=config.model.store,
             engine=config.pipeline.engine,
+            deterministic=config.pipeline.deterministic,
             device=wants.device,
             page_size=config.pipeline.page_size,
             threads=wants.threads,

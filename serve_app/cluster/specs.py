@@ -28,6 +28,7 @@ class StageSpec:
     trusted: frozenset[PublicKey]  # publishers
     store: Path | Choice
     engine: Choice
+    deterministic: bool
     device: DeviceName
     page_size: int
     threads: int

@@ -94,7 +94,7 @@ class _StageProcess:
 
         began, spec = time.perf_counter(), self._spec
         self._store.opened.clear()
-        options = LoadOptions(spec.device, dtype, spec.page_size, spec.threads, spec.engine)
+        options = LoadOptions(spec.device, dtype, spec.page_size, spec.threads, spec.engine, spec.deterministic)
         self._engine = load_engine(self._store, self._manifest, spec.start, spec.stop, options)
         self._load_s = time.perf_counter() - began
         return StageReport(

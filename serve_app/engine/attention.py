@@ -6,6 +6,7 @@ its place behind the same function when they equal it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,17 +50,25 @@ def paged_attention(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     keys, values = kv.write(module.layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    out = query.new_empty((query.shape[2], query.shape[1], value.shape[-1]))
-    for span in kv.spans:
-        q = query[0, :, span.row : span.row + span.count]
-        k = keys.index_select(0, span.slots).transpose(0, 1)
-        v = values.index_select(0, span.slots).transpose(0, 1)
-        if softcap is None and s_aux is None:
-            attended = _fused(q, k, v, span, scaling, sliding_window)
-        else:
-            attended = _explicit(q, k, v, span, scaling, sliding_window, softcap, s_aux)
-        out[span.row : span.row + span.count] = attended.transpose(0, 1)
+    out = query.new_zeros((query.shape[2], query.shape[1], value.shape[-1]))  # zeros: of rows that pad a window
+    for whole in kv.spans:
+        all_keys = keys.index_select(0, whole.slots).transpose(0, 1)
+        all_values = values.index_select(0, whole.slots).transpose(0, 1)
+        for span in _rows_of(whole) if kv.row_by_row else (whole,):
+            q = query[0, :, span.row : span.row + span.count]
+            k, v = all_keys[:, : span.length], all_values[:, : span.length]
+            if softcap is None and s_aux is None:
+                attended = _fused(q, k, v, span, scaling, sliding_window)
+            else:
+                attended = _explicit(q, k, v, span, scaling, sliding_window, softcap, s_aux)
+            out[span.row : span.row + span.count] = attended.transpose(0, 1)
     return out.unsqueeze(0), None
+
+
+def _rows_of(span: Span) -> Iterator[Span]:
+    """Each row of a span as a span of its own."""
+    for i in range(span.count):
+        yield Span(span.row + i, span.start + i, 1, span.slots[: span.start + i + 1])
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, span: Span, scaling: float, window: int | None) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +49,7 @@ class LoadOptions:
     page_size: int
     threads: int | None  # None: leave torch's own
     engine: Choice = AUTO  # of engines.ENGINES
+    deterministic: bool = False  # a row's bits are the same whatever runs beside it, at the price of speed
 
 
 def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> Engine:
@@ -63,22 +66,29 @@ def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, op
 
 def load_fastest(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> LoadedEngine:
     """`auto`: the fastest engine that computes this model on this device."""
-    plain = load_plain(store, manifest, start, stop, options)
+    plain = _plain(store, manifest, start, stop, options)
     if options.device == "cuda" and options.dtype != "float32":
         try:
-            return _fused(plain, options)
+            return _fused(plain(deterministic=False), options)
         except ConfigError as e:
             _log.warning("this stage computes with plain torch ops, many times slower: %s", e)
-    return plain
+    return plain(deterministic=options.deterministic)
 
 
 def load_gpu(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> LoadedEngine:
     """`gpu`: the GPU engine. Raises ConfigError with the reason where it cannot compute this model here."""
-    return _fused(load_plain(store, manifest, start, stop, options), options)
+    return _fused(_plain(store, manifest, start, stop, options)(deterministic=False), options)
 
 
 def load_plain(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> TorchEngine:
     """`torch`: plain torch ops, whatever the device."""
+    return _plain(store, manifest, start, stop, options)(deterministic=options.deterministic)
+
+
+def _plain(
+    store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions
+) -> Callable[..., TorchEngine]:
+    """The plain engine with its weights, but for the choice of `deterministic`."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -108,7 +118,8 @@ def load_plain(store: BlockStore, manifest: Manifest, start: int, stop: int, opt
         device=device,
         dtype=TORCH_DTYPES[options.dtype],
     )
-    return TorchEngine(
+    return partial(
+        TorchEngine,
         model,
         kv,
         embeds=start == 0,
@@ -122,6 +133,8 @@ def load_plain(store: BlockStore, manifest: Manifest, start: int, stop: int, opt
 
 def _fused(plain: TorchEngine, options: LoadOptions) -> LoadedEngine:
     """The GPU engine on the same weights. Raises ConfigError saying why it cannot be."""
+    if options.deterministic:
+        raise ConfigError("the GPU engine has no deterministic mode: set pipeline.engine to torch")
     try:
         import triton
 

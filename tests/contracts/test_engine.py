@@ -14,7 +14,7 @@ import pytest
 from serve_app.engine.engine import Engine, StepOutput
 from serve_app.engine.engines import ENGINES, TORCH
 from serve_app.engine.load import LoadOptions, load_engine
-from serve_app.errors import ProtocolError
+from serve_app.errors import ConfigError, ProtocolError
 from serve_app.messages.step import DRAWN_LAST
 from serve_app.receipts.rows import Boundary, ids_boundary, leaves_of
 from shard_tools.choice import Choice
@@ -66,9 +66,9 @@ class Subject:
     store: MemoryStore
     manifest: Manifest
 
-    def engine(self, start: int = 0, stop: int = 2, kind: Choice | None = None) -> Engine:
+    def engine(self, start: int = 0, stop: int = 2, kind: Choice | None = None, deterministic: bool = False) -> Engine:
         """Layers [start, stop), ready for steps."""
-        options = LoadOptions("cpu", "float32", PAGE, None, kind or self.kind)
+        options = LoadOptions("cpu", "float32", PAGE, None, kind or self.kind, deterministic)
         engine = load_engine(self.store, self.manifest, start, stop, options)
         engine.reserve(N_PAGES, MAX_SEQUENCES)
         return engine
@@ -166,6 +166,24 @@ def test_a_sequence_does_not_feel_its_batch_mates_or_its_chunks(subject: Subject
         close(row(second, i, width), row(whole, 4 + i, width))
     assert second.tokens[0] == whole.tokens[0]
     assert all(0 <= token < VOCAB for out in (whole, first, second) for token in out.tokens)
+
+
+def test_an_engine_that_is_loaded_as_deterministic_gives_the_same_bits_in_any_company(subject: Subject) -> None:
+    """Whole and alone, in chunks behind another prompt, as a decode row. An engine that cannot must refuse to load."""
+    try:
+        alone, among = subject.engine(deterministic=True), subject.engine(deterministic=True)
+    except ConfigError:
+        return
+    whole = run(alone, (plan_of([(5, 0, 6, [0, 1], 1)], {5: GREEDY}), ids(*range(40, 46))))
+    width, rows = subject.manifest.hidden_size, b""
+    for step, first, n in (
+        ((plan_of([(6, 0, 3, [9], 1), (5, 0, 4, [7], 0)], {6: GREEDY, 5: GREEDY}), ids(1, 2, 3, *range(40, 44))), 3, 4),
+        ((plan_of([(5, 4, 1, [3], 1), (6, 3, 1, [], 1)]), ids(44, 7)), 0, 1),
+        ((plan_of([(6, 4, 2, [4], 1), (5, 5, 1, [], 1)]), ids(8, 9, 45)), 2, 1),
+    ):
+        last = run(among, step)
+        rows += b"".join(bytes(row(last, i, width)) for i in range(first, first + n))
+    assert rows == bytes(whole.hidden) and last.tokens[-1] == whole.tokens[0]
 
 
 def test_a_close_forgets(subject: Subject) -> None:
