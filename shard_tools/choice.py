@@ -93,6 +93,8 @@ class Table:
         except LlmdError:
             raise
         except Exception as e:
+            if entry.name in self._built_in:  # a mistake of our own stays what it is
+                raise
             raise InputError(f"{where} cannot be made: {type(e).__name__}: {e}") from e
         missing = _missing(made, self._protocol)
         if missing:

@@ -133,8 +133,6 @@ def _plain(
 
 def _fused(plain: TorchEngine, options: LoadOptions) -> LoadedEngine:
     """The GPU engine on the same weights. Raises ConfigError saying why it cannot be."""
-    if options.deterministic:
-        raise ConfigError("the GPU engine has no deterministic mode: set pipeline.engine to torch")
     try:
         import triton
 
@@ -147,7 +145,8 @@ def _fused(plain: TorchEngine, options: LoadOptions) -> LoadedEngine:
         raise ConfigError("the GPU engine needs a GPU: set pipeline.device to cuda, or pipeline.engine to auto")
     try:
         began = time.perf_counter()
-        engine = GpuEngine(plain, read_weights(plain, options.page_size), options.page_size)
+        weights = read_weights(plain, options.page_size)
+        engine = GpuEngine(plain, weights, options.page_size, options.deterministic)
         engine.timings["check_s"] = time.perf_counter() - began
         return engine
     except NotFusable as e:

@@ -105,6 +105,13 @@ def test_an_error_of_ours_that_a_factory_raises_stays_what_it_is(table: Table) -
         table.make(Choice("refuses"))
 
 
+def test_a_mistake_of_our_own_stays_what_it_is() -> None:
+    """A device without memory is no fault of the config."""
+    ours = Table("number", "test.numbers", int, {"nought": "operator:index"})
+    with pytest.raises(TypeError, match="interpreted as an integer"):
+        ours.make(Choice("nought"), "five")
+
+
 def test_a_folder_that_is_relative_is_refused() -> None:
     with pytest.raises(InputError, match="'here' is relative"):
         open_store(Choice.of("directory", path="here"))

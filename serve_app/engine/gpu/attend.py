@@ -16,12 +16,15 @@ from serve_app.engine.gpu.request_table import Ints, PlannedSpans
 
 _PROGRAMS = 1024  # wanted at least, where one row can be split into parts: some per multiprocessor of a large GPU
 _MAX_PARTS = 32
+_FIXED_PARTS = 8  # where all rows must be split alike: long ones stay fast, and work space is 8 times a row's
 
 
 class DecodeAttention:
     """Work space for up to max_rows rows, each split into up to _MAX_PARTS parts while they are few."""
 
-    def __init__(self, blocks: Sequence[Block], max_rows: int, device: torch.device) -> None:
+    def __init__(self, blocks: Sequence[Block], max_rows: int, device: torch.device, fixed: bool = False) -> None:
+        """fixed: a row is split by its length alone, whatever runs beside it."""
+        self.max_rows, self._fixed = max_rows, fixed
         self._programs_of_row = max(b.kv_heads for b in blocks)
         heads, dim = max(b.heads for b in blocks), max(b.dim for b in blocks)
         n = max(rows * self.parts(rows) for rows in range(1, max_rows + 1))
@@ -30,6 +33,8 @@ class DecodeAttention:
 
     def parts(self, rows: int) -> int:
         """Into how many parts a long row is split when there are so many rows."""
+        if self._fixed:
+            return _FIXED_PARTS
         parts = 1
         while parts < _MAX_PARTS and 2 * parts * rows * self._programs_of_row <= _PROGRAMS:
             parts *= 2
@@ -63,6 +68,19 @@ class DecodeAttention:
             )
 
         return attend
+
+
+class RowAttention:
+    """Every row as a decode row in a fixed number of parts, prompts included: the same bits in any company."""
+
+    def __init__(self, decode: DecodeAttention, page_table: Tensor, slots: Tensor, positions: Tensor) -> None:
+        self._decode, self._page_table, self._slots, self._lengths = decode, page_table, slots, positions + 1
+
+    def __call__(self, block: Block, q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+        for first in range(0, len(q), self._decode.max_rows):  # what there is work space for
+            now = slice(first, first + self._decode.max_rows)
+            attend = self._decode.bind(self._page_table, self._slots[now], self._lengths[now], self._decode.parts(1))
+            attend(block, q[now], keys, values, out[now])
 
 
 class PrefillAttention:

@@ -22,7 +22,7 @@ from serve_app.engine.load import LoadOptions, load_engine
 from serve_app.engine.torch_engine import TorchEngine
 from serve_app.errors import PipelineError, ProtocolError
 from serve_app.messages.step import DRAWN_LAST
-from serve_app.receipts.rows import Boundary, leaves_of
+from serve_app.receipts.rows import Boundary, ids_boundary, leaves_of
 from shard_tools.manifest import Manifest
 from shard_tools.store.memory import MemoryStore
 from tests.engine_steps import GREEDY, MAX_SEQUENCES, N_PAGES, OPEN_SEVEN, PAGE, STEPS, Step, ids, plan_of, published
@@ -91,19 +91,17 @@ def test_equals_the_plain_engine_step_by_step(family: str, steps: list[Step], tm
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4 * max(np.abs(expected).max(initial=0), 1))
 
 
-def test_rows_are_hashed_where_they_lie(model: tuple[MemoryStore, Manifest]) -> None:
-    """The digests are of the very bytes that are handed on; one layer and two rows, since the interpreter is slow."""
-    store, manifest = model
-    plain = plain_engine(store, manifest, 1, 2)
-    engine = GpuEngine(plain, read_weights(plain, PAGE), PAGE)
-    reserved(engine)
-    inlet, outlet = (Boundary(manifest.cid, i, "float32", manifest.hidden_size) for i in (1, 2))
-    assert engine.hash_rows(inlet.leaf_prefix, outlet.leaf_prefix, hand_on=True)
-    rows = memoryview(np.random.default_rng(0).standard_normal((2, manifest.hidden_size)).astype("<f4").tobytes())
-    found = engine.run(plan_of([(1, 0, 2, [3], 0)], {1: GREEDY}), rows)
+def test_rows_are_hashed_where_they_lie(fused: GpuEngine, model: tuple[MemoryStore, Manifest]) -> None:
+    """The digests are of the very bytes that are handed on; one row, since a hash takes the interpreter seconds."""
+    manifest = model[1]
+    inlet, outlet = ids_boundary(manifest.cid), Boundary(manifest.cid, 2, "float32", manifest.hidden_size)
+    assert fused.hash_rows(inlet.leaf_prefix, outlet.leaf_prefix, hand_on=True)
+    found = fused.run(plan_of([(1, 0, 1, [3], 0)], {1: GREEDY}), ids(5))
     assert found.digests is not None
-    for boundary, data, leaves in zip((inlet, outlet), (rows, found.hidden), found.digests.wait(), strict=True):
-        assert bytes(leaves) == leaves_of(boundary, [(0, 2)], data)
+    for boundary, data, leaves in zip(
+        (inlet, outlet), (found.received, found.hidden), found.digests.wait(), strict=True
+    ):
+        assert bytes(leaves) == leaves_of(boundary, [(0, 1)], data)
 
 
 @pytest.mark.parametrize(
