@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.report import Result, save
 from serve_app.engine.engine import ActivationDtype, DeviceName
+from serve_app.engine.engines import AUTO, TORCH
 from serve_app.engine.load import LoadOptions, load_engine
 from serve_app.local import LocalLimits, LocalPipeline
 from serve_app.messages.request import (
@@ -173,7 +174,8 @@ def logits(store: DirectoryStore, manifest: Manifest, device: DeviceName) -> dic
     ids = given.numpy().astype("<u4")
 
     def run(dtype: ActivationDtype, fused: bool) -> torch.Tensor:
-        engine = load_engine(store, manifest, 0, manifest.n_layers, LoadOptions(device, dtype, page, None, fused=fused))
+        options = LoadOptions(device, dtype, page, None, AUTO if fused else TORCH)
+        engine: Any = load_engine(store, manifest, 0, manifest.n_layers, options)
         engine.reserve(32, 2)
         hidden = []
         for start, count in [(0, n_prompt), *((n_prompt + i, 1) for i in range(n_decode))]:

@@ -33,12 +33,14 @@ def serve(
     ] = False,
 ) -> None:
     """Check the whole config file, then `serve run` it until Ctrl-C."""
+    from serve_app.choices import check_choices
     from serve_app.config import config_path  # pydantic: other commands need not wait for it
     from serve_app.serve_file import load_config
 
     path = config_path(config)
     try:
         file = load_config(path)
+        check_choices(file.app)
     except LlmdError as e:
         typer.echo(f"llmd: {e}", err=True)
         raise typer.Exit(2) from e

@@ -133,15 +133,18 @@ def config_check(
     """Read a config file as the server would, and say what it means or what is wrong."""
 
     def work() -> None:
+        from serve_app.choices import check_choices
         from serve_app.config import config_path
         from serve_app.serve_file import load_config
 
         path = config_path(file)
         found = load_config(path)
         app = found.app
+        check_choices(app)
         keys = "an API key is asked for" if app.ingress.api_keys else "no API key, this machine only"
         out.print(f"{escape(str(path))} is good.", style="green")
-        out.print(f"model {app.model.name} from {app.model.store}", markup=False, soft_wrap=True)
+        store = app.model.store if isinstance(app.model.store, Path) else app.model.store.kind
+        out.print(f"model {app.model.name} from {store}", markup=False, soft_wrap=True)
         out.print(
             f"{app.pipeline.stages} stages on {app.pipeline.device}, placed {app.pipeline.placement}", markup=False
         )

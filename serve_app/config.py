@@ -19,12 +19,13 @@ from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from serve_app.errors import ConfigError
 from serve_app.known_keys import refuse_unknown
 from serve_app.serve_keys import Keys
+from shard_tools.choice import Choice, absolute_path
 from shard_tools.errors import InputError
 from shard_tools.signing import PublicKey, parse_key, read_public_key
 
@@ -35,10 +36,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 def _everywhere_the_same(path: Path) -> Path:
     """The path with `~` expanded. A relative one would mean another folder on every node, so it is refused."""
-    expanded = path.expanduser()
-    if not expanded.is_absolute():
-        raise ValueError(f"{str(path)!r} is relative; write an absolute path or one that starts with ~/")
-    return expanded
+    try:
+        return absolute_path(str(path))
+    except InputError as e:
+        raise ValueError(str(e)) from e
 
 
 def _key_or_file(text: str) -> str:
@@ -51,6 +52,31 @@ def _key_or_file(text: str) -> str:
     return str(_everywhere_the_same(Path(text)))
 
 
+def _folder_or_choice(value: object) -> Path | Choice:
+    """A text is a folder; anything else names a kind and its options."""
+    if isinstance(value, str | Path):
+        return _everywhere_the_same(Path(value))
+    return _choice(value, "a folder, or `{kind: name}` with the options of that kind beside it")
+
+
+def _name_or_choice(value: object) -> Choice:
+    """A text is a name; anything else names a kind and its options."""
+    if isinstance(value, str):
+        return Choice(value)
+    return _choice(value, "a name, or `{kind: name}` with the options of that kind beside it")
+
+
+def _choice(value: object, expected: str) -> Choice:
+    if isinstance(value, Choice):
+        return value
+    if not isinstance(value, Mapping) or "kind" not in value:
+        raise ValueError(f"expected {expected}")
+    try:
+        return Choice.parse(value)
+    except InputError as e:
+        raise ValueError(str(e)) from e
+
+
 def _digest(text: str) -> str:
     if not _SHA256.fullmatch(text):
         raise ValueError("expected the SHA-256 of a key as 64 lower-case hex digits")
@@ -59,6 +85,8 @@ def _digest(text: str) -> str:
 
 AbsolutePath = Annotated[Path, AfterValidator(_everywhere_the_same)]
 Trusted = Annotated[str, Field(max_length=4096), AfterValidator(_key_or_file)]
+FolderOrChoice = Annotated[Path | Choice, PlainValidator(_folder_or_choice)]
+NameOrChoice = Annotated[Choice, PlainValidator(_name_or_choice)]
 Digest = Annotated[str, AfterValidator(_digest)]
 NodeLabels = Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=16)]
 
@@ -68,9 +96,13 @@ class ModelConfig:
     """Which model, where its blocks are, and whose word for it counts."""
 
     name: Annotated[str, Field(min_length=1, max_length=256)]  # as published, and as clients ask for it
-    store: AbsolutePath  # folder of the block store, on each node
+    store: FolderOrChoice  # folder of the block store, on each node; or another kind of store, by name
     trust: Annotated[tuple[Trusted, ...], Field(min_length=1, max_length=64)]  # publishers: key text, or file of one
-    index: AbsolutePath | None = None  # folder whose names/ leads from names to manifests; null: that of the store
+    index: FolderOrChoice | None = None  # whose names/ leads from names to manifests; null: the folder of the store
+
+    def __post_init__(self) -> None:
+        if self.index is None and not isinstance(self.store, Path):
+            raise ValueError("model.index must be given, since model.store is no folder that could hold names")
 
     def publishers(self) -> frozenset[PublicKey]:
         """The keys of `trust`. Reads the files; raises InputError for one that cannot be read."""
@@ -85,6 +117,8 @@ class PipelineConfig:
 
     stages: Annotated[int, Field(ge=1, le=64)] = 2  # two is the least that shows the point: nobody holds it all
     placement: Literal["even"] = "even"  # equal layer counts; the only planner so far
+    engine: NameOrChoice = Choice("auto")  # auto: the fastest that computes the model on this device
+    deterministic: bool = False  # the same bits whatever the batch, for exact verification; several times slower
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where Ray has a GPU for every stage, else cpu
     # auto: the manifest's, or float32 where a stage's CPU has no arithmetic of the manifest's (16 rows of bfloat16 took
     # 2.4x as long as float32 on such a one); the shards' values are the same either way
@@ -183,7 +217,8 @@ def haproxy_is_forced() -> bool:
 
 
 def _dataclass_in(hint: Any) -> type | None:
-    if isinstance(hint, type) and is_dataclass(hint):
+    """The group of keys below a key; a Choice is none, since its keys are its factory's."""
+    if isinstance(hint, type) and is_dataclass(hint) and hint is not Choice:
         return hint
     return next((kind for kind in map(_dataclass_in, get_args(hint)) if kind), None)
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import httpx
 
+from serve_app.choices import index_of, store_folder
 from serve_app.config import config_path
 from serve_app.errors import ConfigError
 from serve_app.serve_file import ServeFile, load_config
 from shard_tools.errors import InputError, LlmdError
-from shard_tools.index.directory import DirectoryIndex
 
 _START_S = 300.0  # a first start compiles nothing, but two cold cores import torch three times
 _STOP_S = 60.0
@@ -50,12 +50,12 @@ def run_demo(question: str, *, keep: bool) -> int:
 
 def _publish(file: ServeFile) -> None:
     model = file.app.model
-    index = DirectoryIndex(model.index or model.store)
-    if model.name in index.names():
-        _step(f"{model.name} is published already in {model.store}")
+    folder = store_folder(model)
+    if model.name in index_of(model).names():
+        _step(f"{model.name} is published already in {folder}")
         return
     _step(f"Publishing {model.name}: dequantised, cut into layers, named by content, signed")
-    args = ("publish", str(demo_model()), "--name", model.name, "--store", str(model.store), "--dtype", "bfloat16")
+    args = ("publish", str(demo_model()), "--name", model.name, "--store", str(folder), "--dtype", "bfloat16")
     _run(args, "publishing failed")
 
 
@@ -151,7 +151,7 @@ def _ask_and_verify(file: ServeFile, question: str) -> int:
     _step("Verifying the receipt offline: keys, request, tokens, layers, and the words themselves")
     verify = ("receipt", "verify", str(receipt), "--trust", str(state / "operator.pub"))
     beside = ("--request", f"{receipt}.request.json", "--response", f"{receipt}.response.json")
-    _run((*verify, *beside, "--store", str(file.app.model.store)), "the receipt did not verify")
+    _run((*verify, *beside, "--store", str(store_folder(file.app.model))), "the receipt did not verify")
     return 0
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from typing import Any
 
 from serve_app.errors import ConfigError
 from serve_app.serve_keys import Keys
+from shard_tools.choice import nearest
 
 
 def refuse_unknown(value: Any, keys: Keys, where: str) -> None:
@@ -28,10 +27,3 @@ def refuse_unknown(value: Any, keys: Keys, where: str) -> None:
         below = keys[key]
         if below is not None and item is not None:
             refuse_unknown(item, below, f"{where}.{key}")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint to end a message with: the known word that looks most like this one, or all of them."""
-    known = sorted(known)
-    near = difflib.get_close_matches(word[:100], known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from serve_app.errors import RequestError
-from serve_app.known_keys import nearest
+from shard_tools.choice import nearest
 
 # Values that mean "as if absent". null always does.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {

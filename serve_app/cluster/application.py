@@ -23,6 +23,7 @@ from serve_app.api.app import create_app
 from serve_app.api.auth import ApiKeys
 from serve_app.api.generator import ServedModel
 from serve_app.api.text import TextCodec
+from serve_app.choices import check_choices, index_of, store_of
 from serve_app.cluster.supervisor import supervisor_of
 from serve_app.config import AppConfig
 from serve_app.errors import PipelineError
@@ -32,8 +33,6 @@ from serve_app.serve_file import refuse_exposure
 from serve_app.transport.link import LinkAddress
 from shard_tools.catalog import open_model
 from shard_tools.fetch import read_file
-from shard_tools.index.directory import DirectoryIndex
-from shard_tools.store.directory import DirectoryStore
 
 _log = logging.getLogger("ray.serve")
 _RENEW_S = 1.0
@@ -43,6 +42,7 @@ _POLL_S = 0.1
 def build(args: dict[str, Any]) -> serve.Application:
     """Serve's entry: `import_path: serve_app.cluster.application:build`. Raises ConfigError for bad args."""
     config = AppConfig.parse(args)
+    check_choices(config)
     deployment = Ingress.options(
         num_replicas=config.ingress.replicas,
         ray_actor_options={"num_cpus": 0.1} | _labels(config.ingress.node_labels),
@@ -73,8 +73,8 @@ class _Ingress:
         self._client = HeadClient(self._locate)
         self._client.start()
         model = self._config.model
-        store = DirectoryStore(model.store)
-        manifest = open_model(model.name, DirectoryIndex(model.index or model.store), store, model.publishers())
+        store = store_of(model.store)
+        manifest = open_model(model.name, index_of(model), store, model.publishers())
         self._model = ServedModel(
             name=manifest.name,
             manifest=manifest.cid,

@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from serve_app.choices import index_of, store_of
 from serve_app.cluster.enrol import enrol
 from serve_app.cluster.head_actor import HeadActor
 from serve_app.cluster.specs import NAMESPACE, HeadSpec, StageReport, StageSpec, head_name, stage_name
@@ -24,11 +25,9 @@ from serve_app.engine.engine import ActivationDtype, DeviceName
 from serve_app.errors import PipelineError
 from serve_app.transport.link import LinkAddress
 from shard_tools.catalog import open_record
-from shard_tools.index.directory import DirectoryIndex
 from shard_tools.manifest import Manifest
 from shard_tools.placement.even import plan as plan_evenly
 from shard_tools.signing import key_text
-from shard_tools.store.directory import DirectoryStore
 
 _log = logging.getLogger(__name__)
 
@@ -114,10 +113,9 @@ def known_epochs() -> set[int]:
 
 
 async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
-    store = DirectoryStore(config.model.store)
-    index = DirectoryIndex(config.model.index or config.model.store)
+    store = store_of(config.model.store)
     trusted = config.model.publishers()
-    record = index.resolve(config.model.name)
+    record = index_of(config.model).resolve(config.model.name)
     manifest = open_record(record, store, trusted)
     n_stages = config.pipeline.stages
     spans = plan_evenly(manifest.n_layers, n_stages)
@@ -134,6 +132,8 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
             signature=record.signature,
             trusted=trusted,
             store=config.model.store,
+            engine=config.pipeline.engine,
+            deterministic=config.pipeline.deterministic,
             device=wants.device,
             page_size=config.pipeline.page_size,
             threads=wants.threads,

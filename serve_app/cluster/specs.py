@@ -7,6 +7,7 @@ from pathlib import Path
 
 from serve_app.cluster.wiring import Party
 from serve_app.engine.engine import DeviceName, EngineProfile
+from shard_tools.choice import Choice
 from shard_tools.cid import Cid
 from shard_tools.signing import Envelope, PublicKey
 
@@ -26,7 +27,9 @@ class StageSpec:
     manifest: Cid
     signature: Cid
     trusted: frozenset[PublicKey]  # publishers
-    store: Path
+    store: Path | Choice
+    engine: Choice
+    deterministic: bool
     device: DeviceName
     page_size: int
     threads: int

@@ -6,13 +6,14 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 from ray.util import get_node_ip_address
 
+from serve_app.choices import store_of
 from serve_app.cluster.specs import StageReport, StageSpec
 from serve_app.cluster.wiring import Awaited, EdgeSet, Joint, Party
 from serve_app.engine.engine import ActivationDtype, Engine
@@ -24,10 +25,10 @@ from serve_app.receipts.statement import StatementChain
 from serve_app.transport.handshake import EdgeAddress
 from shard_tools.canonical import Value
 from shard_tools.catalog import open_record
-from shard_tools.cid import Cid
+from shard_tools.cid import Cid, Codec
 from shard_tools.index.model_index import ModelRecord
 from shard_tools.signing import PublicKey
-from shard_tools.store.directory import DirectoryStore
+from shard_tools.store.block_store import BlockStore
 
 T = TypeVar("T")
 
@@ -37,16 +38,32 @@ def node_key_path(state_dir: Path) -> Path:
     return state_dir / "node.key"
 
 
-class _CountingStore(DirectoryStore):
+class _CountingStore:
     """The node's store, which remembers what was opened: a stage shows that it read only its own layers."""
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
+    def __init__(self, inner: BlockStore) -> None:
+        self._inner = inner
         self.opened: set[Cid] = set()
+
+    @property
+    def label(self) -> str:
+        return self._inner.label
+
+    def put(self, codec: Codec, block: bytes) -> Cid:
+        return self._inner.put(codec, block)
 
     def get(self, cid: Cid) -> bytes:
         self.opened.add(cid)
-        return super().get(cid)
+        return self._inner.get(cid)
+
+    def has(self, cid: Cid) -> bool:
+        return self._inner.has(cid)
+
+    def delete(self, cid: Cid) -> None:
+        self._inner.delete(cid)
+
+    def cids(self) -> Iterator[Cid]:
+        return self._inner.cids()
 
 
 class _StageProcess:
@@ -54,7 +71,7 @@ class _StageProcess:
 
     def __init__(self, spec: StageSpec) -> None:
         self._spec = spec
-        self._store = _CountingStore(spec.store)
+        self._store = _CountingStore(store_of(spec.store))
         record = ModelRecord(spec.manifest, spec.signature)
         self._manifest = open_record(record, self._store, spec.trusted)
         identity = NodeIdentity.load_or_create(node_key_path(spec.state_dir))
@@ -81,7 +98,7 @@ class _StageProcess:
 
         began, spec = time.perf_counter(), self._spec
         self._store.opened.clear()
-        options = LoadOptions(spec.device, dtype, spec.page_size, spec.threads)
+        options = LoadOptions(spec.device, dtype, spec.page_size, spec.threads, spec.engine, spec.deterministic)
         self._engine = load_engine(self._store, self._manifest, spec.start, spec.stop, options)
         self._load_s = time.perf_counter() - began
         return StageReport(

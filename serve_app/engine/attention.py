@@ -49,13 +49,16 @@ def paged_attention(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     keys, values = kv.write(module.layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    out = query.new_empty((query.shape[2], query.shape[1], value.shape[-1]))
+    out = query.new_zeros((query.shape[2], query.shape[1], value.shape[-1]))  # zeros: of rows that pad a window
     for span in kv.spans:
-        q = query[0, :, span.row : span.row + span.count]
         k = keys.index_select(0, span.slots).transpose(0, 1)
         v = values.index_select(0, span.slots).transpose(0, 1)
-        attended = attend(q, k, v, scaling, sliding_window, softcap, s_aux)
-        out[span.row : span.row + span.count] = attended.transpose(0, 1)
+        count = 1 if kv.row_by_row else span.count
+        for i in range(0, span.count, count):
+            q = query[0, :, span.row + i : span.row + i + count]
+            length = span.start + i + count
+            attended = attend(q, k[:, :length], v[:, :length], scaling, sliding_window, softcap, s_aux)
+            out[span.row + i : span.row + i + count] = attended.transpose(0, 1)
     return out.unsqueeze(0), None
 
 

@@ -41,7 +41,8 @@ class KvPages:
 
     def __init__(self, page_size: int, device: torch.device) -> None:
         self.page_size = page_size
-        self.spans: tuple[Span, ...] = ()  # of the step that runs now; attention reads them
+        self.spans: tuple[Span, ...] = ()  # of the step, or window of it, that runs now; attention reads them
+        self.row_by_row = False  # attention then reads each row for itself
         self.write_slots = torch.zeros(0, dtype=torch.int64)  # [rows] of that step
         self._device = device
         self._n_pages = 0
@@ -69,7 +70,7 @@ class KvPages:
         """Keep this step's rows of one layer. keys, values: [rows, kv_heads, dim]. Returns the whole cache."""
         cache = self._layers.get(layer)
         if cache is None:
-            slots = self._n_pages * self.page_size
+            slots = self._n_pages * self.page_size + 1  # the last one takes the rows that pad a window
             cache = (keys.new_empty((slots, *keys.shape[1:])), values.new_empty((slots, *values.shape[1:])))
             self._layers[layer] = cache
         cache[0].index_copy_(0, self.write_slots, keys)
@@ -106,6 +107,27 @@ class KvPages:
             for seq in plan.closes["seq"]:
                 self._tables.pop(int(seq), None)
                 self._lengths.pop(int(seq), None)
+
+    @contextmanager
+    def window(self, first: int, rows: int, size: int) -> Iterator[None]:
+        """Within a step. Inside: spans and write_slots are those of rows [first, first + rows) of it, padded to `size`.
+
+        Each row attends for itself; what pads the window is written where nobody reads.
+        """
+        spans, write_slots = self.spans, self.write_slots
+        inside = []
+        for span in spans:
+            a, b = max(span.row, first), min(span.row + span.count, first + rows)
+            if a < b:
+                start = span.start + a - span.row
+                inside.append(Span(a - first, start, b - a, span.slots[: start + b - a]))
+        spare = write_slots.new_full((size - rows,), self._n_pages * self.page_size)
+        self.spans, self.row_by_row = tuple(inside), True
+        self.write_slots = torch.cat([write_slots[first : first + rows], spare])
+        try:
+            yield
+        finally:
+            self.spans, self.write_slots, self.row_by_row = spans, write_slots, False
 
     def _check(self, plan: StepPlan) -> None:
         for what, seqs in (("opens", plan.opens["seq"]), ("runs", plan.spans["seq"])):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,12 +16,15 @@ from serve_app.engine.block import NotFusable
 from serve_app.engine.cpu.engine import CpuEngine
 from serve_app.engine.cpu.stage_weights import read_weights as read_cpu_weights
 from serve_app.engine.engine import ActivationDtype, DeviceName, Engine, StepOutput
+from serve_app.engine.engines import AUTO, ENGINES
 from serve_app.engine.kv_pages import KvPages
 from serve_app.engine.stage_model import StageModel
 from serve_app.engine.torch_engine import TORCH_DTYPES, TorchEngine
 from serve_app.errors import ConfigError
 from serve_app.messages.step import StepPlan
+from shard_tools.choice import Choice
 from shard_tools.cid import Cid
+from shard_tools.errors import InputError
 from shard_tools.fetch import read_file, read_tensor
 from shard_tools.manifest import Manifest
 from shard_tools.store.block_store import BlockStore
@@ -48,15 +52,56 @@ class LoadOptions:
     dtype: ActivationDtype
     page_size: int
     threads: int | None  # None: leave torch's own
-    fused: bool = True  # False: plain torch ops, whatever the device
+    engine: Choice = AUTO  # of engines.ENGINES
+    deterministic: bool = False  # a row's bits are the same whatever runs beside it, at the price of speed
     native: bool = True  # False: no step that is compiled on this machine
 
 
-def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> LoadedEngine:
-    """The engine of layers [start, stop), with embedding and head where they belong: the fastest that can compute them.
+def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> Engine:
+    """The chosen engine of layers [start, stop), with embedding and head where they belong.
 
-    Raises NotFoundError, CorruptBlockError naming the block, ConfigError for a device or model that cannot be.
+    Raises NotFoundError, CorruptBlockError naming the block, ConfigError for an engine, device or model that cannot be.
     """
+    try:
+        engine: Engine = ENGINES.make(options.engine, store, manifest, start, stop, options)
+    except InputError as e:
+        raise ConfigError(f"args.pipeline.engine: {e}") from e
+    return engine
+
+
+def load_fastest(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> LoadedEngine:
+    """`auto`: the fastest engine that computes this model on this device."""
+    plain = _plain(store, manifest, start, stop, options)
+    exact = options.dtype == "float32" if options.device == "cuda" else options.deterministic
+    if not exact:
+        on_device = _on_gpu if options.device == "cuda" else _on_cpu
+        first = plain(deterministic=False)
+        try:
+            return on_device(first, options)
+        except ConfigError as e:
+            _log.warning("this stage computes with plain torch ops, many times slower: %s", e)
+    return plain(deterministic=options.deterministic)
+
+
+def load_gpu(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> LoadedEngine:
+    """`gpu`: the GPU engine. Raises ConfigError with the reason where it cannot compute this model here."""
+    return _on_gpu(_plain(store, manifest, start, stop, options)(deterministic=False), options)
+
+
+def load_cpu(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> LoadedEngine:
+    """`cpu`: the CPU engine. Raises ConfigError with the reason where it cannot compute this model here."""
+    return _on_cpu(_plain(store, manifest, start, stop, options)(deterministic=False), options)
+
+
+def load_plain(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> TorchEngine:
+    """`torch`: plain torch ops, whatever the device."""
+    return _plain(store, manifest, start, stop, options)(deterministic=options.deterministic)
+
+
+def _plain(
+    store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions
+) -> Callable[..., TorchEngine]:
+    """The plain engine with its weights, but for the choice of `deterministic`."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -86,54 +131,66 @@ def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, op
         device=device,
         dtype=TORCH_DTYPES[options.dtype],
     )
-    try:
-        plain = TorchEngine(
-            model,
-            kv,
-            embeds=start == 0,
-            head=stop == manifest.n_layers,
-            hidden_size=manifest.hidden_size,
-            vocab_size=manifest.vocab_size,
-            device=device,
-            dtype=options.dtype,
-        )
-    except _MISFITS as e:  # it has run its first row
-        raise ConfigError(
-            f"layers [{start}, {stop}) of a {manifest.model_type} cannot run as a stage of their own: its code failed "
-            f"on the first row ({type(e).__name__}: {e}). Serve this model with fewer stages, or another model."
-        ) from e
-    if kv.n_layers != stop - start:  # else it would answer, and not know what it has read before
-        raise ConfigError(
-            f"{kv.n_layers} of {stop - start} layers of a {manifest.model_type} keep keys and values by transformers' "
-            f"attention interface; the others cannot be served"
-        )
-    if not options.fused or (options.device == "cuda" and options.dtype == "float32"):
-        return plain
-    try:
-        return _on_gpu(plain, options) if options.device == "cuda" else _on_cpu(plain, options)
-    except NotFusable as e:
-        _log.warning("this stage computes with plain torch ops, many times slower, because of %s", e)
-        return plain
+
+    def plain(*, deterministic: bool) -> TorchEngine:
+        try:
+            engine = TorchEngine(
+                model,
+                kv,
+                embeds=start == 0,
+                head=stop == manifest.n_layers,
+                hidden_size=manifest.hidden_size,
+                vocab_size=manifest.vocab_size,
+                device=device,
+                dtype=options.dtype,
+                deterministic=deterministic,
+            )
+        except _MISFITS as e:  # it has run its first row
+            raise ConfigError(
+                f"layers [{start}, {stop}) of a {manifest.model_type} cannot run as a stage of their own: its code "
+                f"failed on the first row ({type(e).__name__}: {e}). Serve it with fewer stages, or another model."
+            ) from e
+        if kv.n_layers != stop - start:  # else it would answer, and not know what it has read before
+            raise ConfigError(
+                f"{kv.n_layers} of {stop - start} layers of a {manifest.model_type} keep keys and values by "
+                f"transformers' attention interface; the others cannot be served"
+            )
+        return engine
+
+    return plain
 
 
 def _on_cpu(plain: TorchEngine, options: LoadOptions) -> LoadedEngine:
+    """The CPU engine on the same weights. Raises ConfigError saying why it cannot be."""
+    if options.device != "cpu" or options.deterministic:
+        raise ConfigError("the CPU engine needs pipeline.device cpu and knows no pipeline.deterministic: use torch")
     threads = options.threads or torch.get_num_threads()
-    weights = read_cpu_weights(plain, options.page_size, native=options.native)
+    try:
+        weights = read_cpu_weights(plain, options.page_size, native=options.native)
+    except NotFusable as e:
+        raise ConfigError(f"the CPU engine does not compute this model: {e}") from e
     return CpuEngine(plain, weights, options.page_size, threads)
 
 
 def _on_gpu(plain: TorchEngine, options: LoadOptions) -> LoadedEngine:
-    """The plain one without Triton."""
+    """The GPU engine on the same weights. Raises ConfigError saying why it cannot be."""
     try:
+        import triton
+
         from serve_app.engine.gpu.engine import GpuEngine
         from serve_app.engine.gpu.stage_weights import read_weights
     except ImportError as e:
-        _log.warning("no Triton, so this stage computes with plain torch ops, many times slower: %s", e)
-        return plain
-    began = time.perf_counter()
-    engine = GpuEngine(plain, read_weights(plain, options.page_size), options.page_size)
-    engine.timings["check_s"] = time.perf_counter() - began
-    return engine
+        raise ConfigError(f"the GPU engine needs Triton: {e}") from e
+    if options.device != "cuda" and not triton.knobs.runtime.interpret:
+        raise ConfigError("the GPU engine needs a GPU: set pipeline.device to cuda, or pipeline.engine to auto")
+    try:
+        began = time.perf_counter()
+        weights = read_weights(plain, options.page_size)
+        engine = GpuEngine(plain, weights, options.page_size, options.deterministic)
+        engine.timings["check_s"] = time.perf_counter() - began
+        return engine
+    except NotFusable as e:
+        raise ConfigError(f"the GPU engine does not compute this model: {e}") from e
 
 
 def computes_fast_in(dtype: ActivationDtype, device: DeviceName) -> bool:

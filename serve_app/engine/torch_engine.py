@@ -9,6 +9,7 @@ from torch import Tensor
 
 from serve_app.engine.attention import NAME
 from serve_app.engine.engine import ActivationDtype, Done, EngineProfile, StepOutput
+from serve_app.engine.fixed_windows import fitting_size, windows
 from serve_app.engine.kv_pages import KvPages
 from serve_app.engine.sampler import SequenceDraw, opened_draws
 from serve_app.engine.stage_model import StageModel
@@ -36,23 +37,30 @@ class TorchEngine:
         vocab_size: int,
         device: torch.device,
         dtype: ActivationDtype,
+        deterministic: bool = False,
     ) -> None:
+        """deterministic: a row's bits are the same whatever runs beside it (fixed_windows.py)."""
         self.model, self.embeds, self.has_head, self.vocab_size = model, embeds, head, vocab_size
         self.device, self.dtype = device, TORCH_DTYPES[dtype]
         self._kv, self._hidden_size = kv, hidden_size
         self._draws: dict[int, SequenceDraw] = {}
         self._last: dict[int, int] = {}  # the token each open sequence drew last
         self._row_bytes = 4 if embeds else hidden_size * self.dtype.itemsize
+        self._window: int | None = None
+        page_bytes = self._measure_page()
+        if deterministic:
+            self._window = fitting_size(self._probe)
         self.profile = EngineProfile(
             description=(
                 f"torch {torch.__version__}, transformers {transformers.__version__}, {NAME}, {dtype}, "
                 f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}"
+                + (f", windows of {self._window} rows, {torch.get_num_threads()} threads" if deterministic else "")
             ),
             device=str(device),
             dtype=dtype,
             hidden_size=hidden_size,
             parameter_bytes=model.parameter_bytes,
-            kv_page_bytes=self._measure_page(),
+            kv_page_bytes=page_bytes,
             memory_bytes=_free_bytes(device),
         )
 
@@ -78,7 +86,7 @@ class TorchEngine:
         with self._kv.step(plan):
             self._draws |= opened
             if inputs is not None:
-                hidden = self.model.forward(inputs, self._positions())
+                hidden = self._forward(inputs)
                 if self.has_head:
                     tokens = self._draw(plan, hidden)
                 out = hidden.contiguous().cpu().view(torch.uint8).numpy().reshape(-1).data
@@ -91,7 +99,7 @@ class TorchEngine:
     def logits_of(self, hidden: memoryview) -> Tensor:
         """float32 [rows, vocab] of rows that left the last layer: for whoever checks this engine's arithmetic."""
         rows = torch.frombuffer(bytearray(hidden), dtype=self.dtype).view(-1, self._hidden_size)
-        return self.model.logits(rows.to(self.device))
+        return self._logits(rows.to(self.device))
 
     def _resolve(self, plan: StepPlan, rows: memoryview) -> memoryview:
         """The rows with ids in place of DRAWN_LAST; the same buffer if there are none."""
@@ -119,6 +127,21 @@ class TorchEngine:
             raise ProtocolError(f"token id {int(ids.max())} in a vocabulary of {self.vocab_size}")
         return torch.from_numpy(ids.astype(np.int64)).to(self.device)
 
+    def _forward(self, inputs: Tensor) -> Tensor:
+        positions = self._positions()
+        if self._window is None:
+            return self.model.forward(inputs, positions)
+        size, out = self._window, []
+        for (first, n, rows), (_, _, at) in zip(windows(inputs, size), windows(positions, size), strict=True):
+            with self._kv.window(first, n, size):
+                out.append(self.model.forward(rows, at)[:n])
+        return torch.cat(out)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self._window is None:
+            return self.model.logits(hidden)
+        return torch.cat([self.model.logits(rows)[:n] for _, n, rows in windows(hidden, self._window)])
+
     def _positions(self) -> Tensor:
         return torch.cat([torch.arange(s.start, s.length) for s in self._kv.spans]).to(self.device)
 
@@ -127,28 +150,49 @@ class TorchEngine:
         if not asked:
             return ()
         last = torch.tensor([s.row + s.count - 1 for s, _ in asked], device=self.device)
-        logits = self.model.logits(hidden.index_select(0, last)).cpu().numpy()
+        logits = self._logits(hidden.index_select(0, last)).cpu().numpy()
         if not np.isfinite(logits).all():
             raise PipelineError("the last stage computed logits that are not finite")
         drawn = tuple(self._draws[seq].token(row, s.length) for row, (s, seq) in zip(logits, asked, strict=True))
         self._last |= zip((seq for _, seq in asked), drawn, strict=True)
         return drawn
 
-    @torch.inference_mode()
     def _measure_page(self) -> int:
         """Bytes of one page in all layers, seen in a step of one row: shapes differ between families."""
         self._kv.reserve(1)
-        plan = StepPlan(
-            0,
-            0,
-            np.zeros(1, OPEN),
-            np.array([(0, 0, 1, 1, 0)], SPAN),
-            np.zeros(1, "<u4"),
-            np.array([(0, 1, 0)], CLOSE),
-            np.zeros(0, "<u8"),
-        )
-        self.run(plan, memoryview(bytes(self._row_bytes)))
+        self._run_alone((1,), memoryview(bytes(self._row_bytes)))
         return self._kv.page_bytes
+
+    def _probe(self, size: int, before: int) -> Tensor:
+        """fixed_windows.fitting_size's hidden_of; with the head, its logits too."""
+        self._window, n = size, size + 3
+        page_size = self._kv.page_size
+        self._kv.reserve(-(-before // page_size) + -(-n // page_size))
+        generator = np.random.default_rng(0)  # the probe's rows are drawn first, so they are the same each time
+        if self.embeds:
+            ids = [generator.integers(0, self.vocab_size, count).astype("<u4") for count in (n, before)]
+            data = np.concatenate(ids[::-1]).view(np.uint8)
+        else:
+            drawn = [generator.standard_normal((count, self._hidden_size)) for count in (n, before)]
+            rows = torch.from_numpy(np.concatenate(drawn[::-1])).to(self.dtype)
+            data = rows.view(torch.uint8).numpy().reshape(-1)
+        hidden = self._run_alone((before, n) if before else (n,), data.data)
+        found = torch.frombuffer(bytearray(hidden), dtype=self.dtype).view(-1, self._hidden_size)[before:].float()
+        if not self.has_head:
+            return found
+        return torch.cat([found, self.logits_of(hidden)[before:].cpu()], 1)
+
+    @torch.inference_mode()
+    def _run_alone(self, counts: tuple[int, ...], rows: memoryview) -> memoryview:
+        """The rows that leave a step of sequences that open and close with it."""
+        needed = [-(-count // self._kv.page_size) for count in counts]
+        opens = np.zeros(len(counts), OPEN)
+        opens["seq"] = range(len(counts))
+        spans = [(seq, 0, count, pages, 0) for seq, (count, pages) in enumerate(zip(counts, needed, strict=True))]
+        closes = [(seq, 0, 0) for seq in range(len(counts))]
+        pages = np.arange(sum(needed), dtype="<u4")
+        plan = StepPlan(0, 0, opens, np.array(spans, SPAN), pages, np.array(closes, CLOSE), np.zeros(0, "<u8"))
+        return self.run(plan, rows).hidden
 
 
 def _free_bytes(device: torch.device) -> int:

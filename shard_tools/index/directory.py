@@ -7,9 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+from shard_tools.choice import absolute_path
 from shard_tools.cid import Cid
 from shard_tools.errors import InputError, NotFoundError
 from shard_tools.index.model_index import MAX_RECORD_BYTES, ModelRecord, check_present
+
+
+def open_directory(*, path: str) -> DirectoryIndex:
+    """The index `{kind: directory, path: ...}` of a config. Raises InputError for a relative path."""
+    return DirectoryIndex(absolute_path(path))
 
 
 class DirectoryIndex:

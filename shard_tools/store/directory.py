@@ -15,11 +15,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from shard_tools.choice import absolute_path
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import FormatError, InputError, NotFoundError
 from shard_tools.store.block_store import MAX_BLOCK_BYTES, check_block, check_size
 
 _ABANDONED_S = 3600  # a temporary file this old has no writer left: one block takes milliseconds
+
+
+def open_directory(*, path: str) -> DirectoryStore:
+    """The store `{kind: directory, path: ...}` of a config. Raises InputError for a relative path."""
+    return DirectoryStore(absolute_path(path))
 
 
 class DirectoryStore:

@@ -12,9 +12,11 @@ import pytest
 import yaml
 
 from serve_app import config
+from serve_app.choices import check_choices, store_folder
 from serve_app.config import AppConfig, IngressConfig, ModelConfig, PipelineConfig, keys_of
 from serve_app.errors import ConfigError
 from serve_app.serve_file import load_config, parse_serve_config
+from shard_tools.choice import Choice
 from shard_tools.signing import Signer, key_text
 
 EXAMPLE = Path(config.__file__).with_name("config.yaml")
@@ -125,6 +127,57 @@ def test_a_misspelt_key_is_answered_with_the_nearest_known_one(where: tuple[Any,
 )
 def test_a_value_that_cannot_be_used_is_named(group: str, values: Any, said: str) -> None:
     assert said in refusal(lambda changed: args_of(changed).update({group: values}))
+
+
+SQLITE = {"kind": "sqlite", "path": "/m.db"}
+
+
+def test_a_store_an_index_and_an_engine_are_chosen_by_a_plain_text_or_by_a_kind_with_options() -> None:
+    """A text is what it was before there were kinds: a folder, or a name."""
+    plain = AppConfig.parse({"model": MODEL, "pipeline": {"engine": "torch"}})
+    assert (plain.model.store, plain.pipeline.engine) == (Path("/store"), Choice("torch"))
+    chosen = AppConfig.parse(
+        {"model": MODEL | {"store": SQLITE, "index": SQLITE}, "pipeline": {"engine": {"kind": "x", "bits": 8}}}
+    )
+    assert chosen.model.store == chosen.model.index == Choice.of("sqlite", path="/m.db")
+    assert chosen.pipeline.engine == Choice.of("x", bits=8)
+    assert AppConfig.parse({"model": MODEL}).pipeline.engine == Choice("auto")
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "said"),
+    [
+        ("model", MODEL | {"store": {"path": "/m.db"}}, "args.model.store: expected a folder, or `{kind: name}`"),
+        ("model", MODEL | {"store": 5}, "args.model.store: expected a folder, or `{kind: name}`"),
+        ("model", MODEL | {"store": {"kind": 5}}, "args.model.store: expected `{kind: name}`"),
+        ("model", MODEL | {"store": SQLITE}, "model.index must be given, since model.store is no folder"),
+        ("model", MODEL | {"index": SQLITE | {"path": ["/m"]}}, "args.model.index: option 'path' is no text"),
+        ("model", MODEL | {"index": SQLITE | {"path": "x" * 5000}}, "option 'path' is longer than 4096"),
+        ("model", MODEL | {"index": {"kind": "k"} | {f"o{i}": i for i in range(40)}}, "40 options"),
+        ("pipeline", {"engine": ["torch"]}, "args.pipeline.engine: expected a name, or `{kind: name}`"),
+    ],
+)
+def test_a_choice_that_is_none_is_named(group: str, values: Any, said: str) -> None:
+    assert said in refusal(lambda changed: args_of(changed).update({group: values}))
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"model": MODEL, "pipeline": {"engine": "troch"}}, "args.pipeline.engine: no engine is called 'troch'; did"),
+        ({"model": MODEL | {"store": SQLITE, "index": "/i"}}, "args.model.store: no block store is called 'sqlite'"),
+        ({"model": MODEL | {"index": SQLITE}}, "args.model.index: no model index is called 'sqlite'; known here: dir"),
+    ],
+)
+def test_a_name_that_nothing_here_has_is_refused_before_anything_starts(args: Any, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_choices(AppConfig.parse(args))
+    assert said in str(caught.value)
+
+
+def test_a_command_that_knows_folders_only_says_so() -> None:
+    with pytest.raises(ConfigError, match="is of the kind 'sqlite', and this command reads folders only"):
+        store_folder(AppConfig.parse({"model": MODEL | {"store": SQLITE, "index": SQLITE}}).model)
 
 
 def test_publishers_are_keys_or_files_of_one(tmp_path: Path) -> None:

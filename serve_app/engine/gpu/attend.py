@@ -14,13 +14,20 @@ from serve_app.engine.gpu.kernels.decode_attention import ChunkSpace, decode_att
 from serve_app.engine.gpu.kernels.prefill_attention import prefill_attention, rows_per_tile
 from serve_app.engine.request_table import Ints, PlannedSpans
 
+_FIXED_CHUNKS = 8  # of a row at most, where all must be cut alike: long ones stay fast
+
 
 class DecodeAttention:
     """Work space for up to max_rows rows."""
 
-    def __init__(self, blocks: Sequence[Block], max_rows: int, device: torch.device) -> None:
+    def __init__(
+        self, blocks: Sequence[Block], max_rows: int, device: torch.device, fixed_for: int | None = None
+    ) -> None:
+        """fixed_for: positions a row may have; all rows are then cut alike, whatever runs beside them."""
+        self.max_rows = max_rows
         heads, dim = max(b.heads for b in blocks), max(b.dim for b in blocks)
-        self._space = ChunkSpace.of(max_rows, heads, min(b.kv_heads for b in blocks), dim, device)
+        chunk = None if fixed_for is None else -(-fixed_for // _FIXED_CHUNKS)
+        self._space = ChunkSpace.of(max_rows, heads, min(b.kv_heads for b in blocks), dim, device, chunk)
 
     def bind(self, page_table: Tensor, slots: Tensor, lengths: Tensor) -> Attend:
         """The function for these rows, in all layers of this step: the next bind ends it."""
@@ -44,6 +51,19 @@ class DecodeAttention:
             )
 
         return attend
+
+
+class RowAttention:
+    """Every row as a decode row, cut by its length alone, prompts included: the same bits in any company."""
+
+    def __init__(self, decode: DecodeAttention, page_table: Tensor, slots: Tensor, positions: Tensor) -> None:
+        self._decode, self._page_table, self._slots, self._lengths = decode, page_table, slots, positions + 1
+
+    def __call__(self, block: Block, q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+        for first in range(0, len(q), self._decode.max_rows):  # what there is work space for
+            now = slice(first, first + self._decode.max_rows)
+            attend = self._decode.bind(self._page_table, self._slots[now], self._lengths[now])
+            attend(block, q[now], keys, values, out[now])
 
 
 class PrefillAttention:

@@ -20,11 +20,11 @@ import triton
 from torch import Tensor
 
 from serve_app.engine.engine import StepOutput
-from serve_app.engine.gpu.attend import DecodeAttention, PrefillAttention, tiles_of
+from serve_app.engine.gpu.attend import DecodeAttention, PrefillAttention, RowAttention, tiles_of
 from serve_app.engine.gpu.controls import ControlTable
 from serve_app.engine.gpu.copies import upload, upload_all, upload_rows
 from serve_app.engine.gpu.flight import Flight, report_ints
-from serve_app.engine.gpu.forward import Pages, Space, head_product, norm, part, run_layers
+from serve_app.engine.gpu.forward import Attend, Pages, Space, head_product, norm, part, run_layers
 from serve_app.engine.gpu.kernels.prepare import N_FIELDS, padding, prepare
 from serve_app.engine.gpu.kernels.row_hash import RowHasher
 from serve_app.engine.gpu.kernels.sampler import SamplerSpace, sample
@@ -53,8 +53,12 @@ class _Replay:
 class GpuEngine:
     """Implements engine.Engine."""
 
-    def __init__(self, plain: TorchEngine, weights: StageWeights, page_size: int) -> None:
-        """weights: of the plain engine, as gpu/stage_weights.py's read_weights has checked them."""
+    def __init__(self, plain: TorchEngine, weights: StageWeights, page_size: int, deterministic: bool = False) -> None:
+        """weights: of the plain engine, as gpu/stage_weights.py's read_weights has checked them.
+
+        deterministic: tiles and parts are fixed, so a row's bits are the same whatever runs beside it.
+        """
+        self._fixed = deterministic
         profile = plain.profile
         self.logits_of = plain.logits_of
         self._weights, self._page_size = weights, page_size
@@ -65,7 +69,7 @@ class GpuEngine:
         item = self._dtype.itemsize
         self.profile = replace(
             profile,
-            description=f"{profile.description}, llmd_triton {triton.__version__}",
+            description=f"{profile.description}, llmd_triton {triton.__version__}{', fixed tiles' * deterministic}",
             kv_page_bytes=sum(2 * b.kv_heads * page_size * b.dim * item for b in weights.blocks),
         )
         self._cuda = self._device.type == "cuda"
@@ -92,7 +96,9 @@ class GpuEngine:
             torch.zeros(max_sequences, dtype=torch.int32, device=device) for _ in range(3)
         )
         self._arrived = torch.zeros((max_sequences, self._hidden_size), dtype=self._dtype, device=device)
-        self._decode = DecodeAttention(weights.blocks, max_sequences, device)
+        self._decode = DecodeAttention(
+            weights.blocks, max_sequences, device, weights.context_length if self._fixed else None
+        )
         if weights.head is not None:
             self._logits = torch.zeros((max_sequences, len(weights.head)), dtype=self._dtype, device=device)
             self._sampler = SamplerSpace(max_sequences, len(weights.head), device)
@@ -203,6 +209,7 @@ class GpuEngine:
             positions=positions,
             attend=attend,
             final=weights.final,
+            fixed=self._fixed,
         )
         with self._fork():
             came = report[0] if weights.embedding is not None else self._arrived[:rows]
@@ -218,7 +225,7 @@ class GpuEngine:
             return Flight(None, 0, 0, 0, None, torch.empty(0, dtype=torch.int32), None, False)
         first = np.cumsum(spans.counts) - spans.counts
         n_decode = int(np.argmax(spans.counts > 1)) if (spans.counts > 1).any() else len(spans.counts)
-        n_decode = min(n_decode, self._max_rows)
+        n_decode = len(spans.counts) if self._fixed else min(n_decode, self._max_rows)
         row_slots = np.repeat(spans.slots, spans.counts)
         positions = (np.repeat(spans.starts - first, spans.counts) + np.arange(n)).astype(np.int32)
         tiles = tiles_of(weights.blocks, spans, first, n_decode)
@@ -243,8 +250,13 @@ class GpuEngine:
             arrived = torch.empty((n, self._hidden_size), device=self._device, dtype=self._dtype)
             upload_rows(rows, arrived)
         self._enter(d_ids, arrived, space.residual[:n])
-        decode = self._decode.bind(table.page_table, d_slots[:n_decode], d_positions[:n_decode] + 1)
-        attend = PrefillAttention(decode, n_decode, table.page_table, [t.view(-1, 4) for t in d_tiles], weights.blocks)
+        attend: Attend
+        if self._fixed:
+            attend = RowAttention(self._decode, table.page_table, d_slots, d_positions)
+        else:
+            there = [t.view(-1, 4) for t in d_tiles]
+            decode = self._decode.bind(table.page_table, d_slots[:n_decode], d_positions[:n_decode] + 1)
+            attend = PrefillAttention(decode, n_decode, table.page_table, there, weights.blocks)
         run_layers(
             weights.blocks,
             self._pages,
@@ -255,6 +267,7 @@ class GpuEngine:
             positions=d_positions,
             attend=attend,
             final=None,
+            fixed=self._fixed,
         )
         report = torch.empty(report_ints(n, self._hashers is not None), dtype=torch.int32, device=self._device)
         if len(ids):
@@ -286,7 +299,7 @@ class GpuEngine:
         weights, table = self._weights, self._table
         assert weights.head is not None and self._controls is not None
         logits = part(self._logits, len(x), len(weights.head))
-        head_product(x, weights.head, logits)
+        head_product(x, weights.head, logits, self._fixed)
         if weights.logit_cap is not None:
             torch.tanh(logits.div_(weights.logit_cap), out=logits).mul_(weights.logit_cap)
         self._controls.apply(logits, slots, positions)

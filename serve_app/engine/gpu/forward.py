@@ -1,7 +1,8 @@
 """One pass of rows through decoder layers, into buffers made beforehand: nothing is allocated, so a graph may hold it.
 
 Products of few rows take our kernel where it is faster than cuBLAS (benchmarks/gpu_kernels.py has the figures), all
-others cuBLAS. How rows attend is given: decode and prefill differ in nothing else.
+others cuBLAS; with `fixed` all take one kernel of fixed tiles, so that a row's bits do not depend on the other rows.
+How rows attend is given: decode and prefill differ in nothing else.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from serve_app.engine.block import Block, Linear, Norm
 from serve_app.engine.gpu.kernels.activation import gate
+from serve_app.engine.gpu.kernels.fixed_product import fixed_product
 from serve_app.engine.gpu.kernels.norm import rms_norm
 from serve_app.engine.gpu.kernels.rope import rotate_and_write
 from serve_app.engine.gpu.kernels.skinny_product import MAX_ROWS, skinny_product
@@ -66,6 +68,7 @@ def run_layers(
     positions: Tensor,
     attend: Attend,
     final: Norm | None,
+    fixed: bool = False,
 ) -> None:
     """space.residual[:rows] goes in and comes out; with `final`, its norm is left in space.x[:rows]."""
     hidden = space.residual.shape[1]
@@ -76,7 +79,7 @@ def run_layers(
         width = block.heads * block.dim
         qkv = part(space.qkv, rows, len(block.qkv.weight))
         q, attended = part(space.q, rows, width), part(space.attended, rows, width)
-        product(x, block.qkv, qkv)
+        product(x, block.qkv, qkv, fixed)
         rotate_and_write(
             qkv,
             q.view(rows, block.heads, block.dim),
@@ -91,16 +94,17 @@ def run_layers(
             k_weight=block.k_norm.weight if block.k_norm else None,
             eps=block.q_norm.eps if block.q_norm else 0.0,
             gemma=block.q_norm.offset if block.q_norm else False,
+            fixed=fixed,
         )
         shape = (rows, block.heads, block.dim)
         attend(block, q.view(shape), keys, values, attended.view(shape))
-        product(attended, block.out, y)
+        product(attended, block.out, y, fixed)
         if block.after_attention is not None:
             norm(y, block.after_attention, y)
         norm(y, block.norm_mid, x, residual)
         gated = part(space.gated, rows, len(block.gate_up.weight) // 2)
-        gated_product(x, block, part(space.gate_up, rows, len(block.gate_up.weight)), gated)
-        product(gated, block.down, y)
+        gated_product(x, block, part(space.gate_up, rows, len(block.gate_up.weight)), gated, fixed)
+        product(gated, block.down, y, fixed)
         if block.after_mlp is not None:
             norm(y, block.after_mlp, y)
         following = blocks[i + 1].norm_in if i + 1 < len(blocks) else final
@@ -116,10 +120,12 @@ def norm(x: Tensor, of: Norm, out: Tensor, residual: Tensor | None = None) -> No
     rms_norm(x, of.weight, of.eps, out, residual, gemma=of.offset)
 
 
-def product(x: Tensor, linear: Linear, out: Tensor) -> None:
+def product(x: Tensor, linear: Linear, out: Tensor, fixed: bool = False) -> None:
     """out = x @ weight.T + bias."""
     rows, (n_out, width) = len(x), linear.weight.shape
-    if rows == 1:
+    if fixed:
+        fixed_product(x, linear.weight, out, linear.bias)
+    elif rows == 1:
         skinny_product(
             x, linear.weight, out, bias=linear.bias, block_n=2, block_k=_one_row_block(width), warps=4, stages=2
         )
@@ -131,10 +137,12 @@ def product(x: Tensor, linear: Linear, out: Tensor) -> None:
         torch.mm(x, linear.weight.t(), out=out)
 
 
-def head_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+def head_product(x: Tensor, weight: Tensor, out: Tensor, fixed: bool = False) -> None:
     """out = x @ weight.T for a weight with very many rows."""
     rows, width = len(x), weight.shape[1]
-    if rows == 1:
+    if fixed:
+        fixed_product(x, weight, out)
+    elif rows == 1:
         skinny_product(x, weight, out, block_n=2, block_k=_one_row_block(width), warps=4, stages=2)
     elif rows <= MAX_ROWS and _on_matrix_units(x):
         skinny_product(x, weight, out, block_n=64, block_k=128, warps=4, stages=4)
@@ -142,10 +150,13 @@ def head_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(x, weight.t(), out=out)
 
 
-def gated_product(x: Tensor, block: Block, both: Tensor, out: Tensor) -> None:
+def gated_product(x: Tensor, block: Block, both: Tensor, out: Tensor, fixed: bool = False) -> None:
     """out = act(x @ gate.T) * (x @ up.T)."""
     rows, linear = len(x), block.gate_up
-    if rows == 1 and linear.bias is None:
+    if fixed:
+        fixed_product(x, linear.weight, both, linear.bias)
+        gate(both, out, block.activation)
+    elif rows == 1 and linear.bias is None:
         width = _one_row_block(linear.weight.shape[1])
         skinny_product(
             x, linear.weight, out, gated=True, activation=block.activation, block_n=2, block_k=width, warps=4, stages=2

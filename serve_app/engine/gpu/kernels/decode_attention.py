@@ -208,6 +208,7 @@ class ChunkSpace:
 
     programs: int
     most: int  # chunks at most, unless the rows alone are more
+    shortest: int  # positions of a chunk, if they are not too many
     items: Tensor  # [chunks, 4] int32: row, number of the chunk, slot, length of the row
     first_items: Tensor  # [rows] int32
     meta: Tensor  # [2] int32: how many chunks, and their length in positions
@@ -215,11 +216,19 @@ class ChunkSpace:
     part_stat: Tensor  # [chunks * heads * 2] float32
 
     @classmethod
-    def of(cls, max_rows: int, heads: int, kv_heads: int, dim: int, device: torch.device) -> ChunkSpace:
-        """heads, kv_heads, dim: the most of any layer (kv_heads: the least)."""
+    def of(
+        cls, max_rows: int, heads: int, kv_heads: int, dim: int, device: torch.device, fixed: int | None = None
+    ) -> ChunkSpace:
+        """heads, kv_heads, dim: the most of any layer (kv_heads: the least).
+
+        fixed: positions that a chunk must at least have so that no row has more than 8; then all chunks are of one
+        length in every step, and a row's bits do not depend on what runs beside it.
+        """
         # Three programs on each multiprocessor hide each other's starts. A CPU, in the interpreter, takes a few.
         programs = 3 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-        most = max(_TURNS * programs // kv_heads, 1)
+        most, shortest = max(_TURNS * programs // kv_heads, 1), SHORTEST_CHUNK
+        if fixed is not None:
+            most, shortest = 8 * max_rows, max(triton.next_power_of_2(fixed), SHORTEST_CHUNK)
         chunks = max(most, max_rows)
 
         def ints(*shape: int) -> Tensor:
@@ -228,6 +237,7 @@ class ChunkSpace:
         return cls(
             programs=programs,
             most=most,
+            shortest=shortest,
             items=ints(chunks, 4),
             first_items=ints(max_rows),
             meta=ints(2),
@@ -246,7 +256,7 @@ def list_chunks(slots: Tensor, lengths: Tensor, space: ChunkSpace) -> None:
         space.items,
         space.first_items,
         space.meta,
-        SHORTEST=SHORTEST_CHUNK,
+        SHORTEST=space.shortest,
         ROWS=256,
         num_warps=4,
     )

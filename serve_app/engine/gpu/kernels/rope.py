@@ -109,15 +109,17 @@ def rotate_and_write(
     k_weight: Tensor | None = None,
     eps: float = 0.0,
     gemma: bool = False,
+    fixed: bool = False,
 ) -> None:
     """qkv [rows, (heads + 2 kv_heads) * dim] -> q_out [rows, heads, dim] and the rows' places in keys and values.
 
     cos, sin [positions, rotary / 2] float32; slots, positions [rows] int32; a row whose slot is negative is left out.
-    q_weight, k_weight [dim]: RMS norms of each head (Qwen3, Gemma 3).
+    q_weight, k_weight [dim]: RMS norms of each head (Qwen3, Gemma 3). fixed: programs of one shape for any number
+    of rows.
     """
     rows, heads, dim = q_out.shape
     kv_heads, page = keys.shape[1], keys.shape[2]
-    block, early = 4 if rows >= 64 else 1, starts_early(rows)
+    block, early = 4 if rows >= 64 and not fixed else 1, starts_early(rows)
     _rotate_and_write[(rows, triton.cdiv(heads + 2 * kv_heads, block))](
         qkv,
         q_out,

@@ -9,14 +9,17 @@ import pytest
 
 from serve_app.engine.cpu.engine import CpuEngine
 from serve_app.engine.cpu.native import library
+from serve_app.engine.engines import TORCH
 from serve_app.engine.load import LoadOptions, load_engine
 from serve_app.engine.torch_engine import TorchEngine
-from serve_app.errors import PipelineError, ProtocolError
+from serve_app.errors import PipelineError
 from serve_app.messages.step import DRAWN_LAST
+from shard_tools.choice import Choice
 from shard_tools.manifest import Manifest
 from shard_tools.store.memory import MemoryStore
-from tests.serve_app.engine.steps import PAGE, REFUSED, STEPS, ids, plan_of, published
+from tests.engine_steps import PAGE, STEPS, ids, plan_of, published
 
+CPU = Choice("cpu")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 
 
@@ -25,8 +28,8 @@ def engines(
 ) -> tuple[TorchEngine, CpuEngine]:
     stop = manifest.n_layers if stop is None else stop
     plain, fast = (
-        load_engine(store, manifest, start, stop, LoadOptions("cpu", "float32", PAGE, 1, fused, native))
-        for fused in (False, True)
+        load_engine(store, manifest, start, stop, LoadOptions("cpu", "float32", PAGE, 1, engine, native=native))
+        for engine in (TORCH, CPU)
     )
     assert isinstance(plain, TorchEngine) and isinstance(fast, CpuEngine)
     assert fast.is_native == (native and library() is not None)
@@ -69,18 +72,6 @@ def test_a_range_without_embedding_and_one_without_head_make_the_whole(tiny: tup
         assert found.tokens == wanted.tokens and bytes(found.received) == bytes(between.hidden)
 
 
-def test_a_plan_that_does_not_fit_is_refused_and_changes_nothing(tiny: tuple[MemoryStore, Manifest]) -> None:
-    """After each the sequence goes on as if nothing had been asked."""
-    plain, fast = engines(*tiny)
-    begin = plan_of([(7, 0, 3, [0], 1)], {7: (0, 0, 10**6)})
-    assert fast.run(begin, ids(1, 2, 3)).tokens == plain.run(begin, ids(1, 2, 3)).tokens
-    for plan, rows, message in REFUSED:
-        with pytest.raises(ProtocolError, match=message):
-            fast.run(plan, rows)
-    after = plan_of([(7, 3, 1, [], 1)])
-    assert fast.run(after, ids(4)).tokens == plain.run(after, ids(4)).tokens
-
-
 def test_logits_that_are_not_finite_are_an_error_of_that_step_alone(tiny: tuple[MemoryStore, Manifest]) -> None:
     _, fast = engines(*tiny)
     embedding = fast._weights.stage.embedding
@@ -102,10 +93,11 @@ def test_a_model_that_no_fused_engine_computes_is_served_by_the_plain_one(tmp_pa
 def test_bfloat16_logits_are_as_close_as_the_plain_engines(native: bool, tmp_path: Path) -> None:
     """Of a prompt and the rows after it, against the same values in float32; with two threads."""
     store, manifest = published(tmp_path, "llama")
-    options = [LoadOptions("cpu", "float32", PAGE, None, False), LoadOptions("cpu", "bfloat16", PAGE, None, False)]
-    options.append(LoadOptions("cpu", "bfloat16", PAGE, 2, True, native))
+    options = [LoadOptions("cpu", dtype, PAGE, None, TORCH) for dtype in ("float32", "bfloat16")]
+    options.append(LoadOptions("cpu", "bfloat16", PAGE, 2, CPU, native=native))
     logits = []
     for engine in (load_engine(store, manifest, 0, 2, option) for option in options):
+        assert isinstance(engine, TorchEngine | CpuEngine)
         engine.reserve(40, 3)
         rows = [engine.run(plan_of([(1, 0, 40, list(range(10)), 1)], {1: (0, 0, 10**6)}), ids(*range(40)))]
         for position in range(40, 44):

@@ -1,4 +1,4 @@
-"""Steps that every fused engine must compute as the plain one does, and plans that each must refuse."""
+"""Steps for any engine: plans written by hand over pages of four positions, and a tiny model published in memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,17 @@ from shard_tools.manifest import Manifest
 from shard_tools.store.memory import MemoryStore
 from tests.tiny_models import write_tiny_checkpoint
 
-PAGE = 4
+PAGE, N_PAGES, MAX_SEQUENCES, VOCAB = 4, 40, 3, 130
+GREEDY = (0, 0, 10**6)  # temperature_micro, top_k, top_p_micro
 Span = tuple[int, int, int, list[int], int]  # seq, start, count, new pages, sample
+Step = tuple[StepPlan, memoryview]
+
+
+def published(folder: Path, family: str = "llama") -> tuple[MemoryStore, Manifest]:
+    """Two layers of random float32 weights."""
+    store = MemoryStore()
+    checkpoint = write_tiny_checkpoint(folder / "checkpoint", family, layers=2, vocab=VOCAB)
+    return store, split(open_checkpoint(checkpoint), store, "tiny", "float32")
 
 
 def plan_of(
@@ -44,16 +53,10 @@ def ids(*values: int) -> memoryview:
     return memoryview(np.array(values, "<u4").tobytes())
 
 
-def published(folder: Path, family: str) -> tuple[MemoryStore, Manifest]:
-    store = MemoryStore()
-    checkpoint = write_tiny_checkpoint(folder / "checkpoint", family, layers=2, vocab=130)
-    return store, split(open_checkpoint(checkpoint), store, "tiny", "float32")
-
-
-STEPS: list[tuple[StepPlan, memoryview]] = [
+STEPS: list[Step] = [
     # Two prompts, one of them in two chunks; greedy, and with every way to draw.
     (
-        plan_of([(1, 0, 5, [3, 9], 1), (2, 0, 9, [0, 1, 2], 0)], {1: (0, 0, 10**6), 2: (800_000, 20, 900_000)}),
+        plan_of([(1, 0, 5, [3, 9], 1), (2, 0, 9, [0, 1, 2], 0)], {1: GREEDY, 2: (800_000, 20, 900_000)}),
         ids(*range(5, 10), *range(20, 29)),
     ),
     # A decode row, then the rest of a prompt, then a third sequence of one row.
@@ -66,25 +69,31 @@ STEPS: list[tuple[StepPlan, memoryview]] = [
     (plan_of([(1, 7, 1, [], 1), (2, 12, 1, [6], 1)], closes=(3,)), ids(DRAWN_LAST, 90)),
     (plan_of([(1, 8, 1, [11], 1)], closes=(2,)), ids(DRAWN_LAST)),
     (plan_of([], closes=(1,)), ids()),
-    (plan_of([(4, 0, 3, [3], 1)], {4: (0, 0, 10**6)}), ids(1, 2, 3)),
+    (plan_of([(4, 0, 3, [3], 1)], {4: GREEDY}), ids(1, 2, 3)),
     # Two that begin as the second did, behind one page and behind two of what it left; then both go on.
     (
-        plan_of([(5, 4, 1, [0, 8], 1), (6, 8, 3, [0, 1, 7], 1)], dict.fromkeys((5, 6), (0, 0, 10**6)), cached=(4, 8)),
+        plan_of([(5, 4, 1, [0, 8], 1), (6, 8, 3, [0, 1, 7], 1)], {5: GREEDY, 6: GREEDY}, cached=(4, 8)),
         ids(24, 28, 40, 41),
     ),
     (plan_of([(5, 5, 1, [], 1), (6, 11, 1, [], 1)]), ids(DRAWN_LAST, DRAWN_LAST)),
 ]
 
-REFUSED: list[tuple[StepPlan, memoryview, str]] = [
-    (plan_of([(1, 0, 1, [0], 1)]), ids(5), "sequence 1 is not open"),
-    (plan_of([(7, 0, 2, [1], 1)]), ids(5, 6), "goes on at another position"),
-    (plan_of([(7, 3, 2, [], 1)]), ids(5, 6), "too few pages"),
-    (plan_of([(7, 3, 1, [40], 1)]), ids(5), "page 40 of 40"),
-    (plan_of([(7, 3, 1, [], 1)]), ids(130), "token id 130 in a vocabulary of 130"),
-    (plan_of([(7, 3, 1, [], 1), (7, 4, 1, [1], 1)]), ids(1, 2), "runs one sequence twice"),
-    (plan_of([(7, 3, 1, [], 1)], {7: (0, 0, 10**6)}), ids(5), "is open already"),
-    (plan_of([(8, 0, 1, [1], 1)], {8: (0, 0, 10**6)}), ids(DRAWN_LAST), "has drawn none"),
-    (plan_of([(7, 3, 1, [], 1)]), ids(1, 2), "8 bytes for 1 rows"),
-    (plan_of([(8, 0, 1, [1], 1)], {seq: (0, 0, 10**6) for seq in range(8, 40)}), ids(5), "there is room for"),
-    (plan_of([(7, 3, 600, list(range(2, 39)) * 5, 1)]), memoryview(bytes(2400)), "grows beyond 512"),
-]
+OPEN_SEVEN: Step = (plan_of([(7, 0, 3, [0], 1)], {7: GREEDY}), ids(1, 2, 3))
+# What no engine may take once OPEN_SEVEN has run, and what is wrong with it.
+REFUSED: dict[str, Step] = {
+    "not open": (plan_of([(1, 0, 1, [0], 1)]), ids(5)),
+    "another position": (plan_of([(7, 0, 2, [1], 1)]), ids(5, 6)),
+    "too few pages": (plan_of([(7, 3, 2, [], 1)]), ids(5, 6)),
+    "no such page": (plan_of([(7, 3, 1, [N_PAGES], 1)]), ids(5)),
+    "no such token": (plan_of([(7, 3, 1, [], 1)]), ids(VOCAB)),
+    "twice": (plan_of([(7, 3, 1, [], 1), (7, 4, 1, [1], 1)]), ids(1, 2)),
+    "open already": (plan_of([(7, 3, 1, [], 1)], {7: GREEDY}), ids(5)),
+    "has drawn none": (plan_of([(8, 0, 1, [1], 1)], {8: GREEDY}), ids(DRAWN_LAST)),
+    "too many bytes": (plan_of([(7, 3, 1, [], 1)]), ids(1, 2)),
+    "behind half a page": (plan_of([(8, 3, 1, [0], 1)], {8: GREEDY}, cached=(3,)), ids(5)),
+    "behind rows, and runs none": (plan_of([(7, 3, 1, [], 1)], {8: GREEDY}, cached=(4,)), ids(5)),
+    "before the rows it is behind": (plan_of([(8, 0, 1, [0], 1)], {8: GREEDY}, cached=(4,)), ids(5)),
+    "beyond them": (plan_of([(8, 5, 1, [0, 1], 1)], {8: GREEDY}, cached=(4,)), ids(5)),
+    "behind rows without a page for its own": (plan_of([(8, 4, 1, [0], 1)], {8: GREEDY}, cached=(4,)), ids(5)),
+    "behind rows of no such page": (plan_of([(8, 4, 1, [N_PAGES, 1], 1)], {8: GREEDY}, cached=(4,)), ids(5)),
+}

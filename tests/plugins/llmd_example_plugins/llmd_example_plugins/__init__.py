@@ -1,0 +1,1 @@
+"""An engine, a block store and a model index for llm-d."""
