@@ -123,7 +123,7 @@ def test_each_kind_of_request_is_drawn_as_on_the_cpu() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.lists(samplings, min_size=3, max_size=3), st.integers(0, 1 << 30), st.sampled_from([6, 10_000]))
 def test_every_control_is_drawn_as_on_the_cpu(asked: list[Sampling], seed: int, levels: int) -> None:
     """In float32 and bfloat16, with ties where there are few levels."""
