@@ -153,6 +153,11 @@ class EdgeListener:
                 if not fds:
                     raise ProtocolError("no memory came with the edge")
                 opened = SharedMemoryInlet(connection, hello, fds[0], inlet)
+                with self._lock:
+                    last = all(other.kind != "shared_memory" for other in self._awaited.values())
+                if last:
+                    self._remove_folder()  # before the answer: who is killed after it leaves nothing
+                opened.accept()
             except ProtocolError as e:
                 connection.send(refused(str(e)))
                 raise
@@ -232,6 +237,9 @@ class EdgeListener:
     def _shut_doors(self) -> None:
         for door, _ in self._doors.values():
             door.close()
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -116,9 +116,9 @@ class SharedMemoryInlet:
     """The receiving end: a thread that hands each message to `deliver`."""
 
     def __init__(self, connection: socket.socket, hello: Hello, memory: int, inlet: Inlet) -> None:
-        """Take over a connection whose hello was read, and accept it. memory: the descriptor that came with it,
+        """Takes over a connection whose hello was read; nothing is received before `accept`.
 
-        which stays the caller's. Raises ProtocolError for a ring that is not one.
+        memory: the descriptor that came with it; it stays the caller's. Raises ProtocolError for a ring that is none.
         """
         self._inlet, self._socket, self._size = inlet, connection, hello.ring_bytes
         found = os.fstat(memory).st_size
@@ -134,14 +134,17 @@ class SharedMemoryInlet:
         self._number, self._position, self._credited = 0, 0, 0
         self._end = End(inlet.peer.name, inlet.lost, lambda: _cut(self._socket))
         self._signs = ProcessSigns(inlet.peer.pid, closed=lambda: self._ring[self._size] == 1)
-        self._socket.settimeout(None)
+        self._thread = threading.Thread(target=self._receive_all, name=f"edge {inlet.edge}", daemon=True)
+
+    def accept(self) -> None:
+        """Tell the peer that it is let in, and begin to receive."""
         try:
             self._socket.send(accepted())
         except OSError:
             self._signs.close()
             raise
+        self._socket.settimeout(None)
         self._watch = Watch(self._signs, self._end.fail)
-        self._thread = threading.Thread(target=self._receive_all, name=f"edge {inlet.edge}", daemon=True)
         self._thread.start()
 
     def close(self) -> None:

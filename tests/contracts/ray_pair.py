@@ -48,8 +48,8 @@ def ray_pair() -> Iterator[tuple[RayEdge, queue.Queue[bytes], int]]:
             try:
                 while True:
                     received.put(ray.get(sink.take.remote()))
-            except Exception:
-                return  # the actor, or Ray, has ended
+            except (Exception, SystemExit):
+                return  # the actor has ended, or Ray, which says so by SystemExit
 
         threading.Thread(target=pump, daemon=True).start()
         edge = RayEdge(sink, "e")
