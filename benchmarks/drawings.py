@@ -118,7 +118,7 @@ def soak(figure: Figure, f: Figures) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     course = f["memory_mb_by_s"]
     left.plot([s / 60 for s, _ in course], [mb for _, mb in course], color=BLUE)
-    left.set_ylim(bottom=0)
+    left.set_ylim(0, 1.2 * max(mb for _, mb in course))
     left.set_xlabel("minutes")
     left.set_ylabel("memory, MB")
     ended, hung, stopped = f["requests_ended"], f["hung_up"], f["stopped_by_string"]

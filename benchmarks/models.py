@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -48,10 +48,16 @@ class PublishedModel:
         """The file with its publisher's key."""
         return self.root / "publisher.pub"
 
-    def pipeline(self, stages: int, limits: LocalLimits | None = None) -> LocalPipeline:
-        """It, served in this process in float32; the cores are shared out among the stages."""
+    def pipeline(self, stages: int, limits: LocalLimits | None = None, prefix_cache: bool = False) -> LocalPipeline:
+        """It, served in this process in float32; the cores are shared out among the stages.
+
+        prefix_cache: with one, if this build has it.
+        """
         options = LoadOptions("cpu", "float32", PAGE_SIZE, max(1, torch.get_num_threads() // stages))
-        return LocalPipeline(self.store, self.manifest, stages=stages, options=options, limits=limits or LocalLimits())
+        limits = limits or LocalLimits()
+        if prefix_cache and any(f.name == "prefix_cache" for f in fields(limits)):
+            limits = replace(limits, **{"prefix_cache": True})
+        return LocalPipeline(self.store, self.manifest, stages=stages, options=options, limits=limits)
 
 
 def published(root: Path, choice: ModelChoice) -> PublishedModel:

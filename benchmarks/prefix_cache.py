@@ -76,7 +76,7 @@ async def measure(
     model: PublishedModel, stages: int, users: int, turns: int, lengths: tuple[int, int, int], *, anyway: bool
 ) -> dict[str, Any] | None:
     """Figures of both loads, reused and missed; None if there is no cache to measure."""
-    pipeline = model.pipeline(stages, LocalLimits(n_pages=4096))
+    pipeline = model.pipeline(stages, LocalLimits(n_pages=4096), prefix_cache=True)
     await pipeline.warm_up()
     if prefix_hits(pipeline.head.status()) is None and not anyway:
         pipeline.close()

@@ -130,8 +130,10 @@ async def _soak(
 ) -> tuple[dict[str, Any], list[str]]:
     # Room for about four of the longest requests at a time, where RUNNING may run.
     n_pages = 4 * (LONG_ROWS // PAGE_SIZE)
-    limits = LocalLimits(n_pages, STEP_TOKENS, RUNNING, max_waiting=max(2, 3 * clients // 4))
-    pipeline = model.pipeline(stages, limits)
+    limits = LocalLimits(
+        n_pages=n_pages, max_step_tokens=STEP_TOKENS, max_running=RUNNING, max_waiting=max(2, 3 * clients // 4)
+    )
+    pipeline = model.pipeline(stages, limits, prefix_cache=True)
     await pipeline.warm_up()
     door: Door = HttpDoor(pipeline, model) if http else LocalDoor(pipeline, model)
     before, rows_before = dict(pipeline.head.status()), _rows(pipeline)
