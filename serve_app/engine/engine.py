@@ -83,8 +83,9 @@ class Engine(Protocol):
     def hash_rows(self, inlet: bytes, outlet: bytes, *, hand_on: bool) -> bool:
         """Asks for the SHA-256 of each row behind one of these 56-byte prefixes and its position as a u64.
 
-        Called once, before the first step. hand_on: the rows are needed as well. Returns False, and changes nothing,
-        if rows are on the host anyway: who wants hashes makes them from the bytes.
+        Called once, after `reserve` and before the first step; it may take as long as an engine needs to be ready for
+        steps. hand_on: the rows are needed as well. Returns False, and changes nothing, if rows are on the host anyway:
+        who wants hashes makes them from the bytes.
         """
 
     def launch(self, plan: StepPlan, rows: memoryview) -> Launched:

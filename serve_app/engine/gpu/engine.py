@@ -9,10 +9,9 @@ queued; results come back in memory that nobody writes again. Weights and their 
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from serve_app.engine.engine import StepOutput
 from serve_app.engine.gpu.attend import DecodeAttention, PrefillAttention, RowAttention, tiles_of
 from serve_app.engine.gpu.controls import ControlTable
 from serve_app.engine.gpu.copies import upload, upload_all, upload_rows
+from serve_app.engine.gpu.first_steps import N_ROWS, prompt_beside_a_row
 from serve_app.engine.gpu.flight import Flight, report_ints
 from serve_app.engine.gpu.forward import Attend, Pages, Space, head_product, norm, part, run_layers
 from serve_app.engine.gpu.kernels.prepare import N_FIELDS, padding, prepare
@@ -34,7 +34,6 @@ from serve_app.engine.torch_engine import TORCH_DTYPES, TorchEngine
 from serve_app.errors import ProtocolError
 from serve_app.messages.step import StepPlan
 
-_log = logging.getLogger(__name__)
 _NO_IDS = np.zeros(0, np.int32)
 
 
@@ -42,12 +41,6 @@ def batch_sizes(max_sequences: int) -> list[int]:
     """For which numbers of rows a graph is made; a step takes the next larger one."""
     sizes = [1, 2, 4, *range(8, 256, 8), *range(256, max_sequences + 16, 16)]
     return sorted({min(size, max_sequences) for size in sizes})
-
-
-@dataclass(frozen=True, slots=True)
-class _Replay:
-    graph: torch.cuda.CUDAGraph | None  # None: the device has none, the same calls are made one by one
-    rows: int
 
 
 class GpuEngine:
@@ -79,12 +72,13 @@ class GpuEngine:
         self._hand_on = True
         self._spaces: Space | None = None
         self._controls: ControlTable | None = None  # where tokens are drawn
-        self._replays: dict[int, _Replay] = {}
+        # By rows. None: the device has no graphs, the same calls are made one by one.
+        self._replays: dict[int, torch.cuda.CUDAGraph | None] = {}
 
     @torch.inference_mode()
     def reserve(self, n_pages: int, max_sequences: int) -> None:
         weights, device = self._weights, self._device
-        self._max_rows = max_sequences
+        self._max_rows, self._n_pages = max_sequences, n_pages
         self._pages = Pages(weights.blocks, n_pages, self._page_size, device, self._dtype)
         # Sequences that end are closed by a later plan, and new ones may open before that.
         n_slots = 2 * max_sequences + 16
@@ -141,6 +135,9 @@ class GpuEngine:
             RowHasher(outlet, self._hidden_size * self._dtype.itemsize, self._device),
         )
         self._hand_on = hand_on
+        if self._cuda:  # now, not when the first request waits
+            self._make_replays()
+            self._run_first_steps()
         return True
 
     def run(self, plan: StepPlan, rows: memoryview) -> StepOutput:
@@ -172,10 +169,10 @@ class GpuEngine:
         if self._weights.embedding is None:
             upload_rows(rows, self._arrived[:n])
         replay = self._replays[size]
-        if replay.graph is not None:
-            replay.graph.replay()
+        if replay is not None:
+            replay.replay()
         else:
-            self._decode_step(replay.rows)
+            self._decode_step(size)
         n_tokens = n if self._weights.head is not None else 0
         report = self._report[: report_ints(size, self._hashers is not None)]
         return self._download(rows, report, n, size, n_tokens, self._space.residual[:n])
@@ -318,6 +315,14 @@ class GpuEngine:
             controlled=self._controls.controlled,
         )
 
+    def _run_first_steps(self) -> None:
+        began, plans = time.perf_counter(), prompt_beside_a_row(self._page_size)
+        room = min(self._weights.context_length, self._n_pages * self._page_size)
+        if self._max_rows > 1 and room > N_ROWS + self._page_size:
+            for plan in plans:
+                self.run(plan, memoryview(bytes(plan.rows * self._row_bytes)))
+        self.timings["first_steps_s"] = time.perf_counter() - began
+
     def _make_replays(self) -> None:
         began = time.perf_counter()
         with self._on_stream():
@@ -336,7 +341,7 @@ class GpuEngine:
                 with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                     self._decode_step(size)
                 pool = graph.pool()
-            self._replays[size] = _Replay(graph, size)
+            self._replays[size] = graph
 
     def _space_for(self, rows: int) -> Space:
         if self._spaces is None or self._spaces.rows < rows:
