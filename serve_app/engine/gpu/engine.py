@@ -129,6 +129,7 @@ class GpuEngine:
             self._controls.ran(spans, closed)
         return flight
 
+    @torch.inference_mode()
     def hash_rows(self, inlet: bytes, outlet: bytes, *, hand_on: bool) -> bool:
         self._hashers = (
             RowHasher(inlet, self._row_bytes, self._device),
