@@ -1,0 +1,85 @@
+"""Compiles every kernel that the GPU engine launches, down to machine code for sm_90, on a machine without a GPU.
+
+    python -m tests.serve_app.engine.gpu.compile_for_hopper
+
+Triton is told that its device is a Hopper; launches compile and run nothing. What is computed is garbage, so the
+start-up check of layers is left out. The engine is the real one: a kernel, a variant or an argument that this Triton
+or ptxas refuses fails here and not on the first GPU. Prints what was compiled, with registers spilled.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+from serve_app.engine.engines import TORCH
+from serve_app.engine.gpu import stage_weights
+from serve_app.engine.gpu.engine import GpuEngine
+from serve_app.engine.gpu.first_steps import prompt_beside_a_row
+from serve_app.engine.gpu.kernels import early_launch
+from serve_app.engine.load import LoadOptions, load_engine
+from serve_app.engine.torch_engine import TorchEngine
+from tests.engine_steps import STEPS, published
+
+
+class Hopper:
+    """As much of a driver as compiling asks for."""
+
+    utils: Any = type("Utils", (), {"get_device_properties": staticmethod(lambda _: {"max_shared_mem": 232448})})
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def main(families: list[str]) -> int:
+    driver.set_active(Hopper())  # type: ignore[arg-type]
+    compiled: dict[str, int] = {}
+    launch = jit.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        assert kernel is not None and "cubin" in kernel.asm
+        assert kernel.metadata.shared <= 232448, f"{kernel.name} wants {kernel.metadata.shared} bytes of shared memory"
+        compiled[f"{kernel.name} {kernel.hash[:8]}"] = kernel.metadata.shared
+        return kernel
+
+    jit.JITFunction.run = compile_only  # type: ignore[method-assign]
+    early_launch._supported = lambda: True  # type: ignore[assignment]
+    stage_weights.require_layer = lambda *args: None  # type: ignore[assignment]
+    stage_weights.require_logits = lambda *args: None  # type: ignore[assignment]
+    for family in families:
+        for deterministic in (False, True):
+            with tempfile.TemporaryDirectory() as folder:
+                store, manifest = published(Path(folder), family)
+            plain = load_engine(store, manifest, 0, 2, LoadOptions("cpu", "bfloat16", 4, None, TORCH))
+            assert isinstance(plain, TorchEngine)
+            engine = GpuEngine(plain, stage_weights.read_weights(plain, 4), 4, deterministic)
+            engine.reserve(120, 70)
+            engine.hash_rows(bytes(56), bytes(56), hand_on=True)
+            for plan in prompt_beside_a_row(4):
+                engine.launch(plan, memoryview(bytes(4 * plan.rows)))
+            for size in (1, 2, 64, 70):
+                with torch.inference_mode():
+                    engine._decode_step(size)
+            for plan, rows in STEPS:
+                engine.launch(plan, rows)
+        print(f"{family}: {len(compiled)} kernels so far", flush=True)
+    print(f"triton {triton.__version__}: {len(compiled)} kernels compile for sm_90")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or ["qwen3", "gemma2", "llama"]))
