@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from serve_app.engine.block import NotFusable
+from serve_app.engine.block import Integers, NotFusable
 from serve_app.engine.cpu.engine import CpuEngine
+from serve_app.engine.cpu.stage_weights import FindIntegers
 from serve_app.engine.cpu.stage_weights import read_weights as read_cpu_weights
 from serve_app.engine.engine import ActivationDtype, DeviceName, Engine, StepOutput
 from serve_app.engine.kv_pages import KvPages
@@ -20,9 +21,11 @@ from serve_app.engine.stage_model import StageModel
 from serve_app.engine.torch_engine import TORCH_DTYPES, TorchEngine
 from serve_app.errors import ConfigError
 from serve_app.messages.step import StepPlan
+from shard_tools.checkpoint.quantise import dequantised
 from shard_tools.cid import Cid
 from shard_tools.fetch import read_file, read_tensor
 from shard_tools.manifest import Manifest
+from shard_tools.quantised import scale_of
 from shard_tools.store.block_store import BlockStore
 
 _log = logging.getLogger(__name__)
@@ -62,23 +65,39 @@ def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, op
     device = torch.device(options.device)
     units = manifest.units_of(start, stop)
     places = {ref.name: manifest.tensor(ref) for unit in units for ref in unit.tensors}
+    integers_once: dict[str, Integers] = {}
     read_once: dict[str, Tensor] = {}  # a tied head names the embedding's tensor a second time
 
-    def read(name: str, device: torch.device) -> Tensor:
+    def stored(name: str) -> Tensor:
         place = places[name]
-        if place.name not in read_once:
-            tensor = torch.empty(place.shape, dtype=TORCH_DTYPES[place.dtype])
-            read_tensor(store, place, tensor.view(-1).view(torch.uint8).numpy().data)
-            read_once[place.name] = tensor.to(device=device, dtype=TORCH_DTYPES[options.dtype])
-        return read_once[place.name]
+        tensor = torch.empty(place.shape, dtype=getattr(torch, place.dtype))
+        read_tensor(store, place, tensor.view(-1).view(torch.uint8).numpy().data)
+        return tensor
 
+    def integers(name: str) -> Integers | None:
+        if scale_of(name) not in places:
+            return None
+        own = places[name].name
+        if own not in integers_once:
+            integers_once[own] = Integers(stored(name), stored(scale_of(name)))
+        return integers_once[own]
+
+    def read(name: str, device: torch.device) -> Tensor:
+        own = places[name].name
+        if own not in read_once:
+            small = integers(name)
+            tensor = stored(name) if small is None else dequantised(small.stored, small.scales)
+            read_once[own] = tensor.to(device=device, dtype=TORCH_DTYPES[options.dtype])
+        return read_once[own]
+
+    scales = {scale_of(name) for name in places}
     kv = KvPages(options.page_size, device)
     model = StageModel(
         read_config(store, manifest),
         start=start,
         stop=stop,
         head=stop == manifest.n_layers,
-        names=places,
+        names=[name for name in places if name not in scales],
         read=read,
         kv=kv,
         device=device,
@@ -97,15 +116,15 @@ def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, op
     if not options.fused or (options.device == "cuda" and options.dtype == "float32"):
         return plain
     try:
-        return _on_gpu(plain, options) if options.device == "cuda" else _on_cpu(plain, options)
+        return _on_gpu(plain, options) if options.device == "cuda" else _on_cpu(plain, options, integers)
     except NotFusable as e:
         _log.warning("this stage computes with plain torch ops, many times slower, because of %s", e)
         return plain
 
 
-def _on_cpu(plain: TorchEngine, options: LoadOptions) -> LoadedEngine:
+def _on_cpu(plain: TorchEngine, options: LoadOptions, integers: FindIntegers) -> LoadedEngine:
     threads = options.threads or torch.get_num_threads()
-    weights = read_cpu_weights(plain, options.page_size, native=options.native)
+    weights = read_cpu_weights(plain, options.page_size, integers, native=options.native)
     return CpuEngine(plain, weights, options.page_size, threads)
 
 
