@@ -230,6 +230,9 @@ struct Rows {
 inline __m512 wide_of(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
+inline __m512 four_in_one(const __m512* p) {
+    return _mm512_add_ps(_mm512_add_ps(p[0], p[1]), _mm512_add_ps(p[2], p[3]));
+}
 #endif
 #if defined(LLMD_AVX512) && defined(__AVX512BF16__)
 #define LLMD_BF16 1
@@ -243,22 +246,21 @@ inline __m512bh pair_of(const uint16_t* p) {
 
 template <int M> void dot_f32(const float* const* w, int64_t in, const Rows& x, int64_t m0, float (*y)[4]) {
 #if defined(LLMD_AVX512)
-    __m512 sum[M][4];
-    for (int m = 0; m < M; m++)
-        for (int r = 0; r < 4; r++) sum[m][r] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < in; k += 16) {
-        __m512 v[4];
-        for (int r = 0; r < 4; r++) {
-            v[r] = _mm512_loadu_ps(w[r] + k);
-            if (m0 == 0) AHEAD_OF(w[r] + k + 4 * in);
+    // One row after the other: memory is read in one stream, as it lies. Two sums, as each must wait for the one before.
+    for (int r = 0; r < 4; r++) {
+        __m512 sum[M][2];
+        for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+        const float* p = w[r];
+        for (int64_t k = 0; k < in; k += 32) {
+            if (m0 == 0) AHEAD_OF(p + k + AHEAD / 4), AHEAD_OF(p + k + 16 + AHEAD / 4);
+            __m512 v0 = _mm512_loadu_ps(p + k), v1 = _mm512_loadu_ps(p + k + 16);
+            for (int m = 0; m < M; m++) {
+                sum[m][0] = _mm512_fmadd_ps(v0, _mm512_loadu_ps(x.row(m0 + m) + k), sum[m][0]);
+                sum[m][1] = _mm512_fmadd_ps(v1, _mm512_loadu_ps(x.row(m0 + m) + k + 16), sum[m][1]);
+            }
         }
-        for (int m = 0; m < M; m++) {
-            __m512 a = _mm512_loadu_ps(x.row(m0 + m) + k);
-            for (int r = 0; r < 4; r++) sum[m][r] = _mm512_fmadd_ps(v[r], a, sum[m][r]);
-        }
+        for (int m = 0; m < M; m++) y[m][r] = _mm512_reduce_add_ps(_mm512_add_ps(sum[m][0], sum[m][1]));
     }
-    for (int m = 0; m < M; m++)
-        for (int r = 0; r < 4; r++) y[m][r] = _mm512_reduce_add_ps(sum[m][r]);
 #else
     for (int m = 0; m < M; m++) {
         const float* a = x.row(m0 + m);
@@ -275,22 +277,25 @@ template <int M> void dot_f32(const float* const* w, int64_t in, const Rows& x, 
 
 template <int M> void dot_bf16(const uint16_t* const* w, int64_t in, const Rows& x, int64_t m0, float (*y)[4]) {
 #if defined(LLMD_BF16)
-    __m512 sum[M][4];
-    for (int m = 0; m < M; m++)
-        for (int r = 0; r < 4; r++) sum[m][r] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < in; k += 32) {
-        __m512bh v[4];
-        for (int r = 0; r < 4; r++) {
-            v[r] = pairs(w[r] + k);
-            if (m0 == 0) AHEAD_OF(w[r] + k + 4 * in);
+    // One row after the other: memory is read in one stream, as it lies. Two sums, as each must wait for the one before.
+    for (int r = 0; r < 4; r++) {
+        __m512 sum[M][2];
+        for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+        const uint16_t* p = w[r];
+        int64_t k = 0;
+        for (; k + 64 <= in; k += 64) {
+            if (m0 == 0) AHEAD_OF(p + k + AHEAD / 2), AHEAD_OF(p + k + 32 + AHEAD / 2);
+            __m512bh v0 = pairs(p + k), v1 = pairs(p + k + 32);
+            for (int m = 0; m < M; m++) {
+                sum[m][0] = _mm512_dpbf16_ps(sum[m][0], v0, pairs(x.half_row(m0 + m) + k));
+                sum[m][1] = _mm512_dpbf16_ps(sum[m][1], v1, pairs(x.half_row(m0 + m) + k + 32));
+            }
         }
-        for (int m = 0; m < M; m++) {
-            __m512bh a = pairs(x.half_row(m0 + m) + k);
-            for (int r = 0; r < 4; r++) sum[m][r] = _mm512_dpbf16_ps(sum[m][r], v[r], a);
-        }
+        for (; k < in; k += 32)
+            for (int m = 0; m < M; m++)
+                sum[m][0] = _mm512_dpbf16_ps(sum[m][0], pairs(p + k), pairs(x.half_row(m0 + m) + k));
+        for (int m = 0; m < M; m++) y[m][r] = _mm512_reduce_add_ps(_mm512_add_ps(sum[m][0], sum[m][1]));
     }
-    for (int m = 0; m < M; m++)
-        for (int r = 0; r < 4; r++) y[m][r] = _mm512_reduce_add_ps(sum[m][r]);
 #else
     for (int m = 0; m < M; m++) {
         const float* a = x.row(m0 + m);
@@ -312,18 +317,19 @@ template <int M> void band_i8(const Matrix& a, int64_t band, const Rows& x, int6
     const int8_t* w = static_cast<const int8_t*>(a.data) + band * BAND * a.in;
     const uint16_t* scale = a.scales + band * BAND;
 #if defined(LLMD_AVX512)
-    __m512 sum[M][2];
-    for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < a.in; k += 2) {
-        if (k % 4 == 0 && m0 == 0) AHEAD_OF(w + k * BAND + AHEAD);
-        for (int e = 0; e < 2; e++) {
+    __m512 sum[M][4];  // four, as each must wait for the one before
+    for (int m = 0; m < M; m++)
+        for (int e = 0; e < 4; e++) sum[m][e] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < a.in; k += 4) {
+        if (m0 == 0) AHEAD_OF(w + k * BAND + AHEAD);
+        for (int e = 0; e < 4; e++) {
             __m512 v = _mm512_cvtepi32_ps(
                 _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(w + (k + e) * BAND))));
             for (int m = 0; m < M; m++) sum[m][e] = _mm512_fmadd_ps(v, _mm512_set1_ps(x.row(m0 + m)[k + e]), sum[m][e]);
         }
     }
     __m512 s = wide_of(scale);
-    for (int m = 0; m < M; m++) _mm512_storeu_ps(y[m], _mm512_mul_ps(_mm512_add_ps(sum[m][0], sum[m][1]), s));
+    for (int m = 0; m < M; m++) _mm512_storeu_ps(y[m], _mm512_mul_ps(four_in_one(sum[m]), s));
 #else
     for (int m = 0; m < M; m++) {
         float sum[BAND] = {};
@@ -348,20 +354,21 @@ template <int M> void band_i4(const Matrix& a, int64_t band, const Rows& x, int6
     __m512 sum[M];
     for (int m = 0; m < M; m++) sum[m] = _mm512_setzero_ps();
     for (int64_t g = 0; g < a.in / GROUP; g++) {
-        __m512 part[M];
-        for (int m = 0; m < M; m++) part[m] = _mm512_setzero_ps();
+        __m512 part[M][4];
+        for (int m = 0; m < M; m++)
+            for (int i = 0; i < 4; i++) part[m][i] = _mm512_setzero_ps();
         for (int t = 0; t < GROUP / 8; t++) {
             if (m0 == 0) AHEAD_OF(w + (g * (GROUP / 8) + t) * 32 + AHEAD / 2);
             __m512i four = _mm512_loadu_si512(w + (g * (GROUP / 8) + t) * 32);
             for (int i = 0; i < 4; i++) {
                 __m512bh v = (__m512bh)_mm512_permutexvar_epi16(four, values);
                 for (int m = 0; m < M; m++)
-                    part[m] = _mm512_dpbf16_ps(part[m], v, pair_of(x.half_row(m0 + m) + g * GROUP + t * 8 + i * 2));
+                    part[m][i] = _mm512_dpbf16_ps(part[m][i], v, pair_of(x.half_row(m0 + m) + g * GROUP + t * 8 + i * 2));
                 four = _mm512_srli_epi16(four, 4);
             }
         }
         __m512 s = wide_of(scale + g * BAND);
-        for (int m = 0; m < M; m++) sum[m] = _mm512_fmadd_ps(part[m], s, sum[m]);
+        for (int m = 0; m < M; m++) sum[m] = _mm512_fmadd_ps(four_in_one(part[m]), s, sum[m]);
     }
     for (int m = 0; m < M; m++) _mm512_storeu_ps(y[m], sum[m]);
 #else
