@@ -42,7 +42,7 @@ def main() -> int:
         prepare(a.work)
         return 0
     if a.one:
-        print(json.dumps(one(a.work, a.one, a.threads)))
+        print("\n" + json.dumps(one(a.work, a.one, a.threads)), flush=True)
         return 0
     figures: dict[str, Any] = {"threads": a.threads}
     environment = {**os.environ, "OMP_NUM_THREADS": str(a.threads), "OMP_WAIT_POLICY": "PASSIVE"}
@@ -53,7 +53,8 @@ def main() -> int:
             print(f"{name} failed: {done.stderr[-800:]}", file=sys.stderr)
             figures[name] = None
             continue
-        figures[name] = json.loads(done.stdout.splitlines()[-1])
+        answer = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))  # llama.cpp talks
+        figures[name] = json.loads(answer)
         print(f"{name:24} {figures[name]}", flush=True)
     save(Result("cpu_decode", figures))
     return int(any(value is None for value in figures.values()))
@@ -207,13 +208,13 @@ async def of_stages(work: Path, stages: int, threads: int) -> dict[str, float]:
 
 def of_transformers(form: str, threads: int) -> dict[str, float]:
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from benchmarks.parity import reference_model
     from serve_app.demo import demo_model
+    from shard_tools.checkpoint.source import open_checkpoint
 
     torch.set_num_threads(threads)
-    path, dtype = demo_model(), getattr(torch, form)
-    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype).eval()
+    model = reference_model(open_checkpoint(demo_model()), getattr(torch, form))
 
     def seconds(prompt: int, tokens: int) -> float:
         began = time.perf_counter()
@@ -241,8 +242,9 @@ def of_llama_cpp(path: Path, threads: int) -> dict[str, float]:
 
     def timings(prompt: int, tokens: int) -> dict[str, float]:
         asked = {"prompt": list(prompt_of(prompt)), "n_predict": tokens, "temperature": 0, "ignore_eos": True}
-        answer = server.handle_completions(json.dumps(asked | {"cache_prompt": False}))
-        return (json.loads(answer) if isinstance(answer, str | bytes) else answer)["timings"]  # type: ignore[no-any-return]
+        answer: dict[str, Any] = server.handle_completions(asked | {"cache_prompt": False, "timings_per_token": True})
+        assert answer["usage"]["completion_tokens"] == tokens
+        return dict(answer["timings"])
 
     timings(PROMPT, WARM)
     rate = max(timings(PROMPT, TOKENS)["predicted_per_second"] for _ in range(2))
@@ -259,7 +261,7 @@ def perplexity(work: Path, form: str, tokens: int = 768) -> float:
 
     from serve_app.api.text import TextCodec
     from serve_app.engine.load import LoadOptions, load_engine
-    from serve_app.messages.step import OPEN, SPAN, StepPlan
+    from serve_app.messages.step import CLOSE, OPEN, SPAN, StepPlan
     from shard_tools.fetch import read_file
 
     store, manifest = model_of(work, form)
@@ -269,9 +271,8 @@ def perplexity(work: Path, form: str, tokens: int = 768) -> float:
     engine = load_engine(store, manifest, 0, manifest.n_layers, LoadOptions("cpu", "float32", 16, None, fused=False))
     pages = -(-tokens // 16)
     engine.reserve(pages, 1)
-    none = np.zeros(0, "<u8")
     opening, span = np.zeros(1, OPEN), np.array([(0, 0, tokens, pages, 0)], SPAN)
-    plan = StepPlan(0, 0, opening, span, np.arange(pages, dtype="<u4"), none, none)
+    plan = StepPlan(0, 0, opening, span, np.arange(pages, dtype="<u4"), np.zeros(0, CLOSE), np.zeros(0, "<u8"))
     hidden = engine.run(plan, memoryview(ids.tobytes())).hidden
     logits = engine.logits_of(hidden)[:-1]
     loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids[1:].astype(np.int64)))
