@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.engine.engine import StepOutput
+from serve_app.engine.engine import Launched
 from serve_app.engine.load import LoadOptions
 from serve_app.errors import ContextLengthError, PipelineError, RequestError
 from serve_app.local import LocalLimits, LocalPipeline
@@ -169,17 +169,17 @@ def test_a_step_that_fails_in_one_stage_ends_its_requests_and_no_others(tiny: Ti
 
     async def work(pipeline: LocalPipeline) -> None:
         engine = pipeline.stages[1]._engine
-        sound = engine.run
+        sound = engine.launch
 
-        def broken(plan: StepPlan, rows: memoryview) -> StepOutput:
+        def broken(plan: StepPlan, rows: memoryview) -> Launched:
             if plan.rows:
                 raise MemoryError("no room for activations")
             return sound(plan, rows)
 
-        engine.run = broken  # type: ignore[method-assign]
+        engine.launch = broken  # type: ignore[method-assign]
         _, end = await collect(pipeline, request(tiny[1]))
         assert isinstance(end, FailedEvent) and end.kind == "pipeline" and "no room for activations" in end.message
-        engine.run = sound  # type: ignore[method-assign]
+        engine.launch = sound  # type: ignore[method-assign]
         tokens, end = await collect(pipeline, request(tiny[1]))
         assert isinstance(end, FinishedEvent) and len(tokens) == 12
 
@@ -190,13 +190,13 @@ def test_a_step_that_never_comes_back_fails_the_pipeline_instead_of_hanging(tiny
     async def work(pipeline: LocalPipeline) -> None:
         release = threading.Event()
         engine = pipeline.stages[1]._engine
-        sound = engine.run
+        sound = engine.launch
 
-        def hanging(plan: StepPlan, rows: memoryview) -> StepOutput:
+        def hanging(plan: StepPlan, rows: memoryview) -> Launched:
             release.wait(30)
             return sound(plan, rows)
 
-        engine.run = hanging  # type: ignore[method-assign]
+        engine.launch = hanging  # type: ignore[method-assign]
         asked = asyncio.create_task(collect(pipeline, request(tiny[1])))
         await asyncio.sleep(0.1)
         pipeline.head._started = {step: began - 61 for step, began in pipeline.head._started.items()}
