@@ -23,9 +23,10 @@ test: test-fast test-ray
 test-fast: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not ray and not slow' -n auto --dist loadfile
 
-# A real Ray and real HTTP on loopback, and what takes more than seconds.
+# What takes more than seconds; then a real Ray and real HTTP on loopback.
 test-ray: $(READY)
-	$(BIN)/pytest -m 'ray or slow'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'slow and not ray' -n auto --dist load
+	$(BIN)/pytest -m ray
 
 lint: $(READY)
 	$(BIN)/ruff check .

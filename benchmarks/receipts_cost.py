@@ -43,9 +43,9 @@ CHECK_BAR_MS = 5.0
 class BlindWitness:
     """Stands where a Witness stands, looks at nothing and signs nothing."""
 
-    rows_hashed = 0
+    rows_hashed = rows_reused = rows_abandoned = 0
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         pass
 
     def saw(self, plan: StepPlan, output: object) -> None:

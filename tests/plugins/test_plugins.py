@@ -74,7 +74,7 @@ def cluster(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         )
         done = run(site, "-c", copy, args["model"]["store"], models["path"], NAME)
         assert done.returncode == 0, done.stderr
-        args["model"] |= {"store": models, "index": models}
+        args["model"] |= {"store": models, "index": dict(models)}  # two, or YAML would write an alias
         args["pipeline"] |= {"engine": "numpy", "dtype": "float32"}
 
     monkeypatch.setenv("PYTHONPATH", environment(site)["PYTHONPATH"])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the kernels are Triton's: pip install 'llm-d[test]'")
 
+from serve_app.engine.engines import TORCH
 from serve_app.engine.gpu.controls import ControlTable
 from serve_app.engine.gpu.engine import GpuEngine
 from serve_app.engine.gpu.kernels.sampler import SamplerSpace, sample
@@ -155,7 +156,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> tuple[MemoryStore, list[
     manifest = split(open_checkpoint(folder), store, "tiny", "float32")
     out = []
     for start, stop in ((0, 2), (0, 1), (1, 2)):
-        plain = load_engine(store, manifest, start, stop, LoadOptions(DEVICE.type, "float32", PAGE, None))  # type: ignore[arg-type]
+        plain = load_engine(store, manifest, start, stop, LoadOptions(DEVICE.type, "float32", PAGE, None, TORCH))  # type: ignore[arg-type]
         assert isinstance(plain, TorchEngine)
         gpu = GpuEngine(plain, read_weights(plain, PAGE), PAGE)
         for engine in (plain, gpu):
