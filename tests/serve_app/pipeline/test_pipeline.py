@@ -187,6 +187,32 @@ def test_a_step_that_fails_in_one_stage_ends_its_requests_and_no_others(tiny: Ti
     run(tiny, 2, work)
 
 
+def test_a_step_that_fails_behind_the_end_of_an_answer_costs_it_no_receipt(tiny: Tiny) -> None:
+    """With lookahead a row of the last token may be on its way: void, and so is its failing."""
+
+    async def work(pipeline: LocalPipeline) -> None:
+        whole, _ = await collect(pipeline, request(tiny[1]))
+        last = next(i for i, token in enumerate(whole) if i > 2 and token not in whole[:i])
+        engine, n_failed = pipeline.stages[0]._engine, 0
+        sound = engine.launch
+
+        def broken(plan: StepPlan, rows: memoryview) -> Launched:
+            nonlocal n_failed
+            if len(plan.spans) and int(plan.spans["start"][0]) >= 9 + last:
+                n_failed += 1
+                raise RuntimeError("out of memory, say")
+            return sound(plan, rows)
+
+        engine.launch = broken  # type: ignore[method-assign]
+        tokens, end = await asyncio.wait_for(collect(pipeline, request(tiny[1], stop_ids=(whole[last],))), 10)
+        assert n_failed and tokens == whole[: last + 1] and isinstance(end, FinishedEvent) and end.reason == "stop"
+        checked = check(end.receipt, pipeline.operator.public, now_s=int(time.time()))
+        assert list(checked.receipt.out_ids) == tokens
+        assert not pipeline.stages[0].witness._open
+
+    run(tiny, 1, work)
+
+
 def test_a_step_that_never_comes_back_fails_the_pipeline_instead_of_hanging(tiny: Tiny) -> None:
     async def work(pipeline: LocalPipeline) -> None:
         release = threading.Event()
