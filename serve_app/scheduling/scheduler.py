@@ -235,6 +235,8 @@ class Scheduler:
         """A sequence whose step will never come back: free its pages and tell the stages to forget it."""
         sequence = self._seats.find(seq)
         if sequence is not None:
+            # What its pages hold may be why it failed: whoever asks the same again must not fail for ever.
+            self._seats.pool.forget(sequence.names)
             self._finish(sequence, "error")
 
     def drop_step(self, step: int) -> list[int]:
