@@ -296,6 +296,7 @@ class Head:
             return
         evidence = self._session.seal(ERROR_TYPE, canonical.encode({"v": 1, "request": running.hash, "error": wrong}))
         encoded = canonical.encode(evidence.to_value())
+        self._scheduler.distrust()
         self._end(roots.seq, FailedEvent(running.request.id, "integrity", wrong, encoded))
         self._send(closing_plan(self._facts.epoch, roots.seq, roots.rows), b"")
 

@@ -67,6 +67,7 @@ class _Trees:
     table: list[int] = field(default_factory=list)  # KV pages
     last: tuple[bytes, bytes] | None = None  # roots of the last full page, which may turn out void
     reused: int = 0  # rows that ran for an earlier sequence
+    lost: bool = False  # a step of it failed: what came before that counts, what comes after does not
     ended_ms: int = 0
 
 
@@ -110,7 +111,7 @@ class Witness:
         self._work.put((plan, output))
 
     def lost(self, plan: StepPlan) -> None:
-        """A step failed: its rows will never be known, so nothing is signed for its sequences."""
+        """A step failed: its rows will never be known, so nothing that needs them is signed."""
         self._work.put((plan, None))
 
     def close(self) -> None:
@@ -124,7 +125,9 @@ class Witness:
             try:
                 if output is None:
                     for seq in plan.spans["seq"].tolist():
-                        self._forget(seq)
+                        # Not forgotten: its answer may have ended before these rows, which are void then.
+                        if seq in self._open:
+                            self._open[seq].lost = True
                 else:
                     self._hash(plan, output)
                 self._end_and_sign(plan)
@@ -143,7 +146,7 @@ class Witness:
         if plan.rows == 0:
             return
         seqs = plan.spans["seq"].tolist()
-        trees = [self._open.get(seq) for seq in seqs]  # None: an earlier step of it was lost
+        trees = [own if (own := self._open.get(seq)) and not own.lost else None for seq in seqs]
         self._take_pages(plan, trees)
         leaves_in, leaves_out = self._leaves(plan, output)
         starts, counts = plan.spans["start"].astype(np.int64), plan.spans["count"].astype(np.int64)

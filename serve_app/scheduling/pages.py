@@ -65,6 +65,14 @@ class PagePool:
         if name not in self._pages:
             self._names[page], self._pages[name] = name, page
 
+    def forget(self) -> None:
+        """No page can be found any more; who holds some keeps them."""
+        self._free += self._idle
+        self._idle.clear()
+        for page in self._pages.values():
+            self._names[page] = None
+        self._pages.clear()
+
     def find(self, names: Iterable[bytes]) -> list[int]:
         """The pages of these names, up to the first that is nowhere."""
         found = []

@@ -235,7 +235,12 @@ class Scheduler:
         """A sequence whose step will never come back: free its pages and tell the stages to forget it."""
         sequence = self._seats.find(seq)
         if sequence is not None:
+            self.distrust()
             self._finish(sequence, "error")
+
+    def distrust(self) -> None:
+        """Something went wrong, and what pages hold may be why: whoever begins alike must not fail for it for ever."""
+        self._seats.distrust()
 
     def drop_step(self, step: int) -> list[int]:
         """A step failed in some stage: its sequences are dropped. Returns them.

@@ -80,11 +80,17 @@ class Seats:
     def offer(self, sequence: Sequence) -> None:
         """Let others find the pages of a running sequence whose rows have all come back."""
         full = sequence.done // self.page_size
-        if self._prefix_cache:
+        if self._prefix_cache and sequence.offers:
             names = self._names(sequence, full)
             for i in range(sequence.offered, full):
                 self.pool.name(sequence.pages[i], names[i])
         sequence.offered = full
+
+    def distrust(self) -> None:
+        """Nobody finds any page that was filled until now, nor what is computed from one."""
+        self.pool.forget()
+        for sequence in self.order:
+            sequence.offers = False
 
     def leave(self, sequence: Sequence) -> None:
         """Out of the running. Its pages are free."""

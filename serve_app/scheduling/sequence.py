@@ -56,6 +56,7 @@ class Sequence:
     done: int = 0  # rows whose step has come back
     cached: int = 0  # rows that lay in its pages when it was seated
     offered: int = 0  # of its pages, those that others can find
+    offers: bool = True  # whether others may find its pages
     names: list[bytes] = field(default_factory=list)  # of its full pages (scheduling/pages.py)
     seated: bool = False  # among the running
     opened: bool = False  # the stages know this attempt
@@ -90,7 +91,7 @@ class Sequence:
     def seat(self, pages: list[int], cached: int) -> None:
         """It may run, behind the rows that these pages hold already."""
         self.fill, self.length = self.rows_to_fill, len(self.tokens)
-        self.pages, self.offered = pages, len(pages)
+        self.pages, self.offered, self.offers = pages, len(pages), True
         self.computed = self.done = self.cached = cached
         self.seated = True
 

@@ -213,6 +213,8 @@ struct Rows {
     float* row(int64_t i) { return wide.data() + i * width; }
     const float* row(int64_t i) const { return wide.data() + i * width; }
     const uint16_t* half_row(int64_t i) const { return half.data() + i * width; }
+    // Rows of another width in the same memory, at least as large: layers may differ, and threads share what is shaped.
+    float* row(int64_t i, int64_t columns) { return wide.data() + i * columns; }
     void round(int64_t i) {  // to bfloat16: what the torch operators would hand on
         for (int64_t k = 0; k < width; k++) {
             half[i * width + k] = narrow(wide[i * width + k]);
@@ -553,9 +555,9 @@ void read_normed(const Norm& norm, bool bf16, const Rows& from, Rows& into) {
     }
 }
 
-void read_rounded(bool bf16, const Rows& from, Rows& into) {
-    into.shape(from.n, from.width);
-    std::memcpy(into.wide.data(), from.wide.data(), sizeof(float) * from.n * from.width);
+void read_rounded(bool bf16, const Rows& from, int64_t width, Rows& into) {
+    into.shape(from.n, width);
+    std::memcpy(into.wide.data(), from.wide.data(), sizeof(float) * from.n * width);
     if (bf16)
         for (int64_t m = 0; m < from.n; m++) into.round(m);
 }
@@ -584,16 +586,16 @@ void add_product(Runner& r, const Matrix& a, const Norm& after, Scratch& mine) {
 template <bool HALF>
 void run_layer(Runner& r, const Layer& a, Scratch& mine, const int32_t* slots, const int32_t* positions, bool alone) {
     const Stage& s = *r.stage;
-    int64_t n = r.residual.n;
+    int64_t n = r.residual.n, whole = a.qkv.out, width = a.down.in;
     read_normed(a.norm_in, HALF, r.residual, mine.x);
     r.pool.share(a.qkv.out, BAND, [&](int64_t start, int64_t) {
-        band_of(a.qkv, HALF, mine.x, start, [&](int64_t m, int64_t o, float y) { r.qkv.row(m)[o] = y; });
+        band_of(a.qkv, HALF, mine.x, start, [&](int64_t m, int64_t o, float y) { r.qkv.row(m, whole)[o] = y; });
     });
     r.pool.meet();
     int64_t group = a.heads / a.kv_heads;
     auto kept = [&](int64_t i) {
         int64_t m = i / a.kv_heads;
-        keep<HALF>(s, a, r.qkv.row(m), i % a.kv_heads, slots[m], positions[m]);
+        keep<HALF>(s, a, r.qkv.row(m, whole), i % a.kv_heads, slots[m], positions[m]);
     };
     if (!alone) {  // rows of one sequence see each other's keys
         r.pool.share(n * a.kv_heads, 1, [&](int64_t i, int64_t) { kept(i); });
@@ -602,23 +604,22 @@ void run_layer(Runner& r, const Layer& a, Scratch& mine, const int32_t* slots, c
     r.pool.share(n * a.kv_heads, 1, [&](int64_t i, int64_t) {
         int64_t m = i / a.kv_heads, head = i % a.kv_heads;
         if (alone) kept(i);
-        float* out = r.mixed.row(m) + head * group * a.dim;
-        attend<HALF>(s, a, mine, r.qkv.row(m), head, slots[m], positions[m], out);
+        float* out = r.mixed.row(m, a.out.in) + head * group * a.dim;
+        attend<HALF>(s, a, mine, r.qkv.row(m, whole), head, slots[m], positions[m], out);
     });
     r.pool.meet();
-    read_rounded(HALF, r.mixed, mine.x);
+    read_rounded(HALF, r.mixed, a.out.in, mine.x);
     add_product(r, a.out, a.after_attention, mine);
     read_normed(a.norm_mid, HALF, r.residual, mine.x);
-    int64_t width = a.down.in;
     r.pool.share(width, BAND, [&](int64_t start, int64_t) {
-        band_of(a.gate_up, HALF, mine.x, start, [&](int64_t m, int64_t o, float y) { r.inner.row(m)[o] = y; });
+        band_of(a.gate_up, HALF, mine.x, start, [&](int64_t m, int64_t o, float y) { r.inner.row(m, width)[o] = y; });
         band_of(a.gate_up, HALF, mine.x, width + start, [&](int64_t m, int64_t o, float y) {
-            float* at = r.inner.row(m) + (o - width);
+            float* at = r.inner.row(m, width) + (o - width);
             *at = activate(*at, a.gelu) * y;
         });
     });
     r.pool.meet();
-    read_rounded(HALF, r.inner, mine.x);
+    read_rounded(HALF, r.inner, width, mine.x);
     add_product(r, a.down, a.after_mlp, mine);
 }
 
@@ -630,9 +631,9 @@ void run_step(Runner& r, void* rows, int64_t n, const int32_t* slots, const int3
     auto* x = static_cast<typename K::T*>(rows);
     r.residual.shape(n, s.hidden), r.branch.shape(n, s.hidden);
     for (int64_t i = 0; i < n * s.hidden; i++) r.residual.wide[i] = K::get(x[i]);
-    for (int64_t i = 0; i < s.n_layers; i++) {  // the largest first: later ones only change the shape
+    for (int64_t i = 0; i < s.n_layers; i++) {  // room for the widest
         const Layer& a = s.layers[i];
-        r.qkv.shape(n, a.qkv.out), r.mixed.shape(n, a.heads * a.dim), r.inner.shape(n, a.down.in);
+        r.qkv.shape(n, a.qkv.out), r.mixed.shape(n, a.out.in), r.inner.shape(n, a.down.in);
     }
     r.pool.run([&](int thread) {
         Scratch& mine = r.scratch[thread];

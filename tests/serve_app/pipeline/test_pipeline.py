@@ -38,12 +38,14 @@ Tiny = tuple[MemoryStore, Manifest]
 PAGES = 64
 
 
-def run(tiny: Tiny, stages: int, work: Callable[[LocalPipeline], Awaitable[None]], **limits: int) -> None:
+def run(
+    tiny: Tiny, stages: int, work: Callable[[LocalPipeline], Awaitable[None]], page_size: int = 4, **limits: int
+) -> None:
     """Do `work` on a pipeline; afterwards all pages are back and every thread has ended."""
 
     async def main() -> None:
         store, manifest = tiny
-        options = LoadOptions("cpu", "float32", 4, None)
+        options = LoadOptions("cpu", "float32", page_size, None)
         sizes = {"n_pages": PAGES, "max_step_tokens": 16} | limits
         pipeline = LocalPipeline(store, manifest, stages=stages, options=options, limits=LocalLimits(**sizes))
         try:
@@ -135,25 +137,28 @@ def test_a_reader_that_goes_away_gives_the_pages_back(tiny: Tiny) -> None:
     run(tiny, 2, work)
 
 
+class Tampering:
+    """An edge that changes a bit of each step's first row."""
+
+    def __init__(self, beneath: Any) -> None:
+        self.beneath = beneath
+
+    def send(self, message: bytes, rows: bytes | memoryview = b"") -> None:
+        message = b"".join((message, rows))
+        plan, rows = StepPlan.decode(message)
+        if plan.rows:
+            altered = bytearray(rows)
+            altered[0] ^= 1
+            message = plan.encode(bytes(altered))
+        self.beneath.send(message)
+
+    def close(self) -> None: ...
+
+
 def test_rows_altered_between_two_stages_end_the_request_with_a_signed_error_and_no_receipt(tiny: Tiny) -> None:
     """Sender and receiver each hash their own copy; when the roots differ nobody signs a statement."""
 
     async def work(pipeline: LocalPipeline) -> None:
-        class Tampering:
-            def __init__(self, beneath: Any) -> None:
-                self.beneath = beneath
-
-            def send(self, message: bytes, rows: bytes | memoryview = b"") -> None:
-                message = b"".join((message, rows))
-                plan, rows = StepPlan.decode(message)
-                if plan.rows:
-                    altered = bytearray(rows)
-                    altered[0] ^= 1
-                    message = plan.encode(bytes(altered))
-                self.beneath.send(message)
-
-            def close(self) -> None: ...
-
         pipeline.stages[0]._next = Tampering(pipeline.stages[0]._next)
         _, end = await collect(pipeline, request(tiny[1]))
         assert isinstance(end, FailedEvent) and end.kind == "integrity"
@@ -163,6 +168,24 @@ def test_rows_altered_between_two_stages_end_the_request_with_a_signed_error_and
         assert isinstance(said, dict) and said["error"] == end.message
 
     run(tiny, 2, work)
+
+
+def test_a_beginning_that_was_altered_once_is_computed_anew_for_the_next(tiny: Tiny) -> None:
+    """Else whoever asks with the same beginning would be refused, for as long as somebody asks."""
+
+    async def work(pipeline: LocalPipeline) -> None:
+        sound = pipeline.stages[0]._next
+        pipeline.stages[0]._next = Tampering(sound)
+        _, end = await collect(pipeline, request(tiny[1], prompt=40))
+        assert isinstance(end, FailedEvent) and end.kind == "integrity"
+        pipeline.stages[0]._next = sound
+        for cached in (0, 32):
+            _, end = await collect(pipeline, request(tiny[1], prompt=40))
+            assert isinstance(end, FinishedEvent)
+            check(end.receipt, pipeline.operator.public, now_s=int(time.time()))
+            assert pipeline.head.status()["cached_tokens"] == cached
+
+    run(tiny, 2, work, page_size=16, prefix_cache=True)
 
 
 def test_a_step_that_fails_in_one_stage_ends_its_requests_and_no_others(tiny: Tiny) -> None:
@@ -185,6 +208,32 @@ def test_a_step_that_fails_in_one_stage_ends_its_requests_and_no_others(tiny: Ti
         assert isinstance(end, FinishedEvent) and len(tokens) == 12
 
     run(tiny, 2, work)
+
+
+def test_a_step_that_fails_behind_the_end_of_an_answer_costs_it_no_receipt(tiny: Tiny) -> None:
+    """With lookahead a row of the last token may be on its way: void, and so is its failing."""
+
+    async def work(pipeline: LocalPipeline) -> None:
+        whole, _ = await collect(pipeline, request(tiny[1]))
+        last = next(i for i, token in enumerate(whole) if i > 2 and token not in whole[:i])
+        engine, n_failed = pipeline.stages[0]._engine, 0
+        sound = engine.launch
+
+        def broken(plan: StepPlan, rows: memoryview) -> Launched:
+            nonlocal n_failed
+            if len(plan.spans) and int(plan.spans["start"][0]) >= 9 + last:
+                n_failed += 1
+                raise RuntimeError("out of memory, say")
+            return sound(plan, rows)
+
+        engine.launch = broken  # type: ignore[method-assign]
+        tokens, end = await asyncio.wait_for(collect(pipeline, request(tiny[1], stop_ids=(whole[last],))), 10)
+        assert n_failed and tokens == whole[: last + 1] and isinstance(end, FinishedEvent) and end.reason == "stop"
+        checked = check(end.receipt, pipeline.operator.public, now_s=int(time.time()))
+        assert list(checked.receipt.out_ids) == tokens
+        assert not pipeline.stages[0].witness._open
+
+    run(tiny, 1, work)
 
 
 def test_a_step_that_never_comes_back_fails_the_pipeline_instead_of_hanging(tiny: Tiny) -> None:

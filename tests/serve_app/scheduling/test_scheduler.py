@@ -321,6 +321,39 @@ def test_a_step_that_fails_takes_only_its_own_sequences_along() -> None:
     assert closing is not None and closing.closes["seal"].tolist() == [0]
 
 
+def test_what_a_failed_request_has_read_or_computed_is_found_by_nobody_after_it() -> None:
+    """A page that spoilt it, by a fault of memory say, would spoil every other that begins so."""
+    s = scheduler(micro_batches=1, max_step_tokens=12, prefix_cache=True)
+
+    def opened(seq: int) -> StepPlan:
+        s.admit(ticket(seq, 16, 4))
+        plan = s.plan()
+        assert plan is not None
+        return plan
+
+    s.apply(StepResult(1, opened(0).step, ()))  # 12 rows of 16: three pages can be found
+    second = opened(3)  # of the same beginning
+    assert second.opens["cached"].tolist() == [12]
+    assert set(s.drop_step(second.step)) == {0, 3}
+    assert s.free_pages == 40
+    assert opened(6).opens["cached"].tolist() == [0]
+
+
+def test_what_is_computed_from_distrusted_pages_is_not_found_either() -> None:
+    s = scheduler(micro_batches=1, max_step_tokens=8, prefix_cache=True)
+    s.admit(ticket(0, 16, 4))
+    first = s.plan()
+    assert first is not None
+    s.apply(StepResult(1, first.step, ()))
+    s.distrust()
+    second = s.plan()
+    assert second is not None
+    s.apply(StepResult(1, second.step, (100,)))  # all of its prompt has run, half of it before
+    s.admit(ticket(3, 16, 4))
+    third = s.plan()
+    assert third is not None and third.opens["cached"].tolist() == [0]
+
+
 def test_only_answers_with_tokens_that_someone_waits_for_are_sealed() -> None:
     """A hang-up needs no receipt; a stop string's answer does."""
     for reason, seal in (("stop", 1), ("cancelled", 0)):

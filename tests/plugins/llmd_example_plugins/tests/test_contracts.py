@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from llmd_example_plugins.sqlite_index import SqliteIndex
 from llmd_example_plugins.sqlite_store import SqliteStore
 
@@ -17,6 +18,9 @@ from shard_tools.cid import Cid
 from tests.contracts.test_block_store import *
 from tests.contracts.test_engine import *
 from tests.contracts.test_model_index import *
+
+settings.register_profile("plain", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("plain")
 
 
 @pytest.fixture

@@ -6,11 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from serve_app.engine.block import Block, Linear, Norm
 from serve_app.engine.cpu.engine import CpuEngine
-from serve_app.engine.cpu.native import library
+from serve_app.engine.cpu.layers import layer_of, new_cache, run_layers, step_of
+from serve_app.engine.cpu.native import NativeStage, library
 from serve_app.engine.engines import TORCH
 from serve_app.engine.load import LoadOptions, load_engine
+from serve_app.engine.request_table import PlannedSpans
 from serve_app.engine.torch_engine import TorchEngine
 from serve_app.errors import PipelineError
 from serve_app.messages.step import DRAWN_LAST
@@ -145,3 +149,57 @@ def test_a_quantised_model_gives_the_values_of_its_integers(scheme: Scheme, nati
         found.append([engine.logits_of(o.hidden).numpy() for o in out])
     for wanted, got in zip(*found, strict=True):
         assert np.linalg.norm(got - wanted) < 0.03 * np.linalg.norm(wanted)
+
+
+HIDDEN = 64
+
+
+def block_of(heads: int, kv_heads: int, inner: int) -> Block:
+    """A random layer with heads of 16 dimensions."""
+    generator, dim = torch.Generator().manual_seed(heads), 16
+
+    def random(*shape: int) -> torch.Tensor:
+        return 0.1 * torch.randn(shape, generator=generator)
+
+    angles = torch.arange(40)[:, None] * torch.rand(dim // 2, generator=generator)
+    norm = Norm(1 + random(HIDDEN), 1e-6, False)
+    return Block(
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        scale=dim**-0.5,
+        softcap=None,
+        window=None,
+        sinks=None,
+        cos=angles.cos(),
+        sin=angles.sin(),
+        norm_in=norm,
+        qkv=Linear(random((heads + 2 * kv_heads) * dim, HIDDEN), None),
+        q_norm=None,
+        k_norm=None,
+        out=Linear(random(HIDDEN, heads * dim), None),
+        after_attention=None,
+        norm_mid=norm,
+        gate_up=Linear(random(2 * inner, HIDDEN), None),
+        down=Linear(random(HIDDEN, inner), None),
+        after_mlp=None,
+        activation="silu",
+    )
+
+
+@pytest.mark.skipif(library() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("first", [0, 1])
+def test_layers_of_one_stage_may_have_unlike_widths(first: int, threads: int) -> None:
+    """Some models have other heads, or another MLP, in every few layers: several rows at once must not overlap."""
+    blocks = [block_of(8, 4, 192), block_of(4, 2, 96)]
+    blocks = blocks[first:] + blocks[:first]
+    slots, zeros, ones = np.arange(3, dtype=np.int32), np.zeros(3, np.int32), np.ones(3, np.int32)
+    table = np.arange(6, dtype=np.int32).reshape(3, 2)
+    x = torch.randn((3, HIDDEN), generator=torch.Generator().manual_seed(0))
+    step = step_of(PlannedSpans(slots, zeros, ones, ones != 0, zeros[:0], zeros[:0], zeros), table, PAGE)
+    caches = [new_cache(blocks, 6 * PAGE, torch.float32) for _ in range(2)]
+    wanted = run_layers([layer_of(block, {}, packs=False) for block in blocks], caches[0], step, x.clone())
+    found = x.clone()
+    NativeStage(blocks, caches[1], table, PAGE, hidden=HIDDEN, threads=threads).run(found, slots, zeros, zeros[:0])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

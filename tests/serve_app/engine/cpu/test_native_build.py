@@ -1,7 +1,9 @@
-"""The compiled step is made once; where it cannot be made nothing breaks."""
+"""The compiled step is code: it is taken only from where nobody else can have put it, and its absence ends nothing."""
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -40,3 +42,70 @@ def test_without_a_compiler_there_is_none_and_a_line_says_so(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert native_library(tmp_path) is None
     assert "no C++ compiler" in caplog.text
+
+
+@pytest.fixture
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A library in a folder of its own, of a source that compiles at once."""
+    source = tmp_path / "step.cpp"
+    source.write_text("int answer() { return 42; }")
+    monkeypatch.setattr(native_build, "_SOURCE", source)
+    library = native_library(tmp_path / "cache")
+    if library is None:
+        pytest.skip("no C++ compiler")
+    return library
+
+
+def test_it_is_made_once_and_nobody_else_may_write_it(built: Path) -> None:
+    made = built.stat()
+    assert native_library(built.parent) == built and built.stat().st_mtime_ns == made.st_mtime_ns
+    assert not (made.st_mode | built.parent.stat().st_mode) & 0o022
+
+
+def test_a_library_that_others_could_have_written_is_made_anew(built: Path) -> None:
+    built.write_bytes(b"hostile")
+    built.chmod(0o777)
+    assert native_library(built.parent) == built
+    assert built.read_bytes().startswith(b"\x7fELF") and not built.stat().st_mode & 0o022
+
+
+def test_a_link_to_a_library_elsewhere_is_not_followed(built: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "hostile.so"
+    elsewhere.write_bytes(b"hostile")
+    built.unlink()
+    built.symlink_to(elsewhere)
+    assert native_library(built.parent) == built and not built.is_symlink()
+    assert elsewhere.read_bytes() == b"hostile"
+
+
+@pytest.mark.parametrize("above", [False, True], ids=["the folder", "one above it"])
+def test_nothing_is_taken_from_a_folder_that_others_can_write(
+    built: Path, above: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = built.parent.parent if above else built.parent
+    folder.chmod(0o777)
+    with caplog.at_level(logging.WARNING):
+        assert native_library(built.parent) is None
+    assert str(folder) in caplog.text and "chmod" in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("what", ["folder", "library"])
+def test_nothing_that_belongs_to_another_user_is_taken(built: Path, what: str) -> None:
+    """As root with the HOME of a user, say."""
+    if what == "folder":
+        os.chown(built.parent, 12345, 12345)
+        assert native_library(built.parent) is None
+    else:
+        os.chown(built, 12345, 12345)
+        assert native_library(built.parent) == built and built.stat().st_uid == 0
+
+
+def test_a_user_without_a_home_is_served_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers run as users that /etc/passwd does not know."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert native_library() is None
