@@ -16,7 +16,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from serve_app.errors import PipelineError, ProtocolError
 from serve_app.transport.handshake import HANDSHAKE_S, HELLO_BYTES, EdgeAddress, EdgeKind, Hello, Inlet, refused
@@ -49,18 +48,15 @@ class EdgeListener:
         # Connections that have not proved themselves, and until when they may. Duplicates: only to cut them.
         self._strangers: dict[socket.socket, float] = {}
         self._doors: dict[int, tuple[socket.socket, Callable[[socket.socket], None]]] = {}
-        self._folder: Path | None = None
+        self._unix_file: int | None = None
         self._keys = frozenset(inlet.peer.key for inlet in inlets if inlet.kind == "tcp")
         path, port = None, None
         try:
             if any(inlet.kind == "shared_memory" for inlet in inlets):
-                # A path, not an abstract name: those have no permissions, any process of the host could take one.
-                self._folder = Path(tempfile.mkdtemp(prefix="llmd-"))  # of mode 0700
-                path = str(self._folder / "edge")
                 unix = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 self._doors[unix.fileno()] = unix, self._let_in_local
-                unix.bind(path)
-                os.chmod(path, 0o600)
+                self._unix_file = _bind_without_a_name(unix)
+                path = f"/proc/{os.getpid()}/fd/{self._unix_file}"
                 unix.listen()
             if self._keys:
                 assert credentials is not None
@@ -153,10 +149,6 @@ class EdgeListener:
                 if not fds:
                     raise ProtocolError("no memory came with the edge")
                 opened = SharedMemoryInlet(connection, hello, fds[0], inlet)
-                with self._lock:
-                    last = all(other.kind != "shared_memory" for other in self._awaited.values())
-                if last:
-                    self._remove_folder()  # before the answer: who is killed after it leaves nothing
                 opened.accept()
             except ProtocolError as e:
                 connection.send(refused(str(e)))
@@ -237,11 +229,27 @@ class EdgeListener:
     def _shut_doors(self) -> None:
         for door, _ in self._doors.values():
             door.close()
-        self._remove_folder()
+        if self._unix_file is not None:
+            os.close(self._unix_file)
 
-    def _remove_folder(self) -> None:
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+
+def _bind_without_a_name(unix: socket.socket) -> int:
+    """A descriptor by which processes of this user, and no others, can reach the socket: /proc/PID/fd/N.
+
+    Its name is gone when this returns, so a process that is killed leaves none. Not an abstract name: those have no
+    permissions, any process of the host could take one. Raises OSError.
+    """
+    folder = tempfile.mkdtemp(prefix="llmd-")  # of mode 0700
+    try:
+        inside = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            unix.bind(f"/proc/self/fd/{inside}/edge")  # by its own path a long TMPDIR would not fit into an address
+            os.chmod("edge", 0o600, dir_fd=inside)
+            return os.open("edge", os.O_PATH | os.O_CLOEXEC, dir_fd=inside)
+        finally:
+            os.close(inside)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _cut(connection: socket.socket) -> None:

@@ -348,10 +348,26 @@ def test_another_process_of_the_same_user_is_refused_by_either_side(far_end: Far
     with pytest.raises(PipelineError, match="refuses the edge: process"):
         dial_shared_memory(outlet("shared_memory", os.getpid(), listener.address), EPOCH, lost)
     assert listener.address.path is not None
-    path = Path(listener.address.path)
-    assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
+    assert Path(listener.address.path).stat().st_mode & 0o777 == 0o600
     listener.close()
-    assert not path.parent.exists()
+
+
+def test_a_process_that_is_killed_while_it_listens_leaves_no_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even a folder; and the folder for temporary files may have a path longer than an address of a socket."""
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    end, lost = FarEnd("shared_memory", "count"), Losses()
+    edge = dial(outlet("shared_memory", end.pid, end.address()), lost)
+    other = FarEnd("shared_memory", "count")
+    other.address()  # it listens, and nobody comes
+    other.end()
+    end.end()
+    lost.first()
+    edge.close()
+    assert not list(folder.iterdir())
 
 
 class RawTcp:
@@ -459,6 +475,29 @@ def test_a_ring_that_could_fault_its_reader_is_refused(ring_bytes: int, sealed: 
         peer.connect(listener.address.path)
         offer(peer, ring_bytes, sealed=sealed)
         assert why in peer.recv(300)
+    listener.close()
+
+
+def test_a_ring_made_shorter_between_the_checks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sender shortens it and seals it then, while the receiver looks: the size that counts is the sealed one."""
+    lost, asked = Losses(), shared_memory.fcntl.fcntl
+    listener = EdgeListener(EPOCH, [inlet("shared_memory", os.getpid(), lambda m: None, lost)], "127.0.0.1", None)
+    memory = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(memory, (1 << 16) + 4096)
+
+    def shorten_first(fd: int, what: int, *value: int) -> int:
+        if what == shared_memory.fcntl.F_GET_SEALS:
+            os.ftruncate(memory, 0)
+            asked(memory, shared_memory.fcntl.F_ADD_SEALS, shared_memory._SEALS)
+        return asked(fd, what, *value)
+
+    monkeypatch.setattr(shared_memory.fcntl, "fcntl", shorten_first)
+    assert listener.address.path is not None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
+        peer.connect(listener.address.path)
+        socket.send_fds(peer, [Hello(EPOCH, "e", 1 << 16).encode()], [memory])
+        assert b"in 0 bytes of memory" in peer.recv(300)
+    os.close(memory)
     listener.close()
 
 
