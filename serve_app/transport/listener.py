@@ -15,6 +15,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from serve_app.errors import PipelineError, ProtocolError
@@ -26,7 +27,7 @@ from serve_app.transport.tls import peer_of, tls_context
 from shard_tools.signing import key_text
 
 _log = logging.getLogger(__name__)
-_MAX_AT_ONCE = 32  # connections that have not proved themselves; further ones wait in the kernel
+_MAX_AT_ONCE = 32  # connections that have not proved themselves; the next one takes the place of an old one
 _LOOK_S = 0.25
 _MAX_HELLO_BYTES = 256
 
@@ -45,8 +46,10 @@ class EdgeListener:
         self._open: list[SharedMemoryInlet | TcpInlet] = []
         self._closed = False
         self._lock = threading.Lock()
-        # Connections that have not proved themselves, and until when they may. Duplicates: only to cut them.
-        self._strangers: dict[socket.socket, float] = {}
+        # Connections that have not proved themselves, oldest first: until when they may, and from which host they are.
+        # Duplicates: only to cut them.
+        self._strangers: dict[socket.socket, tuple[float, str]] = {}
+        self._entering = 0  # of them, those that somebody awaited came by: they are let in or put back
         self._doors: dict[int, tuple[socket.socket, Callable[[socket.socket], None]]] = {}
         self._unix_file: int | None = None
         self._keys = frozenset(inlet.peer.key for inlet in inlets if inlet.kind == "tcp")
@@ -101,20 +104,22 @@ class EdgeListener:
                     return
                 self._cut_overdue()
                 for fd in self._doors.keys() & ready:
-                    if len(self._strangers) < _MAX_AT_ONCE:
-                        self._receive(*self._doors[fd])
-                    else:
-                        time.sleep(_LOOK_S)  # each of them has seconds, and then its place is free
+                    self._receive(*self._doors[fd])
         except OSError:
             _log.exception("no longer listening for neighbours")
         finally:
             self._shut_doors()
+            with self._lock:
+                for handle in self._strangers:
+                    _cut(handle)
 
     def _receive(self, door: socket.socket, let_in: Callable[[socket.socket], None]) -> None:
-        connection, _ = door.accept()
+        connection, address = door.accept()
         handle = socket.socket(fileno=os.dup(connection.fileno()))
         with self._lock:
-            self._strangers[handle] = time.monotonic() + HANDSHAKE_S
+            if len(self._strangers) >= _MAX_AT_ONCE:
+                self._cut_one()
+            self._strangers[handle] = time.monotonic() + HANDSHAKE_S, address[0] if address else ""
 
         def work() -> None:
             try:
@@ -125,7 +130,7 @@ class EdgeListener:
                 connection.close()
             finally:
                 with self._lock:
-                    del self._strangers[handle]
+                    self._strangers.pop(handle, None)
                     if not self._closed:
                         os.eventfd_write(self._wake, 1)  # perhaps all are here now
                 handle.close()
@@ -176,6 +181,7 @@ class EdgeListener:
                 raise
             token, pulse_key = secrets.token_bytes(TOKEN_BYTES), secrets.token_bytes(PULSE_KEY_BYTES)
             opened = TcpInlet(tls, inlet)
+            undo.callback(self._pulses.pop, token, None)
             with self._lock:
                 self._pulses[token] = opened, pulse_key, time.monotonic() + HANDSHAKE_S
             opened.accept(token + pulse_key)
@@ -185,11 +191,16 @@ class EdgeListener:
     def _let_in_pulse(self, connection: socket.socket) -> None:
         first = receive_exactly(connection, len(PULSE_MAGIC) + TOKEN_BYTES)
         with self._lock:
-            found = self._pulses.pop(first[len(PULSE_MAGIC) :], None)
-        if found is None or not first.startswith(PULSE_MAGIC):
-            raise ProtocolError("heartbeats of no edge that was let in")
+            found = self._pulses.pop(first[len(PULSE_MAGIC) :], None) if first.startswith(PULSE_MAGIC) else None
+            if found is None:
+                raise ProtocolError("heartbeats of no edge that was let in")
+            self._entering += 1
         opened, key, _ = found
-        opened.attach(connection, key)
+        try:
+            opened.attach(connection, key)
+        finally:
+            with self._lock:
+                self._entering -= 1
 
     def _claim(self, hello: Hello, kind: EdgeKind) -> Inlet:
         """The inlet this hello is for, which nobody else can have now. Raises ProtocolError."""
@@ -198,14 +209,17 @@ class EdgeListener:
             inlet = self._awaited.get(hello.edge)
             if inlet is None or inlet.kind != kind:
                 raise ProtocolError(f"no edge {hello.edge!r} is awaited here by this way, or it is there already")
+            self._entering += 1
             return self._awaited.pop(hello.edge)
 
     def _put_back(self, inlet: Inlet) -> None:
         with self._lock:
+            self._entering -= 1
             self._awaited[inlet.edge] = inlet
 
     def _keep(self, opened: SharedMemoryInlet | TcpInlet) -> None:
         with self._lock:
+            self._entering -= 1
             if not self._closed:
                 self._open.append(opened)
                 return
@@ -213,18 +227,29 @@ class EdgeListener:
 
     def _all_are_here(self) -> bool:
         with self._lock:
-            return not self._awaited and not self._pulses and not self._strangers
+            return not self._awaited and not self._pulses and not self._entering
 
     def _cut_overdue(self) -> None:
         now = time.monotonic()
         with self._lock:
-            late = [handle for handle, until in self._strangers.items() if now > until]
+            late = [handle for handle, (until, _) in self._strangers.items() if now > until]
             silent = [token for token, (_, _, until) in self._pulses.items() if now > until]
             given_up = [self._pulses.pop(token)[0] for token in silent]
             for handle in late:
                 _cut(handle)
         for inlet in given_up:
             inlet.give_up()
+
+    def _cut_one(self) -> None:
+        """Make room by the oldest of the host that has most: a neighbour is done in milliseconds, and who only holds
+
+        places loses them. Called with the lock.
+        """
+        hosts = Counter(host for _, host in self._strangers.values())
+        most = max(hosts, key=hosts.__getitem__)
+        oldest = next(handle for handle, (_, host) in self._strangers.items() if host == most)
+        _cut(oldest)
+        del self._strangers[oldest]
 
     def _shut_doors(self) -> None:
         for door, _ in self._doors.values():

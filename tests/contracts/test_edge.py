@@ -519,6 +519,43 @@ def test_strangers_and_silence_do_not_keep_the_neighbour_out(first: bytes) -> No
     assert lost.told.empty()
 
 
+def test_a_flood_of_strangers_neither_keeps_the_neighbour_out_nor_the_door_open() -> None:
+    """More of them than have room, held open and made anew as soon as they are cut."""
+    me, lost, ended = os.getpid(), Losses(), threading.Event()
+    received: queue.Queue[bytes] = queue.Queue()
+    listener = EdgeListener(EPOCH, [inlet("tcp", me, received.put, lost)], "127.0.0.1", credentials(HERE))
+    where = (listener.address.host, listener.address.port)
+    held: list[socket.socket] = []
+
+    def flood() -> None:
+        while not ended.wait(0.02):
+            with contextlib.suppress(OSError):
+                held.append(socket.create_connection(where))
+
+    for _ in range(100):
+        held.append(socket.create_connection(where))
+    flooding = threading.Thread(target=flood)
+    flooding.start()
+    edge = dial(outlet("tcp", me, listener.address), lost)
+    edge.send(b"hello")
+    assert received.get(timeout=5) == b"hello"
+    deadline = time.monotonic() + 3
+    shut = False
+    while not shut and time.monotonic() < deadline:
+        time.sleep(0.05)
+        try:
+            socket.create_connection(where).close()
+        except OSError:
+            shut = True
+    ended.set()
+    flooding.join()
+    edge.close()
+    listener.close()
+    for stranger in held:
+        stranger.close()
+    assert shut and lost.told.empty()
+
+
 @between_processes
 def test_nothing_is_left_behind(kind: EdgeKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No descriptor, thread, process or file after closing; nothing in /dev/shm after a killed peer either."""
