@@ -78,7 +78,7 @@ def _native_computes(stage: StageWeights, seen: list[Seen], page_size: int) -> b
                 alone.run(x, np.zeros(n, np.int32), np.arange(start, start + n, dtype=np.int32), _NONE)
                 require_layer(i, inputs, wanted, x)
     except NotFusable as e:
-        _log.warning("decode steps are computed by torch's operators, 2 to 4 times slower, because of %s", e)
+        _log.warning("decode steps are computed by torch's operators, 2 to 4 times slower: %s", e)
         return False
     return True
 
