@@ -64,7 +64,8 @@ class EdgeListener:
             if self._keys:
                 assert credentials is not None
                 self._context = tls_context(credentials, self._keys, listens=True)
-                tcp = socket.create_server((host, 0))
+                family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                tcp = socket.create_server((host, 0), family=family)
                 self._doors[tcp.fileno()] = tcp, self._let_in_remote
                 port = tcp.getsockname()[1]
         except OSError as e:

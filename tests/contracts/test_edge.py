@@ -13,6 +13,7 @@ import queue
 import random
 import signal
 import socket
+import ssl
 import struct
 import tempfile
 import threading
@@ -326,6 +327,31 @@ def test_a_node_that_is_awaited_cannot_open_another_nodes_edge() -> None:
     listener = EdgeListener(EPOCH, inlets, "127.0.0.1", credentials(HERE))
     with pytest.raises(PipelineError, match="is not the one of"):
         dial(outlet("tcp", me, listener.address), lost, STRANGER)
+    listener.close()
+
+
+def test_an_older_tls_is_refused() -> None:
+    """Also of a neighbour, with the right key."""
+    listener = EdgeListener(
+        EPOCH, [inlet("tcp", os.getpid(), lambda m: None, Losses())], "127.0.0.1", credentials(HERE)
+    )
+    context = tls_context(credentials(THERE), frozenset((HERE.public,)), listens=False)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
+    plain = socket.create_connection((listener.address.host, listener.address.port))
+    with plain, pytest.raises(ssl.SSLError, match=r"(?i)version"):
+        context.wrap_socket(plain)
+    listener.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/net/if_inet6"), reason="this machine has no IPv6")
+def test_hosts_may_be_known_by_addresses_of_ipv6() -> None:
+    received: queue.Queue[bytes] = queue.Queue()
+    lost = Losses()
+    listener = EdgeListener(EPOCH, [inlet("tcp", os.getpid(), received.put, lost)], "::1", credentials(HERE))
+    edge = dial(outlet("tcp", os.getpid(), listener.address), lost)
+    edge.send(b"hello")
+    assert received.get(timeout=5) == b"hello"
+    edge.close()
     listener.close()
 
 
