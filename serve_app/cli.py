@@ -61,6 +61,18 @@ def demo(
     raise typer.Exit(run_demo(question, keep=keep))
 
 
+@app.command("build-native")
+def build_native() -> None:
+    """Compile the CPU engine's decode step for this machine now; else the first stage that starts here does it."""
+    from serve_app.engine.cpu.native_build import native_library
+
+    path = native_library()
+    if path is None:
+        typer.echo("llmd: not compiled (see above); stages on this machine compute with torch's operators", err=True)
+        raise typer.Exit(1)
+    typer.echo(path)
+
+
 def main() -> None:
     """The program's entry."""
     app()

@@ -122,8 +122,10 @@ class PipelineConfig:
     page_size: Annotated[int, Field(ge=1, le=1024)] = 16  # tokens; waste is half a page per request, 8 tokens
     kv_pages: Annotated[int, Field(ge=1, le=1 << 28)] | Literal["auto"] = "auto"  # auto: what kv_memory_bytes holds
     kv_memory_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30  # per stage, not on cuda; 1 GiB suits an 8 GiB laptop
-    max_step_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 512  # per step; bounds how long a prompt delays others
-    max_requests: Annotated[int, Field(ge=1, le=65536)] = 64  # running at once; 64 rows fill a CPU's matrix units
+    # per step; bounds how long a prompt delays others. auto: 512, on cuda 8192 (about 40 ms of an 8B model on an H100)
+    max_step_tokens: Annotated[int, Field(ge=1, le=1 << 17)] | Literal["auto"] = "auto"
+    # running at once. auto: 64 rows, which fill a CPU's matrix units; on cuda 256
+    max_requests: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"] = "auto"
     max_waiting: Annotated[int, Field(ge=0, le=1 << 20)] = 256  # admitted, not yet running; beyond it clients get 429
     prefix_cache: bool = True  # beginnings that pages hold are not computed again; page_size must be a multiple of 16
     threads_per_stage: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"  # auto: a fair share

@@ -25,6 +25,7 @@ from shard_tools.errors import FormatError, InputError, LlmdError
 from shard_tools.index.directory import DirectoryIndex
 from shard_tools.manifest import Manifest
 from shard_tools.progress import Progress
+from shard_tools.quantised import Scheme
 from shard_tools.signing import PublicKey, Signer, key_text, parse_key, read_public_key
 from shard_tools.store.directory import DirectoryStore
 
@@ -41,6 +42,7 @@ KeyOption = Annotated[Path, typer.Option("--key", envvar="LLMD_KEY", help="Priva
 TrustOption = Annotated[
     list[str], typer.Option("--trust", help="Publisher's public key, as text or a .pub file. Default: your own.")
 ]
+QuantiseOption = Annotated[str, typer.Option("--quantise", help="none, int8 or int4.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="keep, float32, bfloat16 or float16.")]
 NameOption = Annotated[str, typer.Option("--name", help="The model's name, such as smollm2-135m.")]
 
@@ -67,6 +69,7 @@ def shard(
     name: NameOption,
     store: StoreOption = STORE,
     dtype: DtypeOption = "keep",
+    quantise: QuantiseOption = "none",
 ) -> None:
     """Cut a checkpoint into shards and show their CIDs; nothing is signed or named."""
     with _said():
@@ -75,7 +78,7 @@ def shard(
 
         blocks = DirectoryStore(store.expanduser())
         with _progress() as progress:
-            model = split(open_checkpoint(checkpoint), blocks, name, _dtype(dtype), progress)  # type: ignore[arg-type]
+            model = split(open_checkpoint(checkpoint), blocks, name, _dtype(dtype), progress, _scheme(quantise))  # type: ignore[arg-type]
         _show(model)
         _line("Not signed, not named: `llmd publish` does both, and keeps these blocks.")
 
@@ -85,6 +88,7 @@ def publish(
     name: NameOption,
     store: StoreOption = STORE,
     dtype: DtypeOption = "keep",
+    quantise: QuantiseOption = "none",
     key: KeyOption = KEY,
 ) -> None:
     """Cut a checkpoint into shards, sign the manifest and name it."""
@@ -94,7 +98,16 @@ def publish(
         root = store.expanduser()
         blocks, index, signer = DirectoryStore(root), DirectoryIndex(root), _signer(key)
         with _progress() as progress:
-            record = publish_model(checkpoint, blocks, index, name, signer, _dtype(dtype), progress)  # type: ignore[arg-type]
+            record = publish_model(
+                checkpoint,
+                blocks,
+                index,
+                name,
+                signer,
+                _dtype(dtype),  # type: ignore[arg-type]
+                progress,
+                _scheme(quantise),
+            )
         _show(open_record(record, blocks, frozenset([signer.public])))
         _line(f"Published {name}, signed by {key_text(signer.public)}")
 
@@ -206,6 +219,13 @@ def _dtype(text: str) -> str:
     if text not in DTYPES:
         raise InputError(f"--dtype {text!r} is unknown: choose one of {', '.join(DTYPES)}")
     return text
+
+
+def _scheme(text: str) -> Scheme | None:
+    known: dict[str, Scheme | None] = {"none": None, "int8": "int8", "int4": "int4"}
+    if text not in known:
+        raise InputError(f"--quantise {text!r} is unknown: choose one of {', '.join(known)}")
+    return known[text]
 
 
 def _layers(text: str, model: Manifest) -> tuple[int, int] | None:

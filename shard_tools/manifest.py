@@ -29,6 +29,7 @@ from shard_tools.manifest_parts import (
     MAX_TENSORS,
     Dtype,
     File,
+    FloatDtype,
     Leaf,
     Shard,
     Tensor,
@@ -38,8 +39,22 @@ from shard_tools.manifest_parts import (
     check_name,
     check_range,
 )
+from shard_tools.quantised import Scheme, scale_of, scale_shape
+from shard_tools.shard_file import FLOATS
 
-__all__ = ["Dtype", "File", "Leaf", "Manifest", "ModelName", "Shard", "Tensor", "TensorRef", "Unit", "UnitKind"]
+__all__ = [
+    "Dtype",
+    "File",
+    "FloatDtype",
+    "Leaf",
+    "Manifest",
+    "ModelName",
+    "Shard",
+    "Tensor",
+    "TensorRef",
+    "Unit",
+    "UnitKind",
+]
 
 ModelName = NewType("ModelName", str)
 
@@ -63,11 +78,12 @@ class Manifest:
     hidden_size: int
     vocab_size: int
     context_length: int  # tokens
-    dtype: Dtype  # of the activations between stages; shards may hold some tensors in others
+    dtype: FloatDtype  # of the activations between stages; shards may hold some tensors in others
     license: str  # SPDX id, or empty if the source does not say
     files: tuple[File, ...] = field(repr=False)  # sorted by path
     shards: tuple[Shard, ...] = field(repr=False)
     units: tuple[Unit, ...] = field(repr=False)
+    quantised: Scheme | None = None  # how weights were made integers (quantised.py); None: they are floats
     _block: list[bytes] = field(default_factory=list, init=False, repr=False, compare=False)  # encode(), once made
 
     def __post_init__(self) -> None:
@@ -80,12 +96,15 @@ class Manifest:
         check_range("context_length", self.context_length, 1, MAX_CONTEXT)
         check_range("the number of shards", len(self.shards), 1, MAX_SHARDS)
         check_range("the number of files", len(self.files), 0, MAX_FILES)
-        if self.dtype not in get_args(Dtype):
+        if self.dtype not in FLOATS:
             raise ManifestError(f"dtype {self.dtype!r} is unknown")
         paths = [file.path for file in self.files]
         if paths != sorted(set(paths)):
             raise ManifestError("the files are not sorted by path, or two have one path")
+        if self.quantised not in (None, *get_args(Scheme)):
+            raise ManifestError(f"the scheme of quantisation {self.quantised!r} is unknown")
         self._check_units()
+        self._check_integers()
 
     def encode(self) -> bytes:
         """The block of this manifest. Raises ManifestError past MAX_MANIFEST_BYTES."""
@@ -121,6 +140,7 @@ class Manifest:
                 tuple(_file(item) for item in f.items("files", MAX_FILES)),
                 shards,
                 tuple(_unit(i, len(rows) - 2, row, shards) for i, row in enumerate(rows)),
+                f.text("quantised", 16) if f.has("quantised") else None,  # type: ignore[arg-type]  # the same
             )
         if manifest.encode() != block:
             raise ManifestError("the manifest is not in canonical form: it encodes to other bytes")
@@ -173,8 +193,24 @@ class Manifest:
                 if (i, k) not in used:
                     raise ManifestError(f"tensor {tensor.name!r} of shard {i} belongs to no unit")
 
+    def _check_integers(self) -> None:
+        """Integers mean weights only beside their scales, in a manifest that says so."""
+        for unit in self.units:
+            found = {ref.name: self.tensor(ref) for ref in unit.tensors}
+            for name, tensor in found.items():
+                if tensor.dtype in FLOATS:
+                    continue
+                scales = found.get(scale_of(name))
+                wanted = scale_shape(tensor.dtype, tensor.shape)
+                if self.quantised is None or wanted is None or scales is None:
+                    what = f"{tensor.dtype} {list(tensor.shape)}"
+                    raise ManifestError(f"tensor {name!r} of {what} is no quantised weight")
+                if (scales.dtype, scales.shape) != ("bfloat16", wanted):
+                    raise ManifestError(f"the scales of {name!r} are {scales.dtype} {list(scales.shape)}, not {wanted}")
+
     def _to_value(self) -> Value:
-        return {
+        scheme: dict[str, Value] = {} if self.quantised is None else {"quantised": self.quantised}
+        return scheme | {
             "v": 1,
             "name": self.name,
             "type": self.model_type,

@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from shard_tools import canonical, shard_file, unixfs
 from shard_tools.canonical import Fields, Value
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import ManifestError
 from shard_tools.shard_file import Dtype as Dtype
+from shard_tools.shard_file import FloatDtype as FloatDtype
 
 UnitKind = Literal["embedding", "layer", "head"]
 
@@ -29,7 +30,7 @@ MAX_LAYERS = 1 << 12
 MAX_FILE_BYTES = 64 << 20  # the largest tokenizer.json in use is about 35 MB
 
 _PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,7}")
-_DTYPES = get_args(Dtype)
+_DTYPES = tuple(shard_file.ITEM_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,5 +198,5 @@ def _tensor_row(row: Value) -> tuple[str, Dtype, tuple[int, ...], list[Cid]]:
             dimensions = tuple(n for n in shape if isinstance(n, int) and not isinstance(n, bool) and 0 < n < 1 << 40)
             cids = [leaf for leaf in leaves if isinstance(leaf, Cid)]
             if len(dimensions) == len(shape) <= MAX_DIMENSIONS and len(cids) == len(leaves):
-                return name, dtype, dimensions, cids  # type: ignore[return-value]
+                return name, dtype, dimensions, cids
     raise ManifestError(f"a row of a shard index is no tensor: {str(row)[:200]}")

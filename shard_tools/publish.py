@@ -11,6 +11,7 @@ from shard_tools.index.model_index import ModelIndex, ModelRecord
 from shard_tools.manifest import Manifest, check_model_name
 from shard_tools.manifest_signature import ManifestSignature
 from shard_tools.progress import Progress, silent
+from shard_tools.quantised import Scheme
 from shard_tools.signing import Signer
 from shard_tools.store.block_store import BlockStore
 
@@ -23,14 +24,15 @@ def publish(
     signer: Signer,
     dtype: TargetDtype = "keep",
     progress: Progress = silent,
+    scheme: Scheme | None = None,
 ) -> ModelRecord:
     """The model is in the store, signed, and `name` means it.
 
     Stopped at any moment it names nothing; run again it keeps the blocks it finds. The manifest's CID depends on
-    the checkpoint, name and dtype, and not on signer, store or machine. Raises CheckpointError, InputError.
+    the checkpoint, name, dtype and scheme, and not on signer, store or machine. Raises CheckpointError, InputError.
     """
     check_model_name(name)
-    manifest = split(open_checkpoint(checkpoint), store, name, dtype, progress)
+    manifest = split(open_checkpoint(checkpoint), store, name, dtype, progress, scheme)
     return sign_and_name(manifest, store, index, signer)
 
 

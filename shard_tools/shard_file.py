@@ -10,12 +10,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from math import prod
-from typing import Literal
+from typing import Literal, get_args
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+FloatDtype = Literal["float32", "bfloat16", "float16"]
+Dtype = FloatDtype | Literal["int8", "uint8"]  # integers are of quantised weights alone
 
-ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-SAFETENSORS_DTYPES: dict[Dtype, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+FLOATS: tuple[FloatDtype, ...] = get_args(FloatDtype)
+
+ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}
+SAFETENSORS_DTYPES: dict[Dtype, str] = {
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "int8": "I8",
+    "uint8": "U8",
+}
 _ALIGN = 8  # header padded with spaces, so that the first tensor is aligned
 
 

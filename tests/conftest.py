@@ -6,6 +6,12 @@ import importlib.util
 import os
 from pathlib import Path
 
+from hypothesis import settings
+
+# How long one example takes says how busy the machine is, not whether the code is right.
+settings.register_profile("llmd", deadline=None)
+settings.load_profile("llmd")
+
 
 def pytest_configure() -> None:
     """Kernels run in Triton's interpreter where there is no GPU.

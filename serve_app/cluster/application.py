@@ -37,16 +37,18 @@ from shard_tools.fetch import read_file
 _log = logging.getLogger("ray.serve")
 _RENEW_S = 1.0
 _POLL_S = 0.1
+_MOST_AUTO = 256  # requests that run at once, at most, where the config leaves it to the device
 
 
 def build(args: dict[str, Any]) -> serve.Application:
     """Serve's entry: `import_path: serve_app.cluster.application:build`. Raises ConfigError for bad args."""
     config = AppConfig.parse(args)
     check_choices(config)
+    running = config.pipeline.max_requests
     deployment = Ingress.options(
         num_replicas=config.ingress.replicas,
         ray_actor_options={"num_cpus": 0.1} | _labels(config.ingress.node_labels),
-        max_ongoing_requests=config.pipeline.max_requests + config.pipeline.max_waiting + 64,
+        max_ongoing_requests=(_MOST_AUTO if running == "auto" else running) + config.pipeline.max_waiting + 64,
         graceful_shutdown_timeout_s=10,
     )
     return deployment.bind(args)

@@ -36,6 +36,7 @@ _LOAD_S = 1800.0  # for all stages to load: 140 GB at 100 MB/s
 _ADOPT_S = 5.0
 _HEAD_CPUS = 0.1  # it plans and hashes; on a two-core laptop whole CPUs would not fit
 _STAGE_CPU_SHARE = 0.8  # of the CPUs that would be a stage's, so that ingress and Head find room
+_AUTO_LOADS: dict[DeviceName, tuple[int, int]] = {"cpu": (512, 64), "cuda": (8192, 256)}  # as config.py says
 _GPU_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
 
@@ -153,7 +154,8 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
         operator_key=config.identity.operator_key,
         registry=config.identity.registry,
     )
-    n_pages = _pages(config, manifest, reports)
+    max_step_tokens, max_requests = _loads(config, wants.device)
+    n_pages = _pages(config, manifest, reports, max_requests)
     spec = HeadSpec(
         epoch=epoch,
         config_digest=digest_of(config),
@@ -163,8 +165,8 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
         vocab_size=manifest.vocab_size,
         n_pages=n_pages,
         page_size=config.pipeline.page_size,
-        max_step_tokens=config.pipeline.max_step_tokens,
-        max_requests=config.pipeline.max_requests,
+        max_step_tokens=max_step_tokens,
+        max_requests=max_requests,
         max_waiting=config.pipeline.max_waiting,
         prefix_cache=config.pipeline.prefix_cache,
         certificates=tuple(r.certificate for r in reports),
@@ -185,7 +187,7 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
         raise PipelineError(f"the head runs on a node that is none of the stages' ({key_text(party.node)})")
     async with asyncio.timeout(_LOAD_S):
         members = [Member(report.party, actor) for report, actor in zip(reports, stages, strict=True)]
-        await wire(config.pipeline.edges, Member(party, head), members, n_pages, config.pipeline.max_requests)
+        await wire(config.pipeline.edges, Member(party, head), members, n_pages, max_requests)
         address: LinkAddress = await head.start.remote()
     return PipelineGroup(epoch, tuple(stages), head, address)
 
@@ -252,7 +254,14 @@ def _wanted(config: AppConfig, node_cpus: Sequence[float], gpus_there: float) ->
     return _Resources("cpu", cpus, 0.0, threads)
 
 
-def _pages(config: AppConfig, manifest: Manifest, reports: Sequence[StageReport]) -> int:
+def _loads(config: AppConfig, device: DeviceName) -> tuple[int, int]:
+    """Tokens in a step and requests running at once, at most."""
+    step_tokens, requests = _AUTO_LOADS[device]
+    asked = config.pipeline.max_step_tokens, config.pipeline.max_requests
+    return step_tokens if asked[0] == "auto" else asked[0], requests if asked[1] == "auto" else asked[1]
+
+
+def _pages(config: AppConfig, manifest: Manifest, reports: Sequence[StageReport], max_requests: int) -> int:
     """KV pages that every stage has room for."""
     if config.pipeline.kv_pages != "auto":
         return config.pipeline.kv_pages
@@ -265,7 +274,7 @@ def _pages(config: AppConfig, manifest: Manifest, reports: Sequence[StageReport]
             memory = int(profile.memory_bytes * _GPU_KV_SHARE * config.pipeline.gpus_per_stage)
         rooms.append(memory // profile.kv_page_bytes)
     # More than all requests at full length can never be used.
-    useful = config.pipeline.max_requests * -(-manifest.context_length // config.pipeline.page_size)
+    useful = max_requests * -(-manifest.context_length // config.pipeline.page_size)
     pages = min(*rooms, useful)
     if pages < 1:
         raise PipelineError("no room for a single KV page: raise pipeline.kv_memory_bytes")

@@ -33,11 +33,20 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
+class Integers:
+    """A quantised weight as its shard holds it (shard_tools/quantised.py)."""
+
+    stored: Tensor
+    scales: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Linear:
-    """weight [out, in], bias [out] or None."""
+    """weight [out, in], bias [out] or None; integers: what the weight was computed from, if it was."""
 
     weight: Tensor
     bias: Tensor | None
+    integers: Integers | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from serve_app.engine.block import NotFusable
+from serve_app.engine.block import Integers, NotFusable
 from serve_app.engine.cpu.engine import CpuEngine
+from serve_app.engine.cpu.stage_weights import FindIntegers
 from serve_app.engine.cpu.stage_weights import read_weights as read_cpu_weights
 from serve_app.engine.engine import ActivationDtype, DeviceName, Engine, StepOutput
 from serve_app.engine.engines import AUTO, ENGINES
@@ -22,11 +23,13 @@ from serve_app.engine.stage_model import StageModel
 from serve_app.engine.torch_engine import TORCH_DTYPES, TorchEngine
 from serve_app.errors import ConfigError
 from serve_app.messages.step import StepPlan
+from shard_tools.checkpoint.quantise import dequantised
 from shard_tools.choice import Choice
 from shard_tools.cid import Cid
 from shard_tools.errors import InputError
 from shard_tools.fetch import read_file, read_tensor
 from shard_tools.manifest import Manifest
+from shard_tools.quantised import scale_of
 from shard_tools.store.block_store import BlockStore
 
 _log = logging.getLogger(__name__)
@@ -71,37 +74,42 @@ def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, op
 
 def load_fastest(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> LoadedEngine:
     """`auto`: the fastest engine that computes this model on this device."""
-    plain = _plain(store, manifest, start, stop, options)
+    loaded = _read(store, manifest, start, stop, options)
     exact = options.dtype == "float32" if options.device == "cuda" else options.deterministic
     if not exact:
         on_device = _on_gpu if options.device == "cuda" else _on_cpu
-        first = plain(deterministic=False)
         try:
-            return on_device(first, options)
+            return on_device(loaded, options)
         except ConfigError as e:
             _log.warning("this stage computes with plain torch ops, many times slower: %s", e)
-    return plain(deterministic=options.deterministic)
+    return loaded.plain(deterministic=options.deterministic)
 
 
 def load_gpu(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> LoadedEngine:
     """`gpu`: the GPU engine. Raises ConfigError with the reason where it cannot compute this model here."""
-    return _on_gpu(_plain(store, manifest, start, stop, options)(deterministic=False), options)
+    return _on_gpu(_read(store, manifest, start, stop, options), options)
 
 
 def load_cpu(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> LoadedEngine:
     """`cpu`: the CPU engine. Raises ConfigError with the reason where it cannot compute this model here."""
-    return _on_cpu(_plain(store, manifest, start, stop, options)(deterministic=False), options)
+    return _on_cpu(_read(store, manifest, start, stop, options), options)
 
 
 def load_plain(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> TorchEngine:
     """`torch`: plain torch ops, whatever the device."""
-    return _plain(store, manifest, start, stop, options)(deterministic=options.deterministic)
+    return _read(store, manifest, start, stop, options).plain(deterministic=options.deterministic)
 
 
-def _plain(
-    store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions
-) -> Callable[..., TorchEngine]:
-    """The plain engine with its weights, but for the choice of `deterministic`."""
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """Weights in their places. plain(deterministic=...): the plain engine of them; integers: of quantised ones."""
+
+    plain: Callable[..., TorchEngine]
+    integers: FindIntegers
+
+
+def _read(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> _Loaded:
+    """Every tensor of the range, verified."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -109,23 +117,39 @@ def _plain(
     device = torch.device(options.device)
     units = manifest.units_of(start, stop)
     places = {ref.name: manifest.tensor(ref) for unit in units for ref in unit.tensors}
+    integers_once: dict[str, Integers] = {}
     read_once: dict[str, Tensor] = {}  # a tied head names the embedding's tensor a second time
 
-    def read(name: str, device: torch.device) -> Tensor:
+    def stored(name: str) -> Tensor:
         place = places[name]
-        if place.name not in read_once:
-            tensor = torch.empty(place.shape, dtype=TORCH_DTYPES[place.dtype])
-            read_tensor(store, place, tensor.view(-1).view(torch.uint8).numpy().data)
-            read_once[place.name] = tensor.to(device=device, dtype=TORCH_DTYPES[options.dtype])
-        return read_once[place.name]
+        tensor = torch.empty(place.shape, dtype=getattr(torch, place.dtype))
+        read_tensor(store, place, tensor.view(-1).view(torch.uint8).numpy().data)
+        return tensor
 
+    def integers(name: str) -> Integers | None:
+        if scale_of(name) not in places:
+            return None
+        own = places[name].name
+        if own not in integers_once:
+            integers_once[own] = Integers(stored(name), stored(scale_of(name)))
+        return integers_once[own]
+
+    def read(name: str, device: torch.device) -> Tensor:
+        own = places[name].name
+        if own not in read_once:
+            small = integers(name)
+            tensor = stored(name) if small is None else dequantised(small.stored, small.scales)
+            read_once[own] = tensor.to(device=device, dtype=TORCH_DTYPES[options.dtype])
+        return read_once[own]
+
+    scales = {scale_of(name) for name in places}
     kv = KvPages(options.page_size, device)
     model = StageModel(
         read_config(store, manifest),
         start=start,
         stop=stop,
         head=stop == manifest.n_layers,
-        names=places,
+        names=[name for name in places if name not in scales],
         read=read,
         kv=kv,
         device=device,
@@ -157,22 +181,23 @@ def _plain(
             )
         return engine
 
-    return plain
+    return _Loaded(plain, integers)
 
 
-def _on_cpu(plain: TorchEngine, options: LoadOptions) -> LoadedEngine:
+def _on_cpu(loaded: _Loaded, options: LoadOptions) -> LoadedEngine:
     """The CPU engine on the same weights. Raises ConfigError saying why it cannot be."""
     if options.device != "cpu" or options.deterministic:
         raise ConfigError("the CPU engine needs pipeline.device cpu and knows no pipeline.deterministic: use torch")
     threads = options.threads or torch.get_num_threads()
     try:
-        weights = read_cpu_weights(plain, options.page_size, native=options.native)
+        plain = loaded.plain(deterministic=False)
+        weights = read_cpu_weights(plain, options.page_size, loaded.integers, native=options.native)
     except NotFusable as e:
         raise ConfigError(f"the CPU engine does not compute this model: {e}") from e
     return CpuEngine(plain, weights, options.page_size, threads)
 
 
-def _on_gpu(plain: TorchEngine, options: LoadOptions) -> LoadedEngine:
+def _on_gpu(loaded: _Loaded, options: LoadOptions) -> LoadedEngine:
     """The GPU engine on the same weights. Raises ConfigError saying why it cannot be."""
     try:
         import triton
@@ -184,6 +209,7 @@ def _on_gpu(plain: TorchEngine, options: LoadOptions) -> LoadedEngine:
     if options.device != "cuda" and not triton.knobs.runtime.interpret:
         raise ConfigError("the GPU engine needs a GPU: set pipeline.device to cuda, or pipeline.engine to auto")
     try:
+        plain = loaded.plain(deterministic=False)
         began = time.perf_counter()
         weights = read_weights(plain, options.page_size)
         engine = GpuEngine(plain, weights, options.page_size, options.deterministic)

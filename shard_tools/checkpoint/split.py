@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
@@ -19,11 +20,13 @@ import torch
 from shard_tools import shard_file, unixfs
 from shard_tools.checkpoint.conversion import as_loaded
 from shard_tools.checkpoint.families import Architecture, Parameter, architecture
+from shard_tools.checkpoint.quantise import integers_of, quantised
 from shard_tools.checkpoint.source import Checkpoint, Row
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import CheckpointError
-from shard_tools.manifest import Dtype, File, Manifest, ModelName, Shard, TensorRef, Unit, check_model_name
+from shard_tools.manifest import Dtype, File, FloatDtype, Manifest, ModelName, Shard, TensorRef, Unit, check_model_name
 from shard_tools.progress import Progress, silent
+from shard_tools.quantised import Scheme, scale_of, scale_shape
 from shard_tools.store.block_store import BlockStore
 
 TargetDtype = Literal["keep", "float32", "bfloat16", "float16"]
@@ -32,7 +35,12 @@ THREADS = 4  # hashing and writing leaves; more gain nothing on one disk
 
 
 def split(
-    checkpoint: Checkpoint, store: BlockStore, name: str, dtype: TargetDtype = "keep", progress: Progress = silent
+    checkpoint: Checkpoint,
+    store: BlockStore,
+    name: str,
+    dtype: TargetDtype = "keep",
+    progress: Progress = silent,
+    scheme: Scheme | None = None,
 ) -> Manifest:
     """`store` holds every block of the model, its manifest's last; nothing is signed or named.
 
@@ -46,12 +54,12 @@ def split(
     arch = architecture(checkpoint.config, label)
     sources = arch.sources(checkpoint.table, label)
     dtypes = {name: _target(checkpoint.table[source], source, dtype, label) for name, source in sources.items()}
-    owned = _owned(arch, dtypes)
+    owned = _owned(arch, dtypes, scheme)
     small = checkpoint.files()
     _check_tied(arch, checkpoint, sources)
     files = tuple(File(path, unixfs.put_file(data, store.put), len(data)) for path, data in sorted(small.items()))
-    total = sum(shard_file.tensor_bytes(dtypes[p.name], p.shape) for unit in owned for p in unit)
-    writer = _Writer(checkpoint, store, sources, dtypes, progress, total)
+    total = sum(shard_file.tensor_bytes(s.dtype, s.shape) for unit in owned for s in unit)
+    writer = _Writer(checkpoint, store, sources, progress, total)
     try:
         shards = [writer.write(_unit_label(i, arch.n_layers), unit) for i, unit in enumerate(owned) if unit]
     finally:
@@ -68,6 +76,7 @@ def split(
         files,
         tuple(shards),
         _units(arch, shards),
+        scheme,
     )
     store.put(Codec.DAG_CBOR, manifest.encode())
     return manifest
@@ -81,20 +90,20 @@ class _Writer:
         checkpoint: Checkpoint,
         store: BlockStore,
         sources: dict[str, str],
-        dtypes: dict[str, Dtype],
         progress: Progress,
         total: int,
     ) -> None:
-        self._checkpoint, self._store, self._sources, self._dtypes = checkpoint, store, sources, dtypes
+        self._checkpoint, self._store, self._sources = checkpoint, store, sources
+        self._pair: tuple[str, tuple[torch.Tensor, torch.Tensor]] | None = None  # integers and scales made last
         self._progress, self._total, self._done = progress, total, 0
         self._pool = ThreadPoolExecutor(THREADS)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def write(self, label: str, parameters: list[Parameter]) -> Shard:
+    def write(self, label: str, tensors: list[_Stored]) -> Shard:
         """Every block of the unit's shard is in the store."""
-        rows = [(p.name, self._dtypes[p.name], p.shape, list(self._leaves(label, p))) for p in parameters]
+        rows = [(t.name, t.dtype, t.shape, list(self._leaves(label, t))) for t in tensors]
         shard = Shard.build(rows)
         head = self._store.put(Codec.RAW, shard_file.header([(n, d, s) for n, d, s, _ in rows]))
         root = unixfs.put_tree([(leaf.cid, leaf.size) for leaf in shard.leaves], self._store.put)
@@ -102,22 +111,31 @@ class _Writer:
         self._store.put(Codec.DAG_CBOR, shard.index())
         return shard
 
-    def _leaves(self, label: str, parameter: Parameter) -> Iterator[Cid]:
-        dtype = self._dtypes[parameter.name]
-        source = self._checkpoint.read(self._sources[parameter.name])
-        if tuple(source.shape) != parameter.shape:
-            raise CheckpointError(f"{self._checkpoint.label}: {parameter.name!r} was read as {list(source.shape)}")
-        flat = source.contiguous().view(-1)
+    def _leaves(self, label: str, stored: _Stored) -> Iterator[Cid]:
+        dtype = stored.dtype
+        flat = self._values(stored).contiguous().view(-1)
         step = unixfs.LEAF_BYTES // shard_file.ITEM_BYTES[dtype]
 
         def put(start: int) -> tuple[Cid, int]:
-            block = _bytes(flat[start : start + step], dtype, parameter.name)
+            block = _bytes(flat[start : start + step], dtype, stored.name)
             return self._store.put(Codec.RAW, block), len(block)
 
         for cid, size in self._pool.map(put, range(0, flat.numel(), step)):
             self._done += size
             self._progress(label, self._done, self._total)
             yield cid
+
+    def _values(self, stored: _Stored) -> torch.Tensor:
+        parameter = stored.parameter
+        if stored.integers is not None and self._pair is not None and self._pair[0] == parameter.name:
+            return self._pair[1][stored.is_scale]
+        source = self._checkpoint.read(self._sources[parameter.name])
+        if tuple(source.shape) != parameter.shape:
+            raise CheckpointError(f"{self._checkpoint.label}: {parameter.name!r} was read as {list(source.shape)}")
+        if stored.integers is None:
+            return source
+        self._pair = parameter.name, quantised(source, stored.integers)
+        return self._pair[1][stored.is_scale]
 
 
 def _bytes(values: torch.Tensor, dtype: Dtype, name: str) -> bytes:
@@ -129,11 +147,9 @@ def _bytes(values: torch.Tensor, dtype: Dtype, name: str) -> bytes:
     return out.view(torch.uint8).numpy().tobytes()
 
 
-def _target(row: Row, name: str, dtype: TargetDtype, label: str) -> Dtype:
-    if row.dtype not in ("float64", *shard_file.ITEM_BYTES):
-        raise CheckpointError(
-            f"{label}: tensor {name!r} is of {row.dtype}; shards hold {', '.join(shard_file.ITEM_BYTES)}"
-        )
+def _target(row: Row, name: str, dtype: TargetDtype, label: str) -> FloatDtype:
+    if row.dtype not in ("float64", *shard_file.FLOATS):
+        raise CheckpointError(f"{label}: tensor {name!r} is of {row.dtype}; shards hold {', '.join(shard_file.FLOATS)}")
     if dtype != "keep":
         return dtype
     if row.dtype == "float64":
@@ -141,14 +157,35 @@ def _target(row: Row, name: str, dtype: TargetDtype, label: str) -> Dtype:
     return row.dtype  # type: ignore[return-value]
 
 
-def _owned(arch: Architecture, dtypes: dict[str, Dtype]) -> list[list[Parameter]]:
-    """The parameters stored in each unit's shard, in file order; a unit of tied parameters only has none."""
-    out: list[list[Parameter]] = [[] for _ in range(arch.n_layers + 2)]
-    for parameter in arch.parameters:
-        if parameter.same_as is None:
-            out[parameter.unit].append(parameter)
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor of a shard, made of one parameter. integers: what holds the parameter, or None for its floats."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    parameter: Parameter
+    integers: Dtype | None = None
+    is_scale: bool = False
+
+
+def _owned(arch: Architecture, dtypes: dict[str, FloatDtype], scheme: Scheme | None) -> list[list[_Stored]]:
+    """What is stored in each unit's shard, in file order; a unit of tied parameters only has nothing."""
+    out: list[list[_Stored]] = [[] for _ in range(arch.n_layers + 2)]
+    for p in arch.parameters:
+        if p.same_as is not None:
+            continue
+        integers = integers_of(p, arch.n_layers, scheme)
+        if integers is None:
+            out[p.unit].append(_Stored(p.name, dtypes[p.name], p.shape, p))
+            continue
+        shape = (p.shape[0], p.shape[1] // 2) if integers == "uint8" else p.shape
+        scales = scale_shape(integers, shape)
+        assert scales is not None
+        out[p.unit].append(_Stored(p.name, integers, shape, p, integers))
+        out[p.unit].append(_Stored(scale_of(p.name), "bfloat16", scales, p, integers, is_scale=True))
     for unit in out:
-        unit.sort(key=lambda p: shard_file.file_order(p.name, dtypes[p.name]))
+        unit.sort(key=lambda t: shard_file.file_order(t.name, t.dtype))
     return out
 
 
@@ -156,7 +193,10 @@ def _units(arch: Architecture, shards: list[Shard]) -> tuple[Unit, ...]:
     place = {t.name: (i, k) for i, shard in enumerate(shards) for k, t in enumerate(shard.tensors)}
     refs: list[list[TensorRef]] = [[] for _ in range(arch.n_layers + 2)]
     for parameter in arch.parameters:
-        refs[parameter.unit].append(TensorRef(*place[parameter.same_as or parameter.name], parameter.name))
+        owner = parameter.same_as or parameter.name
+        refs[parameter.unit].append(TensorRef(*place[owner], parameter.name))
+        if scale_of(owner) in place:
+            refs[parameter.unit].append(TensorRef(*place[scale_of(owner)], scale_of(parameter.name)))
     last = arch.n_layers
     layers = (Unit("layer", i, i + 1, tuple(refs[i + 1])) for i in range(last))
     return Unit("embedding", 0, 0, tuple(refs[0])), *layers, Unit("head", last, last, tuple(refs[last + 1]))
@@ -173,9 +213,9 @@ def _check_tied(arch: Architecture, checkpoint: Checkpoint, sources: dict[str, s
             )
 
 
-def _activation_dtype(dtypes: dict[str, Dtype], arch: Architecture) -> Dtype:
+def _activation_dtype(dtypes: dict[str, FloatDtype], arch: Architecture) -> FloatDtype:
     """The dtype most weights have."""
-    count: Counter[Dtype] = Counter()
+    count: Counter[FloatDtype] = Counter()
     for parameter in arch.parameters:
         if parameter.same_as is None:
             count[dtypes[parameter.name]] += prod(parameter.shape)

@@ -49,7 +49,7 @@ class CpuEngine:
         blocks, item = weights.stage.blocks, self._dtype.itemsize
         self.profile = replace(
             profile,
-            description=f"{profile.description}, llmd_cpu{' native' if weights.native else ''}",
+            description=f"{profile.description}, llmd_cpu{' native' if weights.native is not None else ''}",
             kv_page_bytes=sum(2 * b.kv_heads * page_size * b.dim * item for b in blocks),
         )
 
@@ -61,23 +61,23 @@ class CpuEngine:
         n_slots = 2 * max_sequences + 16
         self._table = RequestTable(n_slots, n_pages, self._page_size, stage.context_length, stage.device)
         self._pages: Ints = self._table.page_table.numpy()
-        if self._weights.native:
+        if self._weights.native is not None:
             self._native = NativeStage(
-                stage.blocks,
+                self._weights.native,
                 self._cache,
                 self._pages,
                 self._page_size,
                 hidden=self._hidden_size,
                 threads=self._threads,
                 final=stage.final,
-                head=stage.head,
+                head=self._weights.native_head,
             )
         self._last_tokens = np.zeros(n_slots, np.int32)
 
     @property
     def is_native(self) -> bool:
         """Whether steps of few rows are computed by the compiled step."""
-        return self._weights.native
+        return self._weights.native is not None
 
     def hash_rows(self, inlet: bytes, outlet: bytes, *, hand_on: bool) -> bool:
         return False

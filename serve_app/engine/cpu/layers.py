@@ -7,7 +7,7 @@ side, so that one operator rotates queries and keys and another keeps keys and v
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import gelu, rms_norm, silu
 
 from serve_app.engine.attention import attend
-from serve_app.engine.block import Block, Norm
-from serve_app.engine.cpu.products import Product, product_of
+from serve_app.engine.block import Block, Linear, Norm
+from serve_app.engine.cpu.products import Product
 from serve_app.engine.request_table import Ints, PlannedSpans
 
 
@@ -64,17 +64,26 @@ class Layer:
     down: Product
 
 
-def layer_of(block: Block, rotations: dict[int, Rotation], *, packs: bool) -> Layer:
-    """packs: as in products.py. rotations: those made already, by the identity of a block's table, to be shared."""
+def layer_of(block: Block, rotations: dict[int, Rotation], products: Sequence[Product]) -> Layer:
+    """products: qkv, out, gate_up, down; the layer does not hold the block's own matrices.
+
+    rotations: those made already, by the identity of a block's table, to be shared.
+    """
     key = id(block.cos)
     if key not in rotations:
         rotations[key] = _rotation_of(block)
-    products = (product_of(matrix, packs=packs) for matrix in (block.qkv, block.out, block.gate_up, block.down))
-    return Layer(block, rotations[key], *products)
+    qkv, out, gate_up, down = products
+    return Layer(without_matrices(block), rotations[key], qkv, out, gate_up, down)
+
+
+def without_matrices(block: Block) -> Block:
+    """The block with nothing in place of its matrices, whose memory may then go."""
+    none = Linear(block.norm_in.weight.new_empty(0), None)
+    return replace(block, qkv=none, out=none, gate_up=none, down=none)
 
 
 def _rotation_of(block: Block) -> Rotation:
-    dtype, positions, half = block.qkv.weight.dtype, *block.cos.shape
+    dtype, (positions, half) = block.norm_in.weight.dtype, block.cos.shape
     cos, sin = torch.ones((positions, block.dim), dtype=dtype), torch.zeros((positions, block.dim), dtype=dtype)
     cos[:, :half], cos[:, half : 2 * half] = block.cos, block.cos
     sin[:, :half], sin[:, half : 2 * half] = -block.sin, block.sin

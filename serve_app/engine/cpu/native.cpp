@@ -24,6 +24,7 @@ namespace {
 enum Kind : int64_t { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
 constexpr int BAND = 16;   // outputs of one band of packed integers
 constexpr int GROUP = 32;  // inputs that share a scale in int4
+constexpr int AHEAD = 4096;  // bytes
 constexpr int TILE = 4;    // rows computed side by side
 
 struct Matrix {
@@ -220,10 +221,17 @@ struct Rows {
     }
 };
 
+// What comes next is asked for early: rows are too short for the processor to see by itself that one follows the other.
+// A macro: GCC takes a function that only asks for memory to have no effect, and leaves its calls out.
+#define AHEAD_OF(p) __builtin_prefetch(p, 0, 3)
+
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define LLMD_AVX512 1
 inline __m512 wide_of(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+inline __m512 four_in_one(const __m512* p) {
+    return _mm512_add_ps(_mm512_add_ps(p[0], p[1]), _mm512_add_ps(p[2], p[3]));
 }
 #endif
 #if defined(LLMD_AVX512) && defined(__AVX512BF16__)
@@ -237,32 +245,57 @@ inline __m512bh pair_of(const uint16_t* p) {
 #endif
 
 template <int M> void dot_f32(const float* const* w, int64_t in, const Rows& x, int64_t m0, float (*y)[4]) {
+#if defined(LLMD_AVX512)
+    // One row after the other: memory is read in one stream, as it lies. Two sums, as each must wait for the one before.
+    for (int r = 0; r < 4; r++) {
+        __m512 sum[M][2];
+        for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+        const float* p = w[r];
+        for (int64_t k = 0; k < in; k += 32) {
+            if (m0 == 0) AHEAD_OF(p + k + AHEAD / 4), AHEAD_OF(p + k + 16 + AHEAD / 4);
+            __m512 v0 = _mm512_loadu_ps(p + k), v1 = _mm512_loadu_ps(p + k + 16);
+            for (int m = 0; m < M; m++) {
+                sum[m][0] = _mm512_fmadd_ps(v0, _mm512_loadu_ps(x.row(m0 + m) + k), sum[m][0]);
+                sum[m][1] = _mm512_fmadd_ps(v1, _mm512_loadu_ps(x.row(m0 + m) + k + 16), sum[m][1]);
+            }
+        }
+        for (int m = 0; m < M; m++) y[m][r] = _mm512_reduce_add_ps(_mm512_add_ps(sum[m][0], sum[m][1]));
+    }
+#else
     for (int m = 0; m < M; m++) {
         const float* a = x.row(m0 + m);
-        float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+        for (int r = 0; r < 4; r++) {
+            const float* p = w[r];
+            float sum = 0;
 #pragma GCC ivdep
-        for (int64_t k = 0; k < in; k++) {
-            s0 += w[0][k] * a[k], s1 += w[1][k] * a[k], s2 += w[2][k] * a[k], s3 += w[3][k] * a[k];
+            for (int64_t k = 0; k < in; k++) sum += p[k] * a[k];
+            y[m][r] = sum;
         }
-        y[m][0] = s0, y[m][1] = s1, y[m][2] = s2, y[m][3] = s3;
     }
+#endif
 }
 
 template <int M> void dot_bf16(const uint16_t* const* w, int64_t in, const Rows& x, int64_t m0, float (*y)[4]) {
 #if defined(LLMD_BF16)
-    __m512 sum[M][4];
-    for (int m = 0; m < M; m++)
-        for (int r = 0; r < 4; r++) sum[m][r] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < in; k += 32) {
-        __m512bh v[4];
-        for (int r = 0; r < 4; r++) v[r] = pairs(w[r] + k);
-        for (int m = 0; m < M; m++) {
-            __m512bh a = pairs(x.half_row(m0 + m) + k);
-            for (int r = 0; r < 4; r++) sum[m][r] = _mm512_dpbf16_ps(sum[m][r], v[r], a);
+    // One row after the other: memory is read in one stream, as it lies. Two sums, as each must wait for the one before.
+    for (int r = 0; r < 4; r++) {
+        __m512 sum[M][2];
+        for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+        const uint16_t* p = w[r];
+        int64_t k = 0;
+        for (; k + 64 <= in; k += 64) {
+            if (m0 == 0) AHEAD_OF(p + k + AHEAD / 2), AHEAD_OF(p + k + 32 + AHEAD / 2);
+            __m512bh v0 = pairs(p + k), v1 = pairs(p + k + 32);
+            for (int m = 0; m < M; m++) {
+                sum[m][0] = _mm512_dpbf16_ps(sum[m][0], v0, pairs(x.half_row(m0 + m) + k));
+                sum[m][1] = _mm512_dpbf16_ps(sum[m][1], v1, pairs(x.half_row(m0 + m) + k + 32));
+            }
         }
+        for (; k < in; k += 32)
+            for (int m = 0; m < M; m++)
+                sum[m][0] = _mm512_dpbf16_ps(sum[m][0], pairs(p + k), pairs(x.half_row(m0 + m) + k));
+        for (int m = 0; m < M; m++) y[m][r] = _mm512_reduce_add_ps(_mm512_add_ps(sum[m][0], sum[m][1]));
     }
-    for (int m = 0; m < M; m++)
-        for (int r = 0; r < 4; r++) y[m][r] = _mm512_reduce_add_ps(sum[m][r]);
 #else
     for (int m = 0; m < M; m++) {
         const float* a = x.row(m0 + m);
@@ -284,17 +317,19 @@ template <int M> void band_i8(const Matrix& a, int64_t band, const Rows& x, int6
     const int8_t* w = static_cast<const int8_t*>(a.data) + band * BAND * a.in;
     const uint16_t* scale = a.scales + band * BAND;
 #if defined(LLMD_AVX512)
-    __m512 sum[M][2];
-    for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < a.in; k += 2) {
-        for (int e = 0; e < 2; e++) {
+    __m512 sum[M][4];  // four, as each must wait for the one before
+    for (int m = 0; m < M; m++)
+        for (int e = 0; e < 4; e++) sum[m][e] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < a.in; k += 4) {
+        if (m0 == 0) AHEAD_OF(w + k * BAND + AHEAD);
+        for (int e = 0; e < 4; e++) {
             __m512 v = _mm512_cvtepi32_ps(
                 _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(w + (k + e) * BAND))));
             for (int m = 0; m < M; m++) sum[m][e] = _mm512_fmadd_ps(v, _mm512_set1_ps(x.row(m0 + m)[k + e]), sum[m][e]);
         }
     }
     __m512 s = wide_of(scale);
-    for (int m = 0; m < M; m++) _mm512_storeu_ps(y[m], _mm512_mul_ps(_mm512_add_ps(sum[m][0], sum[m][1]), s));
+    for (int m = 0; m < M; m++) _mm512_storeu_ps(y[m], _mm512_mul_ps(four_in_one(sum[m]), s));
 #else
     for (int m = 0; m < M; m++) {
         float sum[BAND] = {};
@@ -319,19 +354,21 @@ template <int M> void band_i4(const Matrix& a, int64_t band, const Rows& x, int6
     __m512 sum[M];
     for (int m = 0; m < M; m++) sum[m] = _mm512_setzero_ps();
     for (int64_t g = 0; g < a.in / GROUP; g++) {
-        __m512 part[M];
-        for (int m = 0; m < M; m++) part[m] = _mm512_setzero_ps();
+        __m512 part[M][4];
+        for (int m = 0; m < M; m++)
+            for (int i = 0; i < 4; i++) part[m][i] = _mm512_setzero_ps();
         for (int t = 0; t < GROUP / 8; t++) {
+            if (m0 == 0) AHEAD_OF(w + (g * (GROUP / 8) + t) * 32 + AHEAD / 2);
             __m512i four = _mm512_loadu_si512(w + (g * (GROUP / 8) + t) * 32);
             for (int i = 0; i < 4; i++) {
                 __m512bh v = (__m512bh)_mm512_permutexvar_epi16(four, values);
                 for (int m = 0; m < M; m++)
-                    part[m] = _mm512_dpbf16_ps(part[m], v, pair_of(x.half_row(m0 + m) + g * GROUP + t * 8 + i * 2));
+                    part[m][i] = _mm512_dpbf16_ps(part[m][i], v, pair_of(x.half_row(m0 + m) + g * GROUP + t * 8 + i * 2));
                 four = _mm512_srli_epi16(four, 4);
             }
         }
         __m512 s = wide_of(scale + g * BAND);
-        for (int m = 0; m < M; m++) sum[m] = _mm512_fmadd_ps(part[m], s, sum[m]);
+        for (int m = 0; m < M; m++) sum[m] = _mm512_fmadd_ps(four_in_one(part[m]), s, sum[m]);
     }
     for (int m = 0; m < M; m++) _mm512_storeu_ps(y[m], sum[m]);
 #else
@@ -635,6 +672,30 @@ void llmd_step(void* runner, void* rows, int64_t n, const int32_t* slots, const 
         run_step<true>(r, rows, n, slots, positions, alone, drawn, n_drawn, logits);
     else
         run_step<false>(r, rows, n, slots, positions, alone, drawn, n_drawn, logits);
+}
+
+// The integers of a packed matrix in bfloat16, [out, in]: int4 times their scales, int8 as they are.
+void llmd_widen(const Matrix* matrix, uint16_t* out) {
+    const Matrix& a = *matrix;
+    for (int64_t band = 0; band < a.out / BAND; band++) {
+        uint16_t* rows = out + band * BAND * a.in;
+        if (a.kind == I8) {
+            const int8_t* w = static_cast<const int8_t*>(a.data) + band * BAND * a.in;
+            for (int64_t r = 0; r < BAND; r++)
+                for (int64_t k = 0; k < a.in; k++) rows[r * a.in + k] = narrow(float(w[k * BAND + r]));
+            continue;
+        }
+        const uint16_t* w = static_cast<const uint16_t*>(a.data) + band * BAND * a.in / 4;
+        const uint16_t* scales = a.scales + band * BAND * (a.in / GROUP);
+        for (int64_t r = 0; r < BAND; r++)
+            for (int64_t t = 0; t < a.in / 8; t++) {
+                float scale = widen(scales[t / (GROUP / 8) * BAND + r]);
+                for (int64_t i = 0; i < 8; i++) {
+                    int nibble = (w[t * 32 + 2 * r + i % 2] >> (i / 2 * 4)) & 15;
+                    rows[r * a.in + t * 8 + i] = narrow(float(nibble - 8) * scale);
+                }
+            }
+    }
 }
 
 // What this build multiplies with, for people.

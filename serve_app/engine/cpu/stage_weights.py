@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from serve_app.engine.block import Block, Linear, NotFusable
+from serve_app.engine.block import Block, Integers, Linear, NotFusable
 from serve_app.engine.cpu.layers import Layer, Rotation, layer_of, new_cache, normed, run_layers, step_of
-from serve_app.engine.cpu.native import NativeStage
+from serve_app.engine.cpu.native import Matrix, NativeLayer, NativeStage
 from serve_app.engine.cpu.products import Product, packs, product_of
 from serve_app.engine.request_table import PlannedSpans
 from serve_app.engine.stage_weights import PROMPT, Seen, StageWeights, read_stage, require_layer, require_logits
@@ -19,6 +22,11 @@ from serve_app.engine.torch_engine import TorchEngine
 
 _log = logging.getLogger(__name__)
 _NONE = np.zeros(0, np.int32)
+_HEAD = "lm_head.weight"
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj")
+
+FindIntegers = Callable[[str], Integers | None]  # of a parameter by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +36,8 @@ class CpuWeights:
     stage: StageWeights
     layers: tuple[Layer, ...]
     head: Product | None
-    native: bool  # whether the compiled step computes this stage; `stage` holds the matrices then
+    native: tuple[NativeLayer, ...] | None  # None: the compiled step does not compute this stage
+    native_head: Matrix | None
 
     def logits(self, rows: Tensor) -> Tensor:
         """float32 [rows, vocab] of rows that left the last layer."""
@@ -39,57 +48,93 @@ class CpuWeights:
 
 
 @torch.inference_mode()
-def read_weights(reference: TorchEngine, page_size: int, *, native: bool) -> CpuWeights:
+def read_weights(reference: TorchEngine, page_size: int, integers: FindIntegers, *, native: bool) -> CpuWeights:
     """native: by the compiled step, if it can be had. Raises NotFusable, saying what no fused engine computes.
 
-
-    The reference is as before then. Else it may have lost its layers: the same values are not held twice.
+    What is packed is held twice until the reference goes.
     """
     stage, seen = read_stage(reference, page_size)
-    native = native and _native_computes(stage, seen, page_size)
-    packed = not native and packs(reference.dtype)
+    stage = replace(stage, blocks=_with_integers(stage.blocks, reference.model, integers))
+    head = None if stage.head is None else Linear(stage.head, None, integers(_HEAD))
+    compiled = _compiled(stage, head, seen, page_size) if native else None
     rotations: dict[int, Rotation] = {}
-    for i, (block, layer_seen) in enumerate(zip(stage.blocks, seen, strict=True)):
-        _check_layer(i, layer_of(block, rotations, packs=packed), layer_seen, page_size)
-    head = None if stage.head is None else product_of(Linear(stage.head, None), packs=packed)
+    packed = compiled is None and packs(reference.dtype)
+    if compiled is None:
+        of = partial(product_of, packs=packed)
+        layers = tuple(
+            layer_of(b, rotations, tuple(of(m) for m in (b.qkv, b.out, b.gate_up, b.down))) for b in stage.blocks
+        )
+        head_product = None if head is None else of(head)
+    else:
+        layers = tuple(
+            layer_of(n.block, rotations, tuple(m.product for m in (n.qkv, n.out, n.gate_up, n.down)))
+            for n in compiled[0]
+        )
+        head_product = None if compiled[1] is None else compiled[1].product
+    for i, (layer, layer_seen) in enumerate(zip(layers, seen, strict=True)):
+        _check_layer(i, layer, layer_seen, page_size)
+    blocks = tuple(layer.block for layer in layers)
+    weights = CpuWeights(replace(stage, blocks=blocks, head=None), layers, head_product, *(compiled or (None, None)))
     if head is not None:
         rows = seen[-1].outputs[0]
-        found = CpuWeights(stage, (), head, native).logits(rows)
-        require_logits(rows.dtype, reference.model.logits(rows), found)
-    layers = []
-    for block, module in zip(stage.blocks, reference.model.layers, strict=True):
-        layers.append(layer_of(block, rotations, packs=packed))
-        if packed:
-            _forget(block, module)
-    return CpuWeights(stage if native else replace(stage, head=None), tuple(layers), head, native)
+        require_logits(rows.dtype, reference.model.logits(rows), weights.logits(rows))
+    return weights
 
 
-def _native_computes(stage: StageWeights, seen: list[Seen], page_size: int) -> bool:
-    """Whether the compiled step is there, takes this stage and gives what its modules give."""
+def _compiled(
+    stage: StageWeights, head: Linear | None, seen: list[Seen], page_size: int
+) -> tuple[tuple[NativeLayer, ...], Matrix | None] | None:
+    """The weights as the compiled step reads them, if it is there and gives what the stage's modules give."""
     n_pages = -(-(PROMPT + 1) // page_size)
     page_table = np.arange(n_pages, dtype=np.int32)[None]
+    layers = []
     try:
         for i, (block, layer_seen) in enumerate(zip(stage.blocks, seen, strict=True)):
+            layer = NativeLayer.of(block)
             dtype, hidden = layer_seen.inputs[0].dtype, layer_seen.inputs[0].shape[1]
             cache = new_cache([block], n_pages * page_size, dtype)
-            alone = NativeStage([block], cache, page_table, page_size, hidden=hidden, threads=1)
+            alone = NativeStage([layer], cache, page_table, page_size, hidden=hidden, threads=1)
             for start, inputs, wanted in zip((0, PROMPT), layer_seen.inputs, layer_seen.outputs, strict=True):
                 x, n = inputs.clone(), len(inputs)
                 alone.run(x, np.zeros(n, np.int32), np.arange(start, start + n, dtype=np.int32), _NONE)
                 require_layer(i, inputs, wanted, x)
+            layers.append(layer)
+        return tuple(layers), None if head is None else Matrix(head)
     except NotFusable as e:
-        _log.warning("decode steps are computed by torch's operators, 2 to 4 times slower: %s", e)
+        _log.warning("decode steps are computed by torch's operators, 2 to 4 times slower, because of %s", e)
+        return None
+
+
+def _with_integers(blocks: Sequence[Block], model: Any, integers: FindIntegers) -> tuple[Block, ...]:
+    """The blocks, whose matrices know the integers that they were computed from."""
+    names = {id(module): name for name, module in model.body.named_modules()}
+    return tuple(
+        replace(
+            block,
+            qkv=_joined(block.qkv, module, names[id(module)], _QKV, integers),
+            out=_joined(block.out, module, names[id(module)], ("self_attn.o_proj",), integers),
+            gate_up=_joined(block.gate_up, module, names[id(module)], _GATE_UP, integers),
+            down=_joined(block.down, module, names[id(module)], ("mlp.down_proj",), integers),
+        )
+        for block, module in zip(blocks, model.layers, strict=True)
+    )
+
+
+def _joined(matrix: Linear, module: nn.Module, name: str, parts: tuple[str, ...], integers: FindIntegers) -> Linear:
+    pieces = [integers(f"{name}.{part}.weight") for part in parts if _has(module, part)]
+    whole = [piece for piece in pieces if piece is not None]
+    if len(whole) != len(pieces) or len({piece.stored.dtype for piece in whole}) != 1:
+        return matrix
+    joined = torch.cat([piece.stored for piece in whole]), torch.cat([piece.scales for piece in whole])
+    return replace(matrix, integers=Integers(*joined))
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
         return False
     return True
-
-
-def _forget(block: Block, module: nn.Module) -> None:
-    """The memory of matrices that have been packed goes, layer by layer, so that never all are held twice."""
-    for parameter in module.parameters():
-        if parameter.dim() == 2:
-            parameter.data = parameter.data.new_empty(0)
-    for matrix in (block.qkv, block.out, block.gate_up, block.down):
-        matrix.weight.set_(matrix.weight.new_empty(0))  # type: ignore[call-overload]
 
 
 def _check_layer(i: int, layer: Layer, seen: Seen, page_size: int) -> None:

@@ -14,10 +14,14 @@ from serve_app.engine.load import LoadOptions, load_engine
 from serve_app.engine.torch_engine import TorchEngine
 from serve_app.errors import PipelineError
 from serve_app.messages.step import DRAWN_LAST
+from shard_tools.checkpoint.source import open_checkpoint
+from shard_tools.checkpoint.split import split
 from shard_tools.choice import Choice
 from shard_tools.manifest import Manifest
+from shard_tools.quantised import Scheme
 from shard_tools.store.memory import MemoryStore
 from tests.engine_steps import PAGE, STEPS, ids, plan_of, published
+from tests.tiny_models import write_tiny_checkpoint
 
 CPU = Choice("cpu")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
@@ -120,3 +124,24 @@ def test_pages_in_any_order_are_read_in_the_sequences_order(tiny: tuple[MemorySt
             found.append(np.frombuffer(fast.run(plan_of([(1, 9, 2, [], 1)]), ids(5, 6)).hidden, "<f4"))
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=1e-3, atol=1e-4 * np.abs(found[0]).max())
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["compiled", "operators"])
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_quantised_model_gives_the_values_of_its_integers(scheme: Scheme, native: bool, tmp_path: Path) -> None:
+    """In prompts and after, close to what the plain engine gives of the same integers, dequantised, in float32."""
+    store = MemoryStore()
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "qwen3", layers=2)
+    manifest = split(open_checkpoint(checkpoint), store, "tiny", "bfloat16", scheme=scheme)
+    exact = load_engine(store, manifest, 0, 2, LoadOptions("cpu", "float32", PAGE, 1, TORCH))
+    fast = load_engine(store, manifest, 0, 2, LoadOptions("cpu", "bfloat16", PAGE, 1, native=native))
+    assert isinstance(exact, TorchEngine) and isinstance(fast, CpuEngine)
+    prompt = plan_of([(1, 0, 40, list(range(10)), 0), (2, 0, 3, [10], 0)], {1: (0, 0, 10**6), 2: (0, 0, 10**6)})
+    after = plan_of([(1, 40, 1, [11], 0), (2, 3, 1, [], 0)])
+    found = []
+    for engine in (exact, fast):
+        engine.reserve(40, 3)
+        out = [engine.run(prompt, ids(*range(43))), engine.run(after, ids(7, 9))]
+        found.append([engine.logits_of(o.hidden).numpy() for o in out])
+    for wanted, got in zip(*found, strict=True):
+        assert np.linalg.norm(got - wanted) < 0.03 * np.linalg.norm(wanted)
