@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 _MAX_AT_ONCE = 32  # connections that have not proved themselves; the next one takes the place of an old one
 _LOOK_S = 0.25
 _MAX_HELLO_BYTES = 256
+_Handle = socket.socket
 
 
 class EdgeListener:
@@ -47,10 +48,10 @@ class EdgeListener:
         self._closed = False
         self._lock = threading.Lock()
         # Connections that have not proved themselves, oldest first: until when they may, and from which host they are.
-        # Duplicates: only to cut them.
-        self._strangers: dict[socket.socket, tuple[float, str]] = {}
-        self._entering = 0  # of them, those that somebody awaited came by: they are let in or put back
-        self._doors: dict[int, tuple[socket.socket, Callable[[socket.socket], None]]] = {}
+        # Duplicates: only to cut them. A connection that has is no longer among them, lest a neighbour be cut.
+        self._strangers: dict[_Handle, tuple[float, str]] = {}
+        self._entering = 0  # connections that somebody awaited came by: let in soon, or put back
+        self._doors: dict[int, tuple[socket.socket, Callable[[socket.socket, _Handle], None]]] = {}
         self._unix_file: int | None = None
         self._keys = frozenset(inlet.peer.key for inlet in inlets if inlet.kind == "tcp")
         path, port = None, None
@@ -114,7 +115,7 @@ class EdgeListener:
                 for handle in self._strangers:
                     _cut(handle)
 
-    def _receive(self, door: socket.socket, let_in: Callable[[socket.socket], None]) -> None:
+    def _receive(self, door: socket.socket, let_in: Callable[[socket.socket, _Handle], None]) -> None:
         connection, address = door.accept()
         handle = socket.socket(fileno=os.dup(connection.fileno()))
         with self._lock:
@@ -125,7 +126,7 @@ class EdgeListener:
         def work() -> None:
             try:
                 connection.settimeout(HANDSHAKE_S)
-                let_in(connection)
+                let_in(connection, handle)
             except (OSError, PipelineError, ProtocolError) as e:
                 _log.warning("a connection to an edge was refused: %s", e)
                 connection.close()
@@ -138,7 +139,7 @@ class EdgeListener:
 
         threading.Thread(target=work, name="edge-handshake", daemon=True).start()
 
-    def _let_in_local(self, connection: socket.socket) -> None:
+    def _let_in_local(self, connection: socket.socket, handle: _Handle) -> None:
         with contextlib.ExitStack() as memory, contextlib.ExitStack() as unclaimed:
             try:
                 pid, uid = credentials_of(connection)
@@ -148,7 +149,7 @@ class EdgeListener:
                 for fd in fds:
                     memory.callback(os.close, fd)
                 hello = Hello.decode(data)
-                inlet = self._claim(hello, "shared_memory")
+                inlet = self._claim(hello, "shared_memory", handle)
                 unclaimed.callback(self._put_back, inlet)
                 if pid != inlet.peer.pid:
                     raise ProtocolError(f"process {pid} is not {inlet.peer.name}, which is process {inlet.peer.pid}")
@@ -162,10 +163,10 @@ class EdgeListener:
             unclaimed.pop_all()
         self._keep(opened)
 
-    def _let_in_remote(self, connection: socket.socket) -> None:
+    def _let_in_remote(self, connection: socket.socket, handle: _Handle) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if connection.recv(1, socket.MSG_PEEK) == PULSE_MAGIC[:1]:
-            self._let_in_pulse(connection)
+            self._let_in_pulse(connection, handle)
             return
         with contextlib.ExitStack() as undo:
             tls = undo.enter_context(self._context.wrap_socket(connection, server_side=True))
@@ -173,7 +174,7 @@ class EdgeListener:
             try:
                 head = receive_exactly(tls, HELLO_BYTES)
                 hello = Hello.decode(head + receive_exactly(tls, Hello.name_bytes(head)))
-                inlet = self._claim(hello, "tcp")
+                inlet = self._claim(hello, "tcp", handle)
                 undo.callback(self._put_back, inlet)
                 if key != inlet.peer.key:
                     raise ProtocolError(f"the node {key_text(key)} is not the one of {inlet.peer.name}")
@@ -182,20 +183,20 @@ class EdgeListener:
                 raise
             token, pulse_key = secrets.token_bytes(TOKEN_BYTES), secrets.token_bytes(PULSE_KEY_BYTES)
             opened = TcpInlet(tls, inlet)
-            undo.callback(self._pulses.pop, token, None)
+            undo.callback(self._forget, token)
             with self._lock:
                 self._pulses[token] = opened, pulse_key, time.monotonic() + HANDSHAKE_S
             opened.accept(token + pulse_key)
             undo.pop_all()
         self._keep(opened)
 
-    def _let_in_pulse(self, connection: socket.socket) -> None:
+    def _let_in_pulse(self, connection: socket.socket, handle: _Handle) -> None:
         first = receive_exactly(connection, len(PULSE_MAGIC) + TOKEN_BYTES)
         with self._lock:
             found = self._pulses.pop(first[len(PULSE_MAGIC) :], None) if first.startswith(PULSE_MAGIC) else None
             if found is None:
                 raise ProtocolError("heartbeats of no edge that was let in")
-            self._entering += 1
+            self._enter(handle)
         opened, key, _ = found
         try:
             opened.attach(connection, key)
@@ -203,14 +204,23 @@ class EdgeListener:
             with self._lock:
                 self._entering -= 1
 
-    def _claim(self, hello: Hello, kind: EdgeKind) -> Inlet:
+    def _forget(self, token: bytes) -> None:
+        with self._lock:
+            self._pulses.pop(token, None)
+
+    def _enter(self, handle: _Handle) -> None:
+        """Called with the lock. From now on the connection's own timeout bounds what it may take."""
+        self._strangers.pop(handle, None)
+        self._entering += 1
+
+    def _claim(self, hello: Hello, kind: EdgeKind, handle: _Handle) -> Inlet:
         """The inlet this hello is for, which nobody else can have now. Raises ProtocolError."""
         hello.require_epoch(self._epoch)
         with self._lock:
             inlet = self._awaited.get(hello.edge)
             if inlet is None or inlet.kind != kind:
                 raise ProtocolError(f"no edge {hello.edge!r} is awaited here by this way, or it is there already")
-            self._entering += 1
+            self._enter(handle)
             return self._awaited.pop(hello.edge)
 
     def _put_back(self, inlet: Inlet) -> None:
