@@ -24,6 +24,8 @@ def check_choices(app: AppConfig) -> None:
     """Returns if every name that the config chooses is known here. Imports none of them. Raises ConfigError."""
     with _naming("args.model.store"):
         STORES.check(_choice(app.model.store).kind)
+    if app.model.index is None and not isinstance(app.model.store, Path):
+        raise ConfigError("args.model.index must be given, since model.store is no folder that could hold names")
     with _naming("args.model.index"):
         INDEXES.check(_choice(app.model.index or app.model.store).kind)
     with _naming("args.pipeline.engine"):

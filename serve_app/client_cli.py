@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 out = Console()
 err = Console(stderr=True)
 
-DEFAULT_URL = "http://127.0.0.1:8000"  # where serve_app/config.yaml listens
-
-_Url = Annotated[str, typer.Option("--url", help="Where the server is.")]
+_Url = Annotated[
+    str | None, typer.Option("--url", help="Where the server is; default: what LLMD_CONFIG, or the example, says.")
+]
 _KeyFile = Annotated[Path | None, typer.Option("--api-key-file", help="File that holds the API key.")]
 _Model = Annotated[str | None, typer.Option("--model", help="Default: the first that is served.")]
 _Receipt = Annotated[
@@ -51,7 +51,7 @@ def register(app: typer.Typer) -> None:
 
 def chat(
     question: Annotated[str | None, typer.Argument(help="Without one, a conversation begins.")] = None,
-    url: _Url = DEFAULT_URL,
+    url: _Url = None,
     api_key_file: _KeyFile = None,
     model: _Model = None,
     system: Annotated[str | None, typer.Option("--system", help="Instructions before the conversation.")] = None,
@@ -66,13 +66,14 @@ def chat(
     """Ask a question, or talk: the answer is printed as it comes."""
 
     def work() -> None:
-        client, name = _connect(url, api_key_file, model)
+        where = _where(url)
+        client, name = _connect(where, api_key_file, model)
         options = _options(max_tokens, temperature, top_p, top_k, seed, stop)
         turns = [{"role": "system", "content": system}] if system else []
         if question is not None:
             _answer(client, "chat", {"model": name, "messages": [*turns, _user(question)], **options}, receipt)
             return
-        err.print(f"{escape(name)} at {escape(url)}. An empty line or Ctrl-D ends, /new begins anew.", style="dim")
+        err.print(f"{escape(name)} at {escape(where)}. An empty line or Ctrl-D ends, /new begins anew.", style="dim")
         opening = list(turns)
         while line := _line():
             if line == "/new":
@@ -87,7 +88,7 @@ def chat(
 
 def complete(
     prompt: Annotated[str, typer.Argument(help="Text to continue; no chat template is put around it.")],
-    url: _Url = DEFAULT_URL,
+    url: _Url = None,
     api_key_file: _KeyFile = None,
     model: _Model = None,
     receipt: _Receipt = None,
@@ -101,7 +102,7 @@ def complete(
     """Continue a text."""
 
     def work() -> None:
-        client, name = _connect(url, api_key_file, model)
+        client, name = _connect(_where(url), api_key_file, model)
         options = _options(max_tokens, temperature, top_p, top_k, seed, stop)
         _answer(client, "completion", {"model": name, "prompt": prompt, **options}, receipt)
 
@@ -109,7 +110,7 @@ def complete(
 
 
 def status(
-    url: _Url = DEFAULT_URL,
+    url: _Url = None,
     api_key_file: _KeyFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -118,7 +119,7 @@ def status(
     def work() -> None:
         from serve_app.client import Client
 
-        state = Client(url, api_key_file).state()
+        state = Client(_where(url), api_key_file).state()
         if as_json:
             out.print_json(json.dumps(state))
         else:
@@ -151,6 +152,13 @@ def config_check(
         out.print(f"{found.url}/v1 by {app.ingress.proxy}; {keys}", markup=False, soft_wrap=True)
 
     _exit_with(work)
+
+
+def _where(url: str | None) -> str:
+    from serve_app.config import config_path  # pydantic: --help need not wait for it
+    from serve_app.serve_file import load_config
+
+    return url or load_config(config_path(None)).url
 
 
 def _connect(url: str, api_key_file: Path | None, model: str | None) -> tuple[Client, str]:

@@ -100,10 +100,6 @@ class ModelConfig:
     trust: Annotated[tuple[Trusted, ...], Field(min_length=1, max_length=64)]  # publishers: key text, or file of one
     index: FolderOrChoice | None = None  # whose names/ leads from names to manifests; null: the folder of the store
 
-    def __post_init__(self) -> None:
-        if self.index is None and not isinstance(self.store, Path):
-            raise ValueError("model.index must be given, since model.store is no folder that could hold names")
-
     def publishers(self) -> frozenset[PublicKey]:
         """The keys of `trust`. Reads the files; raises InputError for one that cannot be read."""
         return frozenset(

@@ -131,7 +131,10 @@ def absolute_path(text: object) -> Path:
     """The path with `~` expanded. Raises InputError for a relative one: it would mean another folder on each node."""
     if not isinstance(text, str):
         raise InputError(f"expected a path, found {str(text)[:100]!r}")
-    expanded = Path(text).expanduser()
+    try:
+        expanded = Path(text).expanduser()
+    except RuntimeError as e:
+        raise InputError(f"{text[:200]!r} begins with the folder of a user who has none on this machine") from e
     if not expanded.is_absolute():
         raise InputError(f"{text[:200]!r} is relative; write an absolute path or one that starts with ~/")
     return expanded

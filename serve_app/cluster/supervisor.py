@@ -25,7 +25,9 @@ from shard_tools.errors import LlmdError
 
 _log = logging.getLogger(__name__)
 
-LEASE_S = 8.0  # an ingress renews every second; a longer silence is death or shutdown
+# An ingress renews every second, and gives its lease back when it is shut down. One that is killed does not: Serve puts
+# another in its place within 13 s on two cores, for which the pipeline must wait and not be loaded anew.
+LEASE_S = 30.0
 _FIRST_LEASE_S = 60.0  # after the start: an ingress that never came will not come
 _WATCH_EVERY_S = 1.0
 _PING_S = 5.0  # a part that does not answer for so long hangs; a loaded two-core machine answers in 1 s

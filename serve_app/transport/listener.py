@@ -15,8 +15,8 @@ import socket
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from serve_app.errors import PipelineError, ProtocolError
 from serve_app.transport.handshake import HANDSHAKE_S, HELLO_BYTES, EdgeAddress, EdgeKind, Hello, Inlet, refused
@@ -27,9 +27,10 @@ from serve_app.transport.tls import peer_of, tls_context
 from shard_tools.signing import key_text
 
 _log = logging.getLogger(__name__)
-_MAX_AT_ONCE = 32  # connections that have not proved themselves; further ones wait in the kernel
+_MAX_AT_ONCE = 32  # connections that have not proved themselves; the next one takes the place of an old one
 _LOOK_S = 0.25
 _MAX_HELLO_BYTES = 256
+_Handle = socket.socket
 
 
 class EdgeListener:
@@ -46,26 +47,26 @@ class EdgeListener:
         self._open: list[SharedMemoryInlet | TcpInlet] = []
         self._closed = False
         self._lock = threading.Lock()
-        # Connections that have not proved themselves, and until when they may. Duplicates: only to cut them.
-        self._strangers: dict[socket.socket, float] = {}
-        self._doors: dict[int, tuple[socket.socket, Callable[[socket.socket], None]]] = {}
-        self._folder: Path | None = None
+        # Connections that have not proved themselves, oldest first: until when they may, and from which host they are.
+        # Duplicates: only to cut them. A connection that has is no longer among them, lest a neighbour be cut.
+        self._strangers: dict[_Handle, tuple[float, str]] = {}
+        self._entering = 0  # connections that somebody awaited came by: let in soon, or put back
+        self._doors: dict[int, tuple[socket.socket, Callable[[socket.socket, _Handle], None]]] = {}
+        self._unix_file: int | None = None
         self._keys = frozenset(inlet.peer.key for inlet in inlets if inlet.kind == "tcp")
         path, port = None, None
         try:
             if any(inlet.kind == "shared_memory" for inlet in inlets):
-                # A path, not an abstract name: those have no permissions, any process of the host could take one.
-                self._folder = Path(tempfile.mkdtemp(prefix="llmd-"))  # of mode 0700
-                path = str(self._folder / "edge")
                 unix = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 self._doors[unix.fileno()] = unix, self._let_in_local
-                unix.bind(path)
-                os.chmod(path, 0o600)
+                self._unix_file = _bind_without_a_name(unix)
+                path = f"/proc/{os.getpid()}/fd/{self._unix_file}"
                 unix.listen()
             if self._keys:
                 assert credentials is not None
                 self._context = tls_context(credentials, self._keys, listens=True)
-                tcp = socket.create_server((host, 0))
+                family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                tcp = socket.create_server((host, 0), family=family)
                 self._doors[tcp.fileno()] = tcp, self._let_in_remote
                 port = tcp.getsockname()[1]
         except OSError as e:
@@ -105,38 +106,40 @@ class EdgeListener:
                     return
                 self._cut_overdue()
                 for fd in self._doors.keys() & ready:
-                    if len(self._strangers) < _MAX_AT_ONCE:
-                        self._receive(*self._doors[fd])
-                    else:
-                        time.sleep(_LOOK_S)  # each of them has seconds, and then its place is free
+                    self._receive(*self._doors[fd])
         except OSError:
             _log.exception("no longer listening for neighbours")
         finally:
             self._shut_doors()
+            with self._lock:
+                for handle in self._strangers:
+                    _cut(handle)
 
-    def _receive(self, door: socket.socket, let_in: Callable[[socket.socket], None]) -> None:
-        connection, _ = door.accept()
+    def _receive(self, door: socket.socket, let_in: Callable[[socket.socket, _Handle], None]) -> None:
+        connection, address = door.accept()
         handle = socket.socket(fileno=os.dup(connection.fileno()))
         with self._lock:
-            self._strangers[handle] = time.monotonic() + HANDSHAKE_S
+            if len(self._strangers) >= _MAX_AT_ONCE:
+                self._cut_one()
+            self._strangers[handle] = time.monotonic() + HANDSHAKE_S, address[0] if address else ""
 
         def work() -> None:
             try:
                 connection.settimeout(HANDSHAKE_S)
-                let_in(connection)
+                let_in(connection, handle)
             except (OSError, PipelineError, ProtocolError) as e:
                 _log.warning("a connection to an edge was refused: %s", e)
                 connection.close()
             finally:
                 with self._lock:
-                    del self._strangers[handle]
+                    self._strangers.pop(handle, None)
                     if not self._closed:
                         os.eventfd_write(self._wake, 1)  # perhaps all are here now
                 handle.close()
 
         threading.Thread(target=work, name="edge-handshake", daemon=True).start()
 
-    def _let_in_local(self, connection: socket.socket) -> None:
+    def _let_in_local(self, connection: socket.socket, handle: _Handle) -> None:
         with contextlib.ExitStack() as memory, contextlib.ExitStack() as unclaimed:
             try:
                 pid, uid = credentials_of(connection)
@@ -146,17 +149,13 @@ class EdgeListener:
                 for fd in fds:
                     memory.callback(os.close, fd)
                 hello = Hello.decode(data)
-                inlet = self._claim(hello, "shared_memory")
+                inlet = self._claim(hello, "shared_memory", handle)
                 unclaimed.callback(self._put_back, inlet)
                 if pid != inlet.peer.pid:
                     raise ProtocolError(f"process {pid} is not {inlet.peer.name}, which is process {inlet.peer.pid}")
                 if not fds:
                     raise ProtocolError("no memory came with the edge")
                 opened = SharedMemoryInlet(connection, hello, fds[0], inlet)
-                with self._lock:
-                    last = all(other.kind != "shared_memory" for other in self._awaited.values())
-                if last:
-                    self._remove_folder()  # before the answer: who is killed after it leaves nothing
                 opened.accept()
             except ProtocolError as e:
                 connection.send(refused(str(e)))
@@ -164,10 +163,10 @@ class EdgeListener:
             unclaimed.pop_all()
         self._keep(opened)
 
-    def _let_in_remote(self, connection: socket.socket) -> None:
+    def _let_in_remote(self, connection: socket.socket, handle: _Handle) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if connection.recv(1, socket.MSG_PEEK) == PULSE_MAGIC[:1]:
-            self._let_in_pulse(connection)
+            self._let_in_pulse(connection, handle)
             return
         with contextlib.ExitStack() as undo:
             tls = undo.enter_context(self._context.wrap_socket(connection, server_side=True))
@@ -175,7 +174,7 @@ class EdgeListener:
             try:
                 head = receive_exactly(tls, HELLO_BYTES)
                 hello = Hello.decode(head + receive_exactly(tls, Hello.name_bytes(head)))
-                inlet = self._claim(hello, "tcp")
+                inlet = self._claim(hello, "tcp", handle)
                 undo.callback(self._put_back, inlet)
                 if key != inlet.peer.key:
                     raise ProtocolError(f"the node {key_text(key)} is not the one of {inlet.peer.name}")
@@ -184,36 +183,54 @@ class EdgeListener:
                 raise
             token, pulse_key = secrets.token_bytes(TOKEN_BYTES), secrets.token_bytes(PULSE_KEY_BYTES)
             opened = TcpInlet(tls, inlet)
+            undo.callback(self._forget, token)
             with self._lock:
                 self._pulses[token] = opened, pulse_key, time.monotonic() + HANDSHAKE_S
             opened.accept(token + pulse_key)
             undo.pop_all()
         self._keep(opened)
 
-    def _let_in_pulse(self, connection: socket.socket) -> None:
+    def _let_in_pulse(self, connection: socket.socket, handle: _Handle) -> None:
         first = receive_exactly(connection, len(PULSE_MAGIC) + TOKEN_BYTES)
         with self._lock:
-            found = self._pulses.pop(first[len(PULSE_MAGIC) :], None)
-        if found is None or not first.startswith(PULSE_MAGIC):
-            raise ProtocolError("heartbeats of no edge that was let in")
+            found = self._pulses.pop(first[len(PULSE_MAGIC) :], None) if first.startswith(PULSE_MAGIC) else None
+            if found is None:
+                raise ProtocolError("heartbeats of no edge that was let in")
+            self._enter(handle)
         opened, key, _ = found
-        opened.attach(connection, key)
+        try:
+            opened.attach(connection, key)
+        finally:
+            with self._lock:
+                self._entering -= 1
 
-    def _claim(self, hello: Hello, kind: EdgeKind) -> Inlet:
+    def _forget(self, token: bytes) -> None:
+        with self._lock:
+            self._pulses.pop(token, None)
+
+    def _enter(self, handle: _Handle) -> None:
+        """Called with the lock. From now on the connection's own timeout bounds what it may take."""
+        self._strangers.pop(handle, None)
+        self._entering += 1
+
+    def _claim(self, hello: Hello, kind: EdgeKind, handle: _Handle) -> Inlet:
         """The inlet this hello is for, which nobody else can have now. Raises ProtocolError."""
         hello.require_epoch(self._epoch)
         with self._lock:
             inlet = self._awaited.get(hello.edge)
             if inlet is None or inlet.kind != kind:
                 raise ProtocolError(f"no edge {hello.edge!r} is awaited here by this way, or it is there already")
+            self._enter(handle)
             return self._awaited.pop(hello.edge)
 
     def _put_back(self, inlet: Inlet) -> None:
         with self._lock:
+            self._entering -= 1
             self._awaited[inlet.edge] = inlet
 
     def _keep(self, opened: SharedMemoryInlet | TcpInlet) -> None:
         with self._lock:
+            self._entering -= 1
             if not self._closed:
                 self._open.append(opened)
                 return
@@ -221,12 +238,12 @@ class EdgeListener:
 
     def _all_are_here(self) -> bool:
         with self._lock:
-            return not self._awaited and not self._pulses and not self._strangers
+            return not self._awaited and not self._pulses and not self._entering
 
     def _cut_overdue(self) -> None:
         now = time.monotonic()
         with self._lock:
-            late = [handle for handle, until in self._strangers.items() if now > until]
+            late = [handle for handle, (until, _) in self._strangers.items() if now > until]
             silent = [token for token, (_, _, until) in self._pulses.items() if now > until]
             given_up = [self._pulses.pop(token)[0] for token in silent]
             for handle in late:
@@ -234,14 +251,41 @@ class EdgeListener:
         for inlet in given_up:
             inlet.give_up()
 
+    def _cut_one(self) -> None:
+        """Make room by the oldest of the host that has most: a neighbour is done in milliseconds, and who only holds
+
+        places loses them. Called with the lock.
+        """
+        hosts = Counter(host for _, host in self._strangers.values())
+        most = max(hosts, key=hosts.__getitem__)
+        oldest = next(handle for handle, (_, host) in self._strangers.items() if host == most)
+        _cut(oldest)
+        del self._strangers[oldest]
+
     def _shut_doors(self) -> None:
         for door, _ in self._doors.values():
             door.close()
-        self._remove_folder()
+        if self._unix_file is not None:
+            os.close(self._unix_file)
 
-    def _remove_folder(self) -> None:
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+
+def _bind_without_a_name(unix: socket.socket) -> int:
+    """A descriptor by which processes of this user, and no others, can reach the socket: /proc/PID/fd/N.
+
+    Its name is gone when this returns, so a process that is killed leaves none. Not an abstract name: those have no
+    permissions, any process of the host could take one. Raises OSError.
+    """
+    folder = tempfile.mkdtemp(prefix="llmd-")  # of mode 0700
+    try:
+        inside = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            unix.bind(f"/proc/self/fd/{inside}/edge")  # by its own path a long TMPDIR would not fit into an address
+            os.chmod("edge", 0o600, dir_fd=inside)
+            return os.open("edge", os.O_PATH | os.O_CLOEXEC, dir_fd=inside)
+        finally:
+            os.close(inside)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _cut(connection: socket.socket) -> None:

@@ -121,15 +121,15 @@ class SharedMemoryInlet:
         memory: the descriptor that came with it; it stays the caller's. Raises ProtocolError for a ring that is none.
         """
         self._inlet, self._socket, self._size = inlet, connection, hello.ring_bytes
-        found = os.fstat(memory).st_size
-        if not _PAGE <= hello.ring_bytes <= _MAX_RING_BYTES or found != hello.ring_bytes + _PAGE:
-            raise ProtocolError(f"a ring said to have {hello.ring_bytes} bytes, in {found} bytes of memory")
         try:
             seals = fcntl.fcntl(memory, fcntl.F_GET_SEALS)
         except OSError as e:
             raise ProtocolError(f"a ring in something that is no memfd: {e.strerror}") from e
         if seals & _SEALS != _SEALS:
             raise ProtocolError("a ring that its sender could make shorter while it is read")
+        found = os.fstat(memory).st_size  # asked once it is sealed: before, it may change after the answer
+        if not _PAGE <= hello.ring_bytes <= _MAX_RING_BYTES or found != hello.ring_bytes + _PAGE:
+            raise ProtocolError(f"a ring said to have {hello.ring_bytes} bytes, in {found} bytes of memory")
         self._ring = mmap.mmap(memory, hello.ring_bytes + _PAGE, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._number, self._position, self._credited = 0, 0, 0
         self._end = End(inlet.peer.name, inlet.lost, lambda: _cut(self._socket))

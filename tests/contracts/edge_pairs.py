@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -124,7 +125,7 @@ class FarEnd:
         return EdgeAddress(**json.loads(self.hear()))
 
     def end(self) -> None:
-        self.process.kill()
+        os.killpg(self.pid, signal.SIGKILL)  # its heartbeat helper too: a stopped one does not see its owner's end
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None

@@ -13,6 +13,7 @@ import queue
 import random
 import signal
 import socket
+import ssl
 import struct
 import tempfile
 import threading
@@ -329,6 +330,31 @@ def test_a_node_that_is_awaited_cannot_open_another_nodes_edge() -> None:
     listener.close()
 
 
+def test_an_older_tls_is_refused() -> None:
+    """Also of a neighbour, with the right key."""
+    listener = EdgeListener(
+        EPOCH, [inlet("tcp", os.getpid(), lambda m: None, Losses())], "127.0.0.1", credentials(HERE)
+    )
+    context = tls_context(credentials(THERE), frozenset((HERE.public,)), listens=False)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
+    plain = socket.create_connection((listener.address.host, listener.address.port))
+    with plain, pytest.raises(ssl.SSLError, match=r"(?i)version"):
+        context.wrap_socket(plain)
+    listener.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/net/if_inet6"), reason="this machine has no IPv6")
+def test_hosts_may_be_known_by_addresses_of_ipv6() -> None:
+    received: queue.Queue[bytes] = queue.Queue()
+    lost = Losses()
+    listener = EdgeListener(EPOCH, [inlet("tcp", os.getpid(), received.put, lost)], "::1", credentials(HERE))
+    edge = dial(outlet("tcp", os.getpid(), listener.address), lost)
+    edge.send(b"hello")
+    assert received.get(timeout=5) == b"hello"
+    edge.close()
+    listener.close()
+
+
 def test_a_certificate_that_has_run_out_is_refused() -> None:
     me, lost = os.getpid(), Losses()
     old = HERE.certify_tls(int(time.time()) - 7200, 3600)
@@ -348,10 +374,26 @@ def test_another_process_of_the_same_user_is_refused_by_either_side(far_end: Far
     with pytest.raises(PipelineError, match="refuses the edge: process"):
         dial_shared_memory(outlet("shared_memory", os.getpid(), listener.address), EPOCH, lost)
     assert listener.address.path is not None
-    path = Path(listener.address.path)
-    assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
+    assert Path(listener.address.path).stat().st_mode & 0o777 == 0o600
     listener.close()
-    assert not path.parent.exists()
+
+
+def test_a_process_that_is_killed_while_it_listens_leaves_no_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even a folder; and the folder for temporary files may have a path longer than an address of a socket."""
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    end, lost = FarEnd("shared_memory", "count"), Losses()
+    edge = dial(outlet("shared_memory", end.pid, end.address()), lost)
+    other = FarEnd("shared_memory", "count")
+    other.address()  # it listens, and nobody comes
+    other.end()
+    end.end()
+    lost.first()
+    edge.close()
+    assert not list(folder.iterdir())
 
 
 class RawTcp:
@@ -462,6 +504,29 @@ def test_a_ring_that_could_fault_its_reader_is_refused(ring_bytes: int, sealed: 
     listener.close()
 
 
+def test_a_ring_made_shorter_between_the_checks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sender shortens it and seals it then, while the receiver looks: the size that counts is the sealed one."""
+    lost, asked = Losses(), shared_memory.fcntl.fcntl
+    listener = EdgeListener(EPOCH, [inlet("shared_memory", os.getpid(), lambda m: None, lost)], "127.0.0.1", None)
+    memory = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(memory, (1 << 16) + 4096)
+
+    def shorten_first(fd: int, what: int, *value: int) -> int:
+        if what == shared_memory.fcntl.F_GET_SEALS:
+            os.ftruncate(memory, 0)
+            asked(memory, shared_memory.fcntl.F_ADD_SEALS, shared_memory._SEALS)
+        return asked(fd, what, *value)
+
+    monkeypatch.setattr(shared_memory.fcntl, "fcntl", shorten_first)
+    assert listener.address.path is not None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
+        peer.connect(listener.address.path)
+        socket.send_fds(peer, [Hello(EPOCH, "e", 1 << 16).encode()], [memory])
+        assert b"in 0 bytes of memory" in peer.recv(300)
+    os.close(memory)
+    listener.close()
+
+
 @pytest.mark.parametrize("first", [b"", b"GET / HTTP/1.1\r\n\r\n", bytes(HELLO_BYTES), b"\x16" + bytes(200), b"l" * 99])
 def test_strangers_and_silence_do_not_keep_the_neighbour_out(first: bytes) -> None:
     me, lost = os.getpid(), Losses()
@@ -478,6 +543,43 @@ def test_strangers_and_silence_do_not_keep_the_neighbour_out(first: bytes) -> No
         stranger.close()
     listener.close()
     assert lost.told.empty()
+
+
+def test_a_flood_of_strangers_neither_keeps_the_neighbour_out_nor_the_door_open() -> None:
+    """More of them than have room, held open and made anew as soon as they are cut."""
+    me, lost, ended = os.getpid(), Losses(), threading.Event()
+    received: queue.Queue[bytes] = queue.Queue()
+    listener = EdgeListener(EPOCH, [inlet("tcp", me, received.put, lost)], "127.0.0.1", credentials(HERE))
+    where = (listener.address.host, listener.address.port)
+    held: list[socket.socket] = []
+
+    def flood() -> None:
+        while not ended.wait(0.02):
+            with contextlib.suppress(OSError):
+                held.append(socket.create_connection(where))
+
+    for _ in range(100):
+        held.append(socket.create_connection(where))
+    flooding = threading.Thread(target=flood)
+    flooding.start()
+    edge = dial(outlet("tcp", me, listener.address), lost)
+    edge.send(b"hello")
+    assert received.get(timeout=5) == b"hello"
+    deadline = time.monotonic() + 3
+    shut = False
+    while not shut and time.monotonic() < deadline:
+        time.sleep(0.05)
+        try:
+            socket.create_connection(where).close()
+        except OSError:
+            shut = True
+    ended.set()
+    flooding.join()
+    edge.close()
+    listener.close()
+    for stranger in held:
+        stranger.close()
+    assert shut and lost.told.empty()
 
 
 @between_processes

@@ -22,7 +22,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def test_deploy_answers_and_shutdown_removes_the_detached_pipeline(cluster: Cluster) -> None:
-    """Stages and Head are detached, so it is the lapse of the ingress's lease that removes them."""
+    """Stages and Head are detached, so it is the end of the ingress's lease that removes them: it gives it back."""
     dashboard = free_port()
     ports = (f"--port={free_port()}", f"--dashboard-port={dashboard}")
     started = cluster.run("ray", "start", "--head", "--num-cpus=2", "--disable-usage-stats", *ports)

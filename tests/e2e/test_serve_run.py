@@ -137,6 +137,18 @@ def test_bad_requests_are_refused_with_an_openai_error(
     assert (status, code) == (answer.status_code, answer.json()["error"]["code"])
 
 
+def test_an_ingress_that_is_killed_does_not_take_the_pipeline_along(cluster: Cluster, client: OpenAI) -> None:
+    """It holds no state: another one finds the same stages, loaded as they are."""
+    epoch, stages = cluster.state()["pipelines"][0]["epoch"], cluster.processes("ray::_StageProcess")
+    (ingress,) = cluster.processes("ray::ServeReplica:llmd:ingress")
+    os.kill(ingress, signal.SIGKILL)
+    assert eventually(lambda: not cluster.processes("ray::ServeReplica:llmd:ingress").keys() & {ingress}, 10)
+    cluster.wait_until_ready()
+    assert cluster.state()["pipelines"][0]["epoch"] == epoch
+    assert cluster.processes("ray::_StageProcess") == stages
+    assert client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=4).choices  # type: ignore[arg-type]
+
+
 def test_a_stage_that_is_killed_costs_its_requests_an_error_and_the_service_returns(
     cluster: Cluster, client: OpenAI
 ) -> None:

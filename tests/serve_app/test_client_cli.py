@@ -47,6 +47,18 @@ def test_a_conversation_goes_on_until_an_empty_line(server: Server) -> None:
     assert "one\n" in result.stdout and "two\n" in result.stdout
 
 
+def test_without_a_url_the_config_file_says_where(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the server itself would read it: LLMD_CONFIG, else the example."""
+    example = config.config_path(None).read_text()
+    file = tmp_path / "config.yaml"
+    file.write_text(example.replace("port: 8000", f"port: {server.url.rpartition(':')[2]}"))
+    monkeypatch.setenv("LLMD_CONFIG", str(file))
+    assert "echo" in llmd("status").stdout
+    assert llmd("chat", "Hi").stdout == "Hi\n"
+
+
 def test_complete_continues_a_text(server: Server) -> None:
     result = llmd("complete", "abcdef", "--url", f"{server.url}/v1", "--max-tokens", 3)
     assert (result.exit_code, result.stdout) == (0, "abc\n")

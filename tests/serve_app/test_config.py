@@ -119,6 +119,7 @@ def test_a_misspelt_key_is_answered_with_the_nearest_known_one(where: tuple[Any,
         ("pipeline", [], "args.pipeline: Input should be an object"),
         ("model", {"name": "m"}, "args.model.store is missing"),
         ("model", MODEL | {"store": "relative/store"}, "is relative; write an absolute path"),
+        ("model", MODEL | {"store": "~nobody-of-this-name/store"}, "a user who has none on this machine"),
         ("model", MODEL | {"trust": []}, "at least 1"),
         ("model", MODEL | {"trust": ["llmd-ed25519:00"]}, "args.model.trust.0: 'llmd-ed25519:00' is not a public key"),
         ("ingress", {"api_keys": {}}, "names no key"),
@@ -130,6 +131,7 @@ def test_a_value_that_cannot_be_used_is_named(group: str, values: Any, said: str
 
 
 SQLITE = {"kind": "sqlite", "path": "/m.db"}
+FOLDER = {"kind": "directory", "path": "/store"}
 
 
 def test_a_store_an_index_and_an_engine_are_chosen_by_a_plain_text_or_by_a_kind_with_options() -> None:
@@ -150,7 +152,6 @@ def test_a_store_an_index_and_an_engine_are_chosen_by_a_plain_text_or_by_a_kind_
         ("model", MODEL | {"store": {"path": "/m.db"}}, "args.model.store: expected a folder, or `{kind: name}`"),
         ("model", MODEL | {"store": 5}, "args.model.store: expected a folder, or `{kind: name}`"),
         ("model", MODEL | {"store": {"kind": 5}}, "args.model.store: expected `{kind: name}`"),
-        ("model", MODEL | {"store": SQLITE}, "model.index must be given, since model.store is no folder"),
         ("model", MODEL | {"index": SQLITE | {"path": ["/m"]}}, "args.model.index: option 'path' is no text"),
         ("model", MODEL | {"index": SQLITE | {"path": "x" * 5000}}, "option 'path' is longer than 4096"),
         ("model", MODEL | {"index": {"kind": "k"} | {f"o{i}": i for i in range(40)}}, "40 options"),
@@ -166,6 +167,8 @@ def test_a_choice_that_is_none_is_named(group: str, values: Any, said: str) -> N
     [
         ({"model": MODEL, "pipeline": {"engine": "troch"}}, "args.pipeline.engine: no engine is called 'troch'; did"),
         ({"model": MODEL | {"store": SQLITE, "index": "/i"}}, "args.model.store: no block store is called 'sqlite'"),
+        ({"model": MODEL | {"store": SQLITE}}, "args.model.store: no block store is called 'sqlite'"),
+        ({"model": MODEL | {"store": FOLDER}}, "args.model.index must be given, since model.store is no folder"),
         ({"model": MODEL | {"index": SQLITE}}, "args.model.index: no model index is called 'sqlite'; known here: dir"),
     ],
 )

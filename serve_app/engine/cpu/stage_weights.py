@@ -101,7 +101,7 @@ def _compiled(
             layers.append(layer)
         return tuple(layers), None if head is None else Matrix(head)
     except NotFusable as e:
-        _log.warning("decode steps are computed by torch's operators, 2 to 4 times slower, because of %s", e)
+        _log.warning("decode steps are computed by torch's operators, 2 to 4 times slower: %s", e)
         return None
 
 
