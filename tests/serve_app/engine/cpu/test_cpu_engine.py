@@ -11,7 +11,8 @@ import torch
 from serve_app.engine.block import Block, Linear, Norm
 from serve_app.engine.cpu.engine import CpuEngine
 from serve_app.engine.cpu.layers import layer_of, new_cache, run_layers, step_of
-from serve_app.engine.cpu.native import NativeStage, library
+from serve_app.engine.cpu.native import NativeLayer, NativeStage, library
+from serve_app.engine.cpu.products import product_of
 from serve_app.engine.engines import TORCH
 from serve_app.engine.load import LoadOptions, load_engine
 from serve_app.engine.request_table import PlannedSpans
@@ -199,7 +200,11 @@ def test_layers_of_one_stage_may_have_unlike_widths(first: int, threads: int) ->
     x = torch.randn((3, HIDDEN), generator=torch.Generator().manual_seed(0))
     step = step_of(PlannedSpans(slots, zeros, ones, ones != 0, zeros[:0], zeros[:0], zeros), table, PAGE)
     caches = [new_cache(blocks, 6 * PAGE, torch.float32) for _ in range(2)]
-    wanted = run_layers([layer_of(block, {}, packs=False) for block in blocks], caches[0], step, x.clone())
+    compiled = [NativeLayer.of(block) for block in blocks]
+    plain = [
+        layer_of(b, {}, tuple(product_of(m, packs=False) for m in (b.qkv, b.out, b.gate_up, b.down))) for b in blocks
+    ]
+    wanted = run_layers(plain, caches[0], step, x.clone())
     found = x.clone()
-    NativeStage(blocks, caches[1], table, PAGE, hidden=HIDDEN, threads=threads).run(found, slots, zeros, zeros[:0])
+    NativeStage(compiled, caches[1], table, PAGE, hidden=HIDDEN, threads=threads).run(found, slots, zeros, zeros[:0])
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
