@@ -29,7 +29,7 @@ MAX_LAUNCHED = 2  # steps launched and not yet collected
 class _Flight:
     plan: StepPlan
     launched: Launched
-    failed: bool  # the step itself could not run: only its endings did
+    failed: Exception | None  # why the step itself could not run: only its endings did
     began: float
 
 
@@ -92,11 +92,11 @@ class Stage:
             return  # of a pipeline that was: its Head no longer counts on an answer
         began = time.perf_counter()
         try:
-            flight = _Flight(plan, self._engine.launch(plan, rows), False, began)
+            flight = _Flight(plan, self._engine.launch(plan, rows), None, began)
         except Exception as e:
-            self._failed(plan, e)
-            # Its rows are lost, but sequences that only end or wait for a signature in it must not be.
-            flight = _Flight(plan, self._engine.launch(plan.endings(), memoryview(b"")), True, began)
+            # Its rows are lost, but sequences that only end or wait for a signature in it must not be. The Head is told
+            # in turn, behind the results of steps before: one of those may end what stands in this one.
+            flight = _Flight(plan, self._engine.launch(plan.endings(), memoryview(b"")), e, began)
         self._flights.put(flight)
 
     def _collect_all(self) -> None:
@@ -107,7 +107,9 @@ class Stage:
                 self._lost_message(e)
 
     def _collect(self, flight: _Flight) -> None:
-        plan, failed = flight.plan, flight.failed
+        plan, failed = flight.plan, flight.failed is not None
+        if flight.failed is not None:
+            self._failed(plan, flight.failed)
         try:
             out = flight.launched.result()
         except Exception as e:

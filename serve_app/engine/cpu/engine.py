@@ -102,7 +102,8 @@ class CpuEngine:
         except BaseException:
             self._table.undo(plan, spans)
             raise
-        self._table.end(plan)
+        for slot in self._table.end(plan):
+            self._draws.pop(slot, None)  # counts of a whole vocabulary, if it was penalised
         return launched
 
     def run(self, plan: StepPlan, rows: memoryview) -> StepOutput:

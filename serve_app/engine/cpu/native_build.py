@@ -7,6 +7,7 @@ runs here, so it is taken only from where nobody but this user (and root) can ha
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import hashlib
 import logging
@@ -38,14 +39,23 @@ _TIMEOUT_S = 180.0  # about 10 s on a core of 2023
 
 
 def native_library(folder: Path | None = None) -> Path | None:
-    """The library, compiled into folder (None: the user's cache) unless it is there; None if it cannot be made."""
+    """The library, compiled into folder (None: the user's cache) unless it is there; None if it cannot be made.
+
+    Where that folder cannot be trusted or written, one of this process's own takes its place.
+    """
     compiler = next((path for path in map(shutil.which, _COMPILERS) if path is not None), None)
     if compiler is None:
         _log.warning("no C++ compiler here, so decode steps are computed by torch's operators, 2 to 4 times slower")
         return None
     try:
-        return _made(compiler, (folder or Path.home() / ".cache" / "llmd").absolute())
-    except (OSError, RuntimeError, subprocess.SubprocessError) as e:  # RuntimeError: a user without a home
+        try:
+            return _made(compiler, (folder or Path.home() / ".cache" / "llmd").absolute())
+        except (OSError, RuntimeError) as e:  # RuntimeError: a user without a home
+            _log.warning("the compiled step cannot be kept, so it is made anew at every start: %s", e)
+        private = Path(tempfile.mkdtemp(prefix="llmd-step-"))
+        atexit.register(shutil.rmtree, private, ignore_errors=True)
+        return _made(compiler, private)
+    except (OSError, subprocess.SubprocessError) as e:
         said = (getattr(e, "stderr", None) or b"").decode(errors="replace")[-500:]
         _log.warning(
             "the compiled step could not be made, so torch's operators serve, 2 to 4 times slower: %s %s", e, said

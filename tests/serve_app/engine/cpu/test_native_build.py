@@ -85,7 +85,8 @@ def test_nothing_is_taken_from_a_folder_that_others_can_write(
     folder = built.parent.parent if above else built.parent
     folder.chmod(0o777)
     with caplog.at_level(logging.WARNING):
-        assert native_library(built.parent) is None
+        library = native_library(built.parent)
+    assert library is not None and built.parent not in library.parents and library.exists()
     assert str(folder) in caplog.text and "chmod" in caplog.text
 
 
@@ -95,17 +96,24 @@ def test_nothing_that_belongs_to_another_user_is_taken(built: Path, what: str) -
     """As root with the HOME of a user, say."""
     if what == "folder":
         os.chown(built.parent, 12345, 12345)
-        assert native_library(built.parent) is None
+        library = native_library(built.parent)
+        assert library is not None and built.parent not in library.parents
     else:
         os.chown(built, 12345, 12345)
         assert native_library(built.parent) == built and built.stat().st_uid == 0
 
 
-def test_a_user_without_a_home_is_served_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_has_one_of_the_process(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Containers run as users that /etc/passwd does not know."""
 
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", no_home)
-    assert native_library() is None
+    library = native_library()
+    assert library is not None and library != built and not library.parent.stat().st_mode & 0o077
+
+
+def test_a_source_that_does_not_compile_is_tried_once_and_ends_nothing(built: Path, tmp_path: Path) -> None:
+    (tmp_path / "step.cpp").write_text("int answer( { return 42; }")
+    assert native_library(built.parent) is None
