@@ -45,6 +45,7 @@ class LocalLimits:
     max_step_tokens: int = 512
     max_running: int = 64
     max_waiting: int = 256
+    take_turns: bool = False  # one step at a time: for stages that have the same cores
     prefix_cache: bool = False  # off, so that whoever counts rows or seconds counts what was asked for
 
 
@@ -98,7 +99,7 @@ class LocalPipeline:
             max_step_tokens=limits.max_step_tokens,
             max_running=limits.max_running,
             max_waiting=limits.max_waiting,
-            micro_batches=stages,
+            micro_batches=min(stages, max_flights(stages, limits.take_turns)),
             lookahead=lookahead(stages),
             prefix_cache=limits.prefix_cache and can_reuse_pages(options.page_size),
         )
@@ -108,7 +109,7 @@ class LocalPipeline:
             n_stages=stages,
             context_length=manifest.context_length,
             vocab_size=manifest.vocab_size,
-            max_flights=max_flights(stages),
+            max_flights=max_flights(stages, limits.take_turns),
             step_timeout_s=60.0,
             certificates=tuple(session.certificate for session in sessions),
             registry=registry.seal(self.operator),

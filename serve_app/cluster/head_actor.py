@@ -68,7 +68,7 @@ class _HeadProcess:
             max_step_tokens=spec.max_step_tokens,
             max_running=spec.max_requests,
             max_waiting=spec.max_waiting,
-            micro_batches=spec.n_stages,
+            micro_batches=min(spec.n_stages, max_flights(spec.n_stages, spec.take_turns)),
             lookahead=lookahead(spec.n_stages),
             prefix_cache=spec.prefix_cache and can_reuse_pages(spec.page_size),
         )
@@ -78,7 +78,7 @@ class _HeadProcess:
             n_stages=spec.n_stages,
             context_length=spec.context_length,
             vocab_size=spec.vocab_size,
-            max_flights=max_flights(spec.n_stages),
+            max_flights=max_flights(spec.n_stages, spec.take_turns),
             step_timeout_s=_STEP_TIMEOUT_S,
             certificates=spec.certificates,
             registry=spec.registry,

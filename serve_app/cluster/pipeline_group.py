@@ -167,6 +167,7 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
         page_size=config.pipeline.page_size,
         max_step_tokens=max_step_tokens,
         max_requests=max_requests,
+        take_turns=wants.device == "cpu" and len({r.party.ray_node for r in reports}) == 1,
         max_waiting=config.pipeline.max_waiting,
         prefix_cache=config.pipeline.prefix_cache,
         certificates=tuple(r.certificate for r in reports),
@@ -251,6 +252,8 @@ def _wanted(config: AppConfig, node_cpus: Sequence[float], gpus_there: float) ->
     gpus = config.pipeline.gpus_per_stage
     if config.pipeline.device == "cuda" or (config.pipeline.device == "auto" and gpus_there >= gpus * stages):
         return _Resources("cuda", min(cpus, 1.0), gpus, threads)
+    if asked == "auto" and len(with_cpus) == 1:
+        threads = max(1, int(with_cpus[0]))  # stages of one node take turns (see max_flights): each has all its cores
     return _Resources("cpu", cpus, 0.0, threads)
 
 

@@ -69,6 +69,7 @@ class HeadSpec:
     page_size: int
     max_step_tokens: int
     max_requests: int
+    take_turns: bool  # all stages compute on the same cores
     max_waiting: int
     prefix_cache: bool
     certificates: tuple[Envelope, ...]

@@ -18,8 +18,8 @@ def config(stages: int) -> AppConfig:
 @pytest.mark.parametrize(
     ("nodes", "stages", "threads"),
     [
-        ([2.0], 2, 1),  # the laptop
-        ([2.0], 5, 1),
+        ([2.0], 2, 2),  # the laptop: its stages take turns
+        ([2.0], 5, 2),
         ([0.0, 2.0, 4.0, 4.0], 2, 4),  # rayservice.yaml: head, ingress, two stage pods
         ([16.0] * 8, 2, 16),  # more nodes than stages
         ([16.0, 16.0], 8, 4),
