@@ -14,8 +14,6 @@ from serve_app.engine.gpu.kernels.decode_attention import ChunkSpace, decode_att
 from serve_app.engine.gpu.kernels.prefill_attention import prefill_attention, rows_per_tile
 from serve_app.engine.request_table import Ints, PlannedSpans
 
-_FIXED_CHUNKS = 8  # of a row at most, where all must be cut alike: long ones stay fast
-
 
 class DecodeAttention:
     """Work space for up to max_rows rows."""
@@ -26,8 +24,7 @@ class DecodeAttention:
         """fixed_for: positions a row may have; all rows are then cut alike, whatever runs beside them."""
         self.max_rows = max_rows
         heads, dim = max(b.heads for b in blocks), max(b.dim for b in blocks)
-        chunk = None if fixed_for is None else -(-fixed_for // _FIXED_CHUNKS)
-        self._space = ChunkSpace.of(max_rows, heads, min(b.kv_heads for b in blocks), dim, device, chunk)
+        self._space = ChunkSpace.of(max_rows, heads, min(b.kv_heads for b in blocks), dim, device, fixed_for)
 
     def bind(self, page_table: Tensor, slots: Tensor, lengths: Tensor) -> Attend:
         """The function for these rows, in all layers of this step: the next bind ends it."""

@@ -22,6 +22,7 @@ from serve_app.engine.gpu.kernels.early_launch import starts_early, wait_for_inp
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SHORTEST_CHUNK = 256  # positions: a shorter one costs more to start and to join than it saves
+_FIXED_CHUNKS = 8  # of a row at most, where all must be cut alike: long ones stay fast
 _TURNS = 8  # chunks for each program at most, unless the rows alone are more: enough to even out their lengths
 
 
@@ -217,18 +218,19 @@ class ChunkSpace:
 
     @classmethod
     def of(
-        cls, max_rows: int, heads: int, kv_heads: int, dim: int, device: torch.device, fixed: int | None = None
+        cls, max_rows: int, heads: int, kv_heads: int, dim: int, device: torch.device, fixed_for: int | None = None
     ) -> ChunkSpace:
         """heads, kv_heads, dim: the most of any layer (kv_heads: the least).
 
-        fixed: positions that a chunk must at least have so that no row has more than 8; then all chunks are of one
-        length in every step, and a row's bits do not depend on what runs beside it.
+        fixed_for: positions that a row may have. All chunks are then of one length in every step, and a row's bits do
+        not depend on what runs beside it.
         """
         # Three programs on each multiprocessor hide each other's starts. A CPU, in the interpreter, takes a few.
         programs = 3 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
         most, shortest = max(_TURNS * programs // kv_heads, 1), SHORTEST_CHUNK
-        if fixed is not None:
-            most, shortest = 8 * max_rows, max(triton.next_power_of_2(fixed), SHORTEST_CHUNK)
+        if fixed_for is not None:
+            chunk = triton.next_power_of_2(-(-fixed_for // _FIXED_CHUNKS))
+            most, shortest = _FIXED_CHUNKS * max_rows, max(chunk, SHORTEST_CHUNK)
         chunks = max(most, max_rows)
 
         def ints(*shape: int) -> Tensor:
