@@ -26,6 +26,7 @@ from serve_app.messages.request import (
     TokensEvent,
 )
 from serve_app.messages.step import Fault, Reply, Roots, Signed, StepPlan, StepResult, closing_plan, decode_reply
+from serve_app.receipts import rows_native
 from serve_app.receipts.commitment import request_hash, sampling_key
 from serve_app.receipts.identity import Session
 from serve_app.receipts.issue import issue
@@ -92,6 +93,7 @@ class Head:
     """Leads one pipeline. Every method is called in the event loop it was made for."""
 
     def __init__(self, facts: PipelineFacts, scheduler: Scheduler, first: Edge, session: Session) -> None:
+        rows_native.prepare()
         self._facts, self._scheduler, self._first, self._session = facts, scheduler, first, session
         self._seqs = itertools.count(1)
         self._running: dict[int, _Running] = {}
