@@ -1,13 +1,15 @@
-"""One stage on a GPU: offline throughput and decode latency by batch size, through the real pipeline, receipts on.
+"""Stages on GPUs: offline throughput and decode latency by batch size, through the real pipeline, receipts on.
 
     python3 -m benchmarks.gpu_serving --model qwen3-0.6b --work nano decode
     python3 -m benchmarks.gpu_serving --model llama3-8b --work decode
+    python3 -m benchmarks.gpu_serving --model llama3-8b --work decode --stages 2 --batches 512
 
 Random weights of the exact published configuration are written as a checkpoint, published into a block store, loaded by
-CID and served by LocalPipeline: Head, scheduler, stage, witness, signed receipts. "nano" is nano-vllm's workload: 256
-requests, prompt and answer lengths U(100, 1024), seed 0, temperature 0.6. "decode" takes 128-token prompts and divides
-the time between answers of 2 and of 130 tokens by 128. Every run fails unless each request got its receipt and the rows
-hashed are those that were fed. The floor is what must be read per step over the memory's speed.
+CID and served: Head, scheduler, stages, witnesses, signed receipts; each stage in a process and on a GPU of its own,
+behind the edges that the application has (with --threads all in one process, as LocalPipeline). "nano" is nano-vllm's
+workload: 256 requests, prompt and answer lengths U(100, 1024), seed 0, temperature 0.6. "decode" takes 128-token
+prompts and divides the time between answers of 2 and of 130 tokens by 128. Every run fails unless each request got its
+receipt and the rows hashed are those that were fed. The floor is what must be read per step over the memory's speed.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.report import Result, save
+from benchmarks.stage_processes import ProcessPipeline
 from serve_app.engine.engine import ActivationDtype, DeviceName
 from serve_app.engine.engines import AUTO, TORCH
 from serve_app.engine.load import LoadOptions, load_engine
@@ -80,13 +83,16 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--folder", type=Path, default=None, help="for the weights; default: a temporary one")
     parser.add_argument("--step-tokens", type=int, default=16_384)
-    parser.add_argument("--switch-interval", type=float, default=2e-4, help="seconds a thread may keep others waiting")
+    parser.add_argument("--stages", type=int, default=1)
+    parser.add_argument("--threads", action="store_true", help="one process; --trace and --profile need it")
+    parser.add_argument("--switch-interval", type=float, default=1e-4, help="seconds a thread may keep others waiting")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="decode steps of these batches, by kernel")
     parser.add_argument("--layers", type=int, default=None, help="of the model, fewer than published: to see kernels")
     parser.add_argument("--trace", action="store_true", help="nano's steps by kind")
     parser.add_argument("--out", type=Path, default=None, help="folder for the result; default: benchmarks/results")
     a = parser.parse_args()
+    a.threads |= a.trace or bool(a.profile)
     if a.layers is not None:
         MODELS[a.model]["num_hidden_layers"] = a.layers
     sys.setswitchinterval(a.switch_interval)
@@ -101,6 +107,8 @@ async def measure(a: argparse.Namespace, root: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {"torch": torch.__version__}
     began = time.perf_counter()
     n_parameters = write_checkpoint(root / "checkpoint", MODELS[a.model], a.device)
+    if a.device == "cuda":
+        torch.cuda.empty_cache()  # the stages are other processes
     written = time.perf_counter()
     store = DirectoryStore(root / "store")
     record = publish(root / "checkpoint", store, DirectoryIndex(root / "store"), a.model, Signer.fresh())
@@ -111,18 +119,33 @@ async def measure(a: argparse.Namespace, root: Path) -> dict[str, Any]:
     limits = LocalLimits(
         n_pages=22_000 if a.model != "tiny" else 2_000,
         max_step_tokens=a.step_tokens,
-        max_running=256 if a.model != "tiny" else 16,
+        max_running=max(256, *a.batches) if a.model != "tiny" else 16,
         max_waiting=1024,
     )
-    pipeline = LocalPipeline(store, manifest, stages=1, options=options, limits=limits)
+    pipeline: Any
+    if a.threads:
+        pipeline = LocalPipeline(store, manifest, stages=a.stages, options=options, limits=limits)
+        figures["load"] = rounded(getattr(pipeline.stages[0]._engine, "timings", {}))
+        figures["engine"] = pipeline.stages[0]._engine.profile.description
+    else:
+        gpus = list(range(a.stages)) if a.device == "cuda" else None
+        pipeline = ProcessPipeline(
+            root / "store",
+            manifest,
+            stages=a.stages,
+            options=options,
+            limits=limits,
+            gpus=gpus,
+            switch_interval_s=a.switch_interval,
+        )
+        figures["load"], figures["engine"] = pipeline.timings, pipeline.description
+    figures["stages"] = a.stages
     loaded = time.perf_counter()
     await pipeline.warm_up()
     figures["write_s"] = round(written - began, 2)
     figures["publish_s"] = round(published - written, 2)
     figures["load_s"] = round(loaded - published, 2)
     figures["first_token_s"] = round(time.perf_counter() - loaded, 2)
-    figures["load"] = {k: round(v, 2) for k, v in getattr(pipeline.stages[0]._engine, "timings", {}).items()}
-    figures["engine"] = pipeline.stages[0]._engine.profile.description
     print(figures, flush=True)
     course = Course(pipeline, manifest.vocab_size)
     trace = Trace(pipeline) if a.trace else None
@@ -150,9 +173,14 @@ async def measure(a: argparse.Namespace, root: Path) -> dict[str, Any]:
             figures[f"decode_{batch}_ms"] = round(step * 1e3, 3)
             line = f"decode at batch {batch}: {step * 1e3:.3f} ms a step, {batch / step:.0f} tok/s"
             if speed:
-                floor = item * (n_parameters + batch * (128 + 65) * 2 * kv) / speed / 1e9
+                # Of all stages together, each of which reads its own layers once for every micro-batch.
+                floor = item * (n_parameters + batch // a.stages * (128 + 65) * 2 * kv) / speed / 1e9
                 figures[f"decode_{batch}_of_floor"] = round(step / floor, 3)
                 line += f", {step / floor:.2f} x the bandwidth floor of {floor * 1e3:.2f} ms"
+            if a.stages > 1 and not a.threads:
+                hops = sorted(pipeline.hops_us())
+                figures[f"decode_{batch}_hop_us"] = round(hops[len(hops) // 2])
+                line += f"; a hop takes {hops[len(hops) // 2]:.0f} us, nine of ten {hops[len(hops) * 9 // 10]:.0f}"
             print(line, flush=True)
     figures["rows_hashed"], figures["rows_fed"] = course.check_rows()
     for batch in a.profile:
@@ -200,7 +228,7 @@ def logits(store: DirectoryStore, manifest: Manifest, device: DeviceName) -> dic
 class Course:
     """Runs requests through one pipeline and counts what came."""
 
-    def __init__(self, pipeline: LocalPipeline, vocab_size: int) -> None:
+    def __init__(self, pipeline: LocalPipeline | ProcessPipeline, vocab_size: int) -> None:
         self.pipeline, self.vocab_size = pipeline, vocab_size
         self.numbers = iter(range(1 << 40))
         self.fed = 2  # the warm-up's
@@ -243,9 +271,12 @@ class Course:
 
     def check_rows(self) -> tuple[int, int]:
         """Rows hashed and rows fed; fails unless they are equal."""
-        hashed = self.pipeline.stages[0].witness.rows_hashed
-        assert hashed == self.fed, f"{hashed} rows were hashed of {self.fed}"
-        return hashed, self.fed
+        if isinstance(self.pipeline, ProcessPipeline):
+            hashed = {counters.rows_hashed for counters in self.pipeline.counters()}
+        else:
+            hashed = {stage.witness.rows_hashed for stage in self.pipeline.stages}
+        assert hashed == {self.fed}, f"{hashed} rows were hashed of {self.fed}"
+        return self.fed, self.fed
 
 
 def nano(vocab_size: int, n: int) -> list[Asked]:
@@ -294,11 +325,11 @@ class Trace:
 
     def report(self) -> None:
         """By kind of step: how many, time from end to end, time in launch, and steps launched after the last ended."""
-        kinds: dict[str, list[tuple[float, float, bool]]] = {}
+        kinds: dict[str, list[tuple[float, float, int]]] = {}
         for i in range(1, len(self.ends)):
             began, launched, rows, spans = self.lines[i]
             kind = "prompts" if rows > spans else f"decode <= {-(-spans // 64) * 64}"
-            late = began > self.ends[i - 1]
+            late = int(began > self.ends[i - 1])
             kinds.setdefault(kind, []).append((self.ends[i] - self.ends[i - 1], launched - began, late))
         for kind, steps in sorted(kinds.items()):
             n, took, launching, late = len(steps), *(sum(s[k] for s in steps) for k in range(3))
@@ -346,6 +377,11 @@ def flush(folder: Path, pending: dict[str, torch.Tensor], files: dict[str, str],
     files |= dict.fromkeys(pending, name)
     pending.clear()
     return n + 1
+
+
+def rounded(timings: dict[str, float]) -> dict[str, float]:
+    """To hundredths of a second."""
+    return {name: round(value, 2) for name, value in timings.items()}
 
 
 def device_name(device: str) -> str:
