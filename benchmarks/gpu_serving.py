@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.report import Result, save
-from benchmarks.stage_processes import ProcessPipeline
+from benchmarks.stage_processes import Counters, ProcessPipeline
 from serve_app.engine.engine import ActivationDtype, DeviceName
 from serve_app.engine.engines import AUTO, TORCH
 from serve_app.engine.load import LoadOptions, load_engine
@@ -83,28 +85,41 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--folder", type=Path, default=None, help="for the weights; default: a temporary one")
     parser.add_argument("--step-tokens", type=int, default=16_384)
-    parser.add_argument("--stages", type=int, default=1)
-    parser.add_argument("--threads", action="store_true", help="one process; --trace and --profile need it")
-    parser.add_argument("--switch-interval", type=float, default=1e-4, help="seconds a thread may keep others waiting")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1], help="pipelines to measure, one after another")
+    parser.add_argument("--through-host", action="store_true", help="rows go from GPU to GPU through the host")
+    parser.add_argument("--threads", action="store_true", help="one process; --profile needs it")
+    parser.add_argument("--switch-interval", type=float, default=1e-5, help="seconds a thread may keep others waiting")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="decode steps of these batches, by kernel")
     parser.add_argument("--layers", type=int, default=None, help="of the model, fewer than published: to see kernels")
-    parser.add_argument("--trace", action="store_true", help="nano's steps by kind")
+    parser.add_argument("--trace", action="store_true", help="the last steps by kind")
     parser.add_argument("--out", type=Path, default=None, help="folder for the result; default: benchmarks/results")
     a = parser.parse_args()
-    a.threads |= a.trace or bool(a.profile)
+    a.threads |= bool(a.profile)
     if a.layers is not None:
         MODELS[a.model]["num_hidden_layers"] = a.layers
     sys.setswitchinterval(a.switch_interval)
     with tempfile.TemporaryDirectory(dir=a.folder) as folder:
-        figures = asyncio.run(measure(a, Path(folder)))
-    save(Result("gpu_serving", {"model": a.model, "layers": MODELS[a.model]["num_hidden_layers"], **figures}), a.out)
+        published = prepare(a, Path(folder))
+        for stages in a.stages:
+            figures = asyncio.run(measure(a, Path(folder), published, stages))
+            model = {"model": a.model, "layers": MODELS[a.model]["num_hidden_layers"], "stages": stages}
+            save(Result("gpu_serving", model | figures), a.out)
     return 0
 
 
-async def measure(a: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """Publish, load, run."""
-    figures: dict[str, Any] = {"torch": torch.__version__}
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The model, in its store; n_parameters are read by a step."""
+
+    store: DirectoryStore
+    manifest: Manifest
+    n_parameters: int
+    figures: dict[str, Any]
+
+
+def prepare(a: argparse.Namespace, root: Path) -> Published:
+    """Write and publish."""
     began = time.perf_counter()
     n_parameters = write_checkpoint(root / "checkpoint", MODELS[a.model], a.device)
     if a.device == "cuda":
@@ -112,8 +127,14 @@ async def measure(a: argparse.Namespace, root: Path) -> dict[str, Any]:
     written = time.perf_counter()
     store = DirectoryStore(root / "store")
     record = publish(root / "checkpoint", store, DirectoryIndex(root / "store"), a.model, Signer.fresh())
-    published = time.perf_counter()
-    manifest = load_manifest(store, record.manifest)
+    figures = {"torch": torch.__version__, "write_s": written - began, "publish_s": time.perf_counter() - written}
+    return Published(store, load_manifest(store, record.manifest), n_parameters, rounded(figures))
+
+
+async def measure(a: argparse.Namespace, root: Path, model: Published, stages: int) -> dict[str, Any]:
+    """Load, run."""
+    figures, store, manifest = dict(model.figures), model.store, model.manifest
+    began = time.perf_counter()
     page, context = 16, int(MODELS[a.model]["max_position_embeddings"])
     options = LoadOptions(a.device, "bfloat16", page, None)
     limits = LocalLimits(
@@ -124,31 +145,29 @@ async def measure(a: argparse.Namespace, root: Path) -> dict[str, Any]:
     )
     pipeline: Any
     if a.threads:
-        pipeline = LocalPipeline(store, manifest, stages=a.stages, options=options, limits=limits)
+        pipeline = LocalPipeline(store, manifest, stages=stages, options=options, limits=limits)
         figures["load"] = rounded(getattr(pipeline.stages[0]._engine, "timings", {}))
         figures["engine"] = pipeline.stages[0]._engine.profile.description
     else:
-        gpus = list(range(a.stages)) if a.device == "cuda" else None
+        gpus = list(range(stages)) if a.device == "cuda" else None
         pipeline = ProcessPipeline(
             root / "store",
             manifest,
-            stages=a.stages,
+            stages=stages,
             options=options,
             limits=limits,
             gpus=gpus,
             switch_interval_s=a.switch_interval,
+            lend=not a.through_host,
         )
         figures["load"], figures["engine"] = pipeline.timings, pipeline.description
-    figures["stages"] = a.stages
+        figures["rows_stay_on_gpu"] = pipeline.lends
     loaded = time.perf_counter()
     await pipeline.warm_up()
-    figures["write_s"] = round(written - began, 2)
-    figures["publish_s"] = round(published - written, 2)
-    figures["load_s"] = round(loaded - published, 2)
+    figures["load_s"] = round(loaded - began, 2)
     figures["first_token_s"] = round(time.perf_counter() - loaded, 2)
     print(figures, flush=True)
     course = Course(pipeline, manifest.vocab_size)
-    trace = Trace(pipeline) if a.trace else None
     if "nano" in a.work:
         asked = nano(manifest.vocab_size, 256 if a.model != "tiny" else 20)
         for attempt in range(2):
@@ -156,8 +175,8 @@ async def measure(a: argparse.Namespace, root: Path) -> dict[str, Any]:
             n = sum(tokens for _, tokens in asked)
             figures[f"nano_tokens_per_s_{attempt}"] = round(n / seconds)
             print(f"nano: {n} tokens in {seconds:.2f} s: {n / seconds:.0f} tok/s", flush=True)
-            if trace is not None:
-                trace.report()
+            if a.trace:
+                report(pipeline.counters())
     if "decode" in a.work:
         item = 2
         shape = MODELS[a.model]
@@ -174,10 +193,10 @@ async def measure(a: argparse.Namespace, root: Path) -> dict[str, Any]:
             line = f"decode at batch {batch}: {step * 1e3:.3f} ms a step, {batch / step:.0f} tok/s"
             if speed:
                 # Of all stages together, each of which reads its own layers once for every micro-batch.
-                floor = item * (n_parameters + batch // a.stages * (128 + 65) * 2 * kv) / speed / 1e9
+                floor = item * (model.n_parameters + batch // stages * (128 + 65) * 2 * kv) / speed / 1e9
                 figures[f"decode_{batch}_of_floor"] = round(step / floor, 3)
                 line += f", {step / floor:.2f} x the bandwidth floor of {floor * 1e3:.2f} ms"
-            if a.stages > 1 and not a.threads:
+            if stages > 1 and not a.threads:
                 hops = sorted(pipeline.hops_us())
                 figures[f"decode_{batch}_hop_us"] = round(hops[len(hops) // 2])
                 line += f"; a hop takes {hops[len(hops) // 2]:.0f} us, nine of ten {hops[len(hops) * 9 // 10]:.0f}"
@@ -298,45 +317,18 @@ async def profile(course: Course, batch: int) -> None:
         print(f"{row.device_time_total / 64:.1f} us a step, {row.count / 64:.2f} calls: {row.key[:70]}", flush=True)
 
 
-class Trace:
-    """When each step was launched and came back, and what it held."""
-
-    def __init__(self, pipeline: LocalPipeline) -> None:
-        self.lines: list[tuple[float, float, int, int]] = []
-        self.ends: list[float] = []
-        stage = pipeline.stages[0]
-        launch, collect = stage._engine.launch, stage._collect
-
-        def launching(plan: Any, rows: Any) -> Any:
-            began = time.perf_counter()
-            out = launch(plan, rows)
-            if plan.rows:
-                self.lines.append((began, time.perf_counter(), plan.rows, len(plan.spans)))
-            return out
-
-        def collecting(flight: Any) -> None:
-            flight.launched.result()
-            if flight.plan.rows:
-                self.ends.append(time.perf_counter())
-            collect(flight)
-
-        stage._engine.launch = launching  # type: ignore[method-assign]
-        stage._collect = collecting  # type: ignore[method-assign]
-
-    def report(self) -> None:
-        """By kind of step: how many, time from end to end, time in launch, and steps launched after the last ended."""
+def report(stages: list[Counters]) -> None:
+    """The last steps by kind: how many, from end to end, in launch, and those launched after the last had ended."""
+    for stage, counters in enumerate(stages):
         kinds: dict[str, list[tuple[float, float, int]]] = {}
-        for i in range(1, len(self.ends)):
-            began, launched, rows, spans = self.lines[i]
-            kind = "prompts" if rows > spans else f"decode <= {-(-spans // 64) * 64}"
-            late = int(began > self.ends[i - 1])
-            kinds.setdefault(kind, []).append((self.ends[i] - self.ends[i - 1], launched - began, late))
+        for before, step in itertools.pairwise(counters.times.values()):
+            kind = "prompts" if step.rows > step.spans else f"decode <= {-(-step.spans // 64) * 64}"
+            took, launching = step.ended - before.ended, step.launched - step.began
+            kinds.setdefault(kind, []).append((took, launching, int(step.launched > before.ended)))
         for kind, steps in sorted(kinds.items()):
             n, took, launching, late = len(steps), *(sum(s[k] for s in steps) for k in range(3))
             each = f"{took / n * 1e3:6.2f} ms each, launch {launching / n * 1e3:5.2f} ms"
-            print(f"{kind:14} {n:5} steps {took:7.3f} s, {each}, late {late}")
-        self.lines.clear()
-        self.ends.clear()
+            print(f"stage {stage}: {kind:14} {n:5} steps {took:7.3f} s, {each}, late {late}", flush=True)
 
 
 def write_checkpoint(folder: Path, shape: dict[str, Any], device: str) -> int:
@@ -379,9 +371,9 @@ def flush(folder: Path, pending: dict[str, torch.Tensor], files: dict[str, str],
     return n + 1
 
 
-def rounded(timings: dict[str, float]) -> dict[str, float]:
+def rounded(timings: dict[str, Any]) -> dict[str, Any]:
     """To hundredths of a second."""
-    return {name: round(value, 2) for name, value in timings.items()}
+    return {name: round(value, 2) if isinstance(value, float) else value for name, value in timings.items()}
 
 
 def device_name(device: str) -> str:

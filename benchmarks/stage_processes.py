@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from serve_app.engine.engine import LendsRows
 from serve_app.engine.load import LoadOptions, load_engine, shards_of
 from serve_app.errors import PipelineError
 from serve_app.local import LocalLimits
@@ -44,6 +45,7 @@ from shard_tools.signing import Envelope, PublicKey, Signer
 from shard_tools.store.directory import DirectoryStore
 
 _EPOCH, _LIFETIME_S, _START_S = 1, 86_400, 500
+_KEPT = 4096  # steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +70,31 @@ class _Report:
 
 
 @dataclass(frozen=True, slots=True)
+class StepTimes:
+    """One step in one stage, in seconds of the host's clock. spans: sequences with rows in it."""
+
+    rows: int
+    spans: int
+    began: float  # to launch it
+    launched: float
+    ended: float  # its rows and tokens are at hand
+
+
+@dataclass(frozen=True, slots=True)
 class Counters:
-    """Of one stage. sent, launched: by step, the last ones, seconds of the host's clock."""
+    """Of one stage. times: of the last steps with rows, by number."""
 
     rows_hashed: int
     steps: int
     busy_s: float
-    sent: dict[int, float]
-    launched: dict[int, float]
+    times: dict[int, StepTimes]
 
 
 class ProcessPipeline:
-    """Made and used in one event loop. gpus: the device of each stage; None: as each process finds them."""
+    """Made and used in one event loop.
+
+    gpus: the device of each stage; None: as each process finds them. lend: rows stay on the GPU where they can.
+    """
 
     def __init__(
         self,
@@ -90,7 +105,8 @@ class ProcessPipeline:
         options: LoadOptions,
         limits: LocalLimits,
         gpus: list[int] | None = None,
-        switch_interval_s: float = 1e-4,
+        switch_interval_s: float = 1e-5,
+        lend: bool = True,
     ) -> None:
         """Returns once every stage is ready for steps. Raises PipelineError."""
         self.operator, self.manifest = Signer.fresh(), manifest
@@ -129,6 +145,7 @@ class ProcessPipeline:
                 after = Outlet(f"{i} > {i + 1}", "shared_memory", peers[i + 1], addresses[i + 1])
             self._tell(i, (Outlet(f"stage {i} > head", "shared_memory", me, self._listener.address), after))
         self.timings: list[dict[str, float]] = [self._hear(i) for i in range(stages)]
+        self.lends = [self._lend(i, max_flights(stages) + 1) for i in range(stages - 1)] if lend else []
         certificates = tuple(r.certificate for r in reports)
         nodes = [RegisteredNode(r.node, f"stage {i}") for i, r in enumerate(reports)]
         registry = Registry.of([*nodes, RegisteredNode(node.key, "the head")], 1, now_s, _LIFETIME_S)
@@ -191,12 +208,11 @@ class ProcessPipeline:
 
     def hops_us(self) -> list[float]:
         """Of the last steps, each hop: from the end of the step in one stage to its launch in the next."""
-        counters = self.counters()
+        times = [counters.times for counters in self.counters()]
         return [
-            (after.launched[step] - began) * 1e6
-            for before, after in itertools.pairwise(counters)
-            for step, began in before.sent.items()
-            if step in after.launched
+            (after[step].launched - before[step].ended) * 1e6
+            for before, after in itertools.pairwise(times)
+            for step in before.keys() & after.keys()
         ]
 
     def close(self) -> None:
@@ -210,6 +226,19 @@ class ProcessPipeline:
                 process.join(20)
                 process.kill()
             self._listener.close()
+
+    def _lend(self, stage: int, places: int) -> bool:
+        """As serve_app/cluster/wiring.py."""
+        self._tell(stage, ("offer_rows", places))
+        offered = self._hear(stage)
+        if offered is None:
+            return False
+        self._tell(stage + 1, ("can_read_rows", offered))
+        if not self._hear(stage + 1):
+            return False
+        self._tell(stage, ("lend_rows",))
+        self._hear(stage)
+        return True
 
     def _take(self, loop: asyncio.AbstractEventLoop) -> Callable[[bytes], None]:
         def take(reply: bytes) -> None:
@@ -270,41 +299,44 @@ def _stage_main(parent: Connection, spec: _Spec) -> None:
         epoch=_EPOCH,
     )
     held.append(stage)
-    sent, launched = _keep_times(stage, engine)
+    times = _keep_times(stage, engine)
     ready = time.perf_counter()
     timings = {"load_s": loaded - began, "ready_s": ready - reserving, **getattr(engine, "timings", {})}
     parent.send({name: round(value, 2) for name, value in timings.items()})
-    while parent.recv() != "close":
-        counters = Counters(stage.witness.rows_hashed, stage.steps, stage.busy_s, dict(sent), dict(launched))
-        parent.send(counters)
+    while (said := parent.recv()) != "close":
+        if said != "counters":
+            parent.send(getattr(engine, said[0])(*said[1:]) if isinstance(engine, LendsRows) else None)
+            continue
+        parent.send(Counters(stage.witness.rows_hashed, stage.steps, stage.busy_s, dict(times)))
     listener.close()
     os._exit(0)  # whatever its threads wait for
 
 
-def _keep_times(stage: Stage, engine: Any) -> tuple[dict[int, float], dict[int, float]]:
-    """When each of the last steps was handed on, and when it had been launched."""
-    sent: OrderedDict[int, float] = OrderedDict()
-    launched: OrderedDict[int, float] = OrderedDict()
+def _keep_times(stage: Stage, engine: Any) -> OrderedDict[int, StepTimes]:
+    """Of the last steps, kept from now on."""
+    times: OrderedDict[int, StepTimes] = OrderedDict()
     collect, launch = stage._collect, engine.launch
-
-    def keep(times: OrderedDict[int, float], step: int) -> None:
-        times[step] = time.perf_counter()
-        if len(times) > 1000:
-            times.popitem(last=False)
-
-    def collecting(flight: Any) -> None:
-        with contextlib.suppress(Exception):  # told by _collect itself
-            flight.launched.result()
-        keep(sent, flight.plan.step)
-        collect(flight)
+    launches: dict[int, tuple[float, float]] = {}
 
     def launching(plan: Any, rows: Any) -> Any:
+        began = time.perf_counter()
         flight = launch(plan, rows)
-        keep(launched, plan.step)
+        launches[plan.step] = began, time.perf_counter()
         return flight
 
+    def collecting(flight: Any) -> None:
+        plan = flight.plan
+        with contextlib.suppress(Exception):  # told by _collect itself
+            flight.launched.result()
+        began, launched = launches.pop(plan.step, (0.0, 0.0))
+        if plan.rows:
+            times[plan.step] = StepTimes(plan.rows, len(plan.spans), began, launched, time.perf_counter())
+            if len(times) > _KEPT:
+                times.popitem(last=False)
+        collect(flight)
+
     stage._collect, engine.launch = collecting, launching  # type: ignore[method-assign]
-    return sent, launched
+    return times
 
 
 def _lost(peer: str, why: str) -> None:
