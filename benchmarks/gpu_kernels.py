@@ -73,8 +73,7 @@ CONTEXTS = {
 }
 # block, warps, stages, programs on each multiprocessor
 VARIANTS = [
-    (64, 4, 3, 2), (64, 4, 2, 3), (64, 4, 2, 2), (32, 4, 4, 3), (32, 2, 4, 3), (32, 2, 3, 4), (128, 4, 2, 1),
-    (128, 8, 2, 1),
+    (32, 1, 2, 6), (32, 2, 2, 6), (64, 4, 2, 3), (64, 4, 3, 2), (16, 1, 3, 8), (16, 1, 2, 12), (128, 8, 2, 1),
 ]  # fmt: skip
 
 
@@ -100,7 +99,7 @@ def attention(quick: bool) -> dict[str, Any]:
             most = max(1, 8 * programs * processors // kv_heads)
             if most > space.most:
                 space = ChunkSpace.of(max(most, rows), heads, kv_heads, dim, torch.device(DEVICE))
-            space = replace(space, programs=programs * processors, most=most)
+            space = replace(space, programs=programs * processors, most=most, few=3 * most // 8)
             list_chunks(slots, dev_lengths, space)
             calls = [
                 lambda c=c, space=space, block=block, warps=warps, stages=stages: decode_attention.decode_attention(
