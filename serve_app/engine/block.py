@@ -8,6 +8,7 @@ into the merged ones, so the layer stays whole and nothing is held twice.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,14 +40,36 @@ class Integers:
     stored: Tensor
     scales: Tensor
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight that they stand for: [out, in]."""
+        n_out, n_stored = self.stored.shape
+        return n_out, 2 * n_stored if self.stored.dtype == torch.uint8 else n_stored
+
+
+FindIntegers = Callable[[str], Integers | None]  # of a parameter by name
+
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """weight [out, in], bias [out] or None; integers: what the weight was computed from, if it was."""
+    """weight [out, in], bias [out] or None; integers: what the weight was computed from, if it was.
+
+    weight is empty where an engine computes with the integers alone.
+    """
 
     weight: Tensor
     bias: Tensor | None
     integers: Integers | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]."""
+        return self.integers.shape if self.integers is not None else (self.weight.shape[0], self.weight.shape[1])
+
+    @property
+    def n_out(self) -> int:
+        """Rows of the matrix."""
+        return self.shape[0]
 
 
 @dataclass(frozen=True, slots=True)

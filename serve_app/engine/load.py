@@ -12,9 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from serve_app.engine.block import Integers, NotFusable
+from serve_app.engine.block import FindIntegers, Integers, NotFusable
 from serve_app.engine.cpu.engine import CpuEngine
-from serve_app.engine.cpu.stage_weights import FindIntegers
 from serve_app.engine.cpu.stage_weights import read_weights as read_cpu_weights
 from serve_app.engine.engine import ActivationDtype, DeviceName, Engine, StepOutput
 from serve_app.engine.engines import AUTO, ENGINES
@@ -138,7 +137,7 @@ def _read(store: BlockStore, manifest: Manifest, start: int, stop: int, options:
         own = places[name].name
         if own not in read_once:
             small = integers(name)
-            tensor = stored(name) if small is None else dequantised(small.stored, small.scales)
+            tensor = stored(name) if small is None else dequantised(small.stored.to(device), small.scales.to(device))
             read_once[own] = tensor.to(device=device, dtype=TORCH_DTYPES[options.dtype])
         return read_once[own]
 
@@ -211,7 +210,7 @@ def _on_gpu(loaded: _Loaded, options: LoadOptions) -> LoadedEngine:
     try:
         plain = loaded.plain(deterministic=False)
         began = time.perf_counter()
-        weights = read_weights(plain, options.page_size)
+        weights = read_weights(plain, options.page_size, loaded.integers)
         engine = GpuEngine(plain, weights, options.page_size, options.deterministic)
         engine.timings["check_s"] = time.perf_counter() - began
         return engine

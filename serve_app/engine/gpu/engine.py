@@ -9,11 +9,9 @@ queued; results come back in memory that nobody writes again. Weights and their 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
 from serve_app.engine.engine import StepOutput
@@ -22,11 +20,14 @@ from serve_app.engine.gpu.controls import ControlTable
 from serve_app.engine.gpu.copies import upload, upload_all
 from serve_app.engine.gpu.first_steps import N_ROWS, prompt_beside_a_row
 from serve_app.engine.gpu.flight import Flight, report_ints
-from serve_app.engine.gpu.forward import Attend, Pages, Space, head_product, norm, part, run_layers
+from serve_app.engine.gpu.forward import Attend, Pages, Space, norm, part, run_layers
 from serve_app.engine.gpu.kernels.prepare import N_FIELDS, padding, prepare
 from serve_app.engine.gpu.kernels.row_hash import RowHasher
 from serve_app.engine.gpu.kernels.sampler import SamplerSpace, sample
 from serve_app.engine.gpu.lent_rows import RowPort
+from serve_app.engine.gpu.products import embed, head_product
+from serve_app.engine.gpu.profile import profile_of
+from serve_app.engine.gpu.stage_weights import logits_of
 from serve_app.engine.gpu.streams import Streams
 from serve_app.engine.request_table import Ints, PlannedSpans, RequestTable, token_ids
 from serve_app.engine.stage_weights import StageWeights
@@ -53,18 +54,12 @@ class GpuEngine:
         """
         self._fixed = deterministic
         profile = plain.profile
-        self.logits_of = plain.logits_of
         self._weights, self._page_size = weights, page_size
         self.timings: dict[str, float] = {}  # parts of the start-up, seconds
         self._device, self._dtype = weights.device, TORCH_DTYPES[profile.dtype]
         self._row_bytes = 4 if weights.embedding is not None else profile.hidden_size * self._dtype.itemsize
         self._hidden_size = profile.hidden_size
-        item = self._dtype.itemsize
-        self.profile = replace(
-            profile,
-            description=f"{profile.description}, llmd_triton {triton.__version__}{', fixed tiles' * deterministic}",
-            kv_page_bytes=sum(2 * b.kv_heads * page_size * b.dim * item for b in weights.blocks),
-        )
+        self.profile = profile_of(profile, weights, page_size, deterministic)
         self._cuda = self._device.type == "cuda"
         self._streams = Streams(self._device)
         self._hashers: tuple[RowHasher, RowHasher] | None = None
@@ -93,10 +88,10 @@ class GpuEngine:
             weights.blocks, max_sequences, device, weights.context_length if self._fixed else None
         )
         if weights.head is not None:
-            self._logits = torch.zeros((max_sequences, len(weights.head)), dtype=self._dtype, device=device)
-            self._sampler = SamplerSpace(max_sequences, len(weights.head), device)
+            self._logits = torch.zeros((max_sequences, weights.head.n_out), dtype=self._dtype, device=device)
+            self._sampler = SamplerSpace(max_sequences, weights.head.n_out, device)
             self._controls = ControlTable(
-                self._table, n_slots, n_pages, self._page_size, (max_sequences, len(weights.head)), device
+                self._table, n_slots, n_pages, self._page_size, (max_sequences, weights.head.n_out), device
             )
         self._replays = {}
         self._sizes = batch_sizes(max_sequences)
@@ -152,6 +147,12 @@ class GpuEngine:
     def run(self, plan: StepPlan, rows: memoryview) -> StepOutput:
         """The step, waited for."""
         return self.launch(plan, rows).result()
+
+    @torch.inference_mode()
+    def logits_of(self, hidden: memoryview) -> Tensor:
+        """float32 [rows, vocab] of rows that left the last layer: for whoever checks this engine's arithmetic."""
+        rows = torch.frombuffer(bytearray(hidden), dtype=self._dtype).view(-1, self._hidden_size)
+        return logits_of(rows.to(self._device), self._weights, self._fixed)
 
     def _is_decode(self, spans: PlannedSpans) -> bool:
         """Whether each row is the next of a sequence, takes a page only where one begins and, with a head, draws."""
@@ -296,15 +297,13 @@ class GpuEngine:
         weights = self._weights
         if weights.embedding is None:
             out.copy_(arrived)
-            return
-        torch.index_select(weights.embedding, 0, ids, out=out)
-        if weights.embedding_scale != 1.0:
-            out.mul_(weights.embedding_scale)
+        else:
+            embed(ids, weights.embedding, weights.embedding_scale, out)
 
     def _draw(self, x: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
         weights, table = self._weights, self._table
         assert weights.head is not None and self._controls is not None
-        logits = part(self._logits, len(x), len(weights.head))
+        logits = part(self._logits, len(x), weights.head.n_out)
         head_product(x, weights.head, logits, self._fixed)
         if weights.logit_cap is not None:
             torch.tanh(logits.div_(weights.logit_cap), out=logits).mul_(weights.logit_cap)
@@ -355,9 +354,8 @@ class GpuEngine:
     def _space_for(self, rows: int) -> Space:
         if self._spaces is None or self._spaces.rows < rows:
             self._spaces = None  # first, so that both are never held
-            self._spaces = Space(
-                -(-rows // 256) * 256, self._weights.blocks, self._hidden_size, self._device, self._dtype
-            )
+            room = -(-rows // 256) * 256
+            self._spaces = Space(room, self._weights.blocks, self._hidden_size, self._device, self._dtype)
         return self._spaces
 
     def _download(self, rows: memoryview, report: Tensor, n: int, size: int, n_tokens: int, hidden: Tensor) -> Flight:

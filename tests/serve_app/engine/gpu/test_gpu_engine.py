@@ -118,9 +118,9 @@ def test_more_than_there_is_room_for_is_refused(fused: GpuEngine, step: Step, me
 def test_logits_that_are_not_finite_are_an_error_of_that_step_alone(read: tuple[TorchEngine, StageWeights]) -> None:
     plain, weights = read
     assert weights.embedding is not None
-    embedding = weights.embedding.clone()
+    embedding = weights.embedding.weight.clone()
     embedding[5] = float("nan")
-    fused = GpuEngine(plain, replace(weights, embedding=embedding), PAGE)
+    fused = GpuEngine(plain, replace(weights, embedding=replace(weights.embedding, weight=embedding)), PAGE)
     fused.reserve(N_PAGES, MAX_SEQUENCES)
     spoilt = fused.launch(plan_of([(1, 0, 2, [0], 1)], {1: GREEDY}), ids(5, 6))
     sound = fused.launch(plan_of([(2, 0, 2, [1], 1)], {2: GREEDY}), ids(7, 6))
