@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve_app.engine.engine import StepOutput
+from serve_app.engine.engine import KvDtype, StepOutput
 from serve_app.engine.gpu.attend import DecodeAttention, PrefillAttention, RowAttention, tiles_of
 from serve_app.engine.gpu.controls import ControlTable
 from serve_app.engine.gpu.copies import upload, upload_all
@@ -23,10 +23,10 @@ from serve_app.engine.gpu.flight import Flight, report_ints
 from serve_app.engine.gpu.forward import Attend, Pages, Space, norm, part, run_layers
 from serve_app.engine.gpu.kernels.prepare import N_FIELDS, padding, prepare
 from serve_app.engine.gpu.kernels.row_hash import RowHasher
-from serve_app.engine.gpu.kernels.sampler import SamplerSpace, sample
+from serve_app.engine.gpu.kernels.sampler import SamplerSpace
 from serve_app.engine.gpu.lent_rows import RowPort
 from serve_app.engine.gpu.products import embed, head_product
-from serve_app.engine.gpu.profile import profile_of
+from serve_app.engine.gpu.profile import kv_dtype, profile_of
 from serve_app.engine.gpu.stage_weights import logits_of
 from serve_app.engine.gpu.streams import Streams
 from serve_app.engine.request_table import Ints, PlannedSpans, RequestTable, token_ids
@@ -47,7 +47,14 @@ def batch_sizes(max_sequences: int) -> list[int]:
 class GpuEngine:
     """Implements engine.Engine and engine.LendsRows."""
 
-    def __init__(self, plain: TorchEngine, weights: StageWeights, page_size: int, deterministic: bool = False) -> None:
+    def __init__(
+        self,
+        plain: TorchEngine,
+        weights: StageWeights,
+        page_size: int,
+        deterministic: bool = False,
+        kv: KvDtype = "auto",
+    ) -> None:
         """weights: of the plain engine, as gpu/stage_weights.py's read_weights has checked them.
 
         deterministic: tiles and parts are fixed, so a row's bits are the same whatever runs beside it.
@@ -59,7 +66,8 @@ class GpuEngine:
         self._device, self._dtype = weights.device, TORCH_DTYPES[profile.dtype]
         self._row_bytes = 4 if weights.embedding is not None else profile.hidden_size * self._dtype.itemsize
         self._hidden_size = profile.hidden_size
-        self.profile = profile_of(profile, weights, page_size, deterministic)
+        self._kv_dtype = kv_dtype(self._dtype, kv)
+        self.profile = profile_of(profile, weights, page_size, deterministic, kv)
         self._cuda = self._device.type == "cuda"
         self._streams = Streams(self._device)
         self._hashers: tuple[RowHasher, RowHasher] | None = None
@@ -73,7 +81,7 @@ class GpuEngine:
     def reserve(self, n_pages: int, max_sequences: int) -> None:
         weights, device = self._weights, self._device
         self._max_rows, self._n_pages = max_sequences, n_pages
-        self._pages = Pages(weights.blocks, n_pages, self._page_size, device, self._dtype)
+        self._pages = Pages(weights.blocks, n_pages, self._page_size, device, self._kv_dtype)
         # Sequences that end are closed by a later plan, and new ones may open before that.
         n_slots = 2 * max_sequences + 16
         self._table = RequestTable(n_slots, n_pages, self._page_size, weights.context_length, device)
@@ -301,27 +309,13 @@ class GpuEngine:
             embed(ids, weights.embedding, weights.embedding_scale, out)
 
     def _draw(self, x: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
-        weights, table = self._weights, self._table
+        weights = self._weights
         assert weights.head is not None and self._controls is not None
         logits = part(self._logits, len(x), weights.head.n_out)
         head_product(x, weights.head, logits, self._fixed)
         if weights.logit_cap is not None:
             torch.tanh(logits.div_(weights.logit_cap), out=logits).mul_(weights.logit_cap)
-        self._controls.apply(logits, slots, positions)
-        temperature, top_k, top_p = table.draws
-        sample(
-            logits,
-            slots,
-            positions,
-            temperature_micro=temperature,
-            top_k=top_k,
-            top_p_micro=top_p,
-            keys=table.keys,
-            tokens=tokens,
-            last_tokens=table.last_tokens,
-            space=self._sampler,
-            controlled=self._controls.controlled,
-        )
+        self._controls.draw(logits, slots, positions, tokens, self._sampler)
 
     def _run_first_steps(self) -> None:
         began, plans = time.perf_counter(), prompt_beside_a_row(self._page_size)

@@ -6,6 +6,7 @@ Which kernel takes a product is in products.py. How rows attend is given: decode
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +16,20 @@ from serve_app.engine.gpu.kernels.norm import rms_norm
 from serve_app.engine.gpu.kernels.rope import rotate_and_write
 from serve_app.engine.gpu.products import gated_product, product
 
-Attend = Callable[[Block, Tensor, Tensor, Tensor, Tensor], None]  # block, q, keys, values, out [rows, heads, dim]
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Keys and values of one layer [pages, kv_heads, page, dim].
+
+    scales [2, pages, kv_heads, page] float32, of keys and of values, where these are 8-bit floats.
+    """
+
+    keys: Tensor
+    values: Tensor
+    scales: Tensor | None
+
+
+Attend = Callable[[Block, Tensor, Kept, Tensor], None]  # block, q, kept, out; q and out [rows, heads, dim]
 
 
 class Space:
@@ -42,15 +56,20 @@ def part(buffer: Tensor, rows: int, width: int) -> Tensor:
 
 
 class Pages:
-    """Keys and values of each layer [pages, kv_heads, page, dim], and what says whose they are."""
+    """Keys and values of each layer."""
 
     def __init__(
         self, blocks: Sequence[Block], n_pages: int, page_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         # Zeros: a page's unused positions are read with weight 0, and 0 times what is not a number is not 0.
-        self.layers = [
-            torch.zeros((2, n_pages, b.kv_heads, page_size, b.dim), device=device, dtype=dtype) for b in blocks
-        ]
+        self.layers: list[Kept] = []
+        for b in blocks:
+            shape = (2, n_pages, b.kv_heads, page_size)
+            both, scales = torch.zeros((*shape, b.dim * dtype.itemsize), device=device, dtype=torch.uint8), None
+            if dtype == torch.float8_e4m3fn:
+                scales = torch.zeros(shape, device=device)
+            keys, values = both.view(dtype)
+            self.layers.append(Kept(keys, values, scales))
 
 
 def run_layers(
@@ -71,7 +90,7 @@ def run_layers(
     residual, x, y = space.residual[:rows], space.x[:rows], space.y[:rows]
     norm(residual, blocks[0].norm_in, x)
     for i, block in enumerate(blocks):
-        keys, values = pages.layers[i]
+        kept = pages.layers[i]
         width = block.heads * block.dim
         qkv = part(space.qkv, rows, block.qkv.n_out)
         q, attended = part(space.q, rows, width), part(space.attended, rows, width)
@@ -79,8 +98,8 @@ def run_layers(
         rotate_and_write(
             qkv,
             q.view(rows, block.heads, block.dim),
-            keys,
-            values,
+            kept.keys,
+            kept.values,
             block.cos,
             block.sin,
             page_table,
@@ -91,9 +110,10 @@ def run_layers(
             eps=block.q_norm.eps if block.q_norm else 0.0,
             gemma=block.q_norm.offset if block.q_norm else False,
             fixed=fixed,
+            scales=kept.scales,
         )
         shape = (rows, block.heads, block.dim)
-        attend(block, q.view(shape), keys, values, attended.view(shape))
+        attend(block, q.view(shape), kept, attended.view(shape))
         product(attended, block.out, y, fixed)
         if block.after_attention is not None:
             norm(y, block.after_attention, y)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.block import Block, FindIntegers, Integers, Linear
+from serve_app.engine.engine import KvDtype
 from serve_app.engine.gpu.attend import DecodeAttention, PrefillAttention, tiles_of
 from serve_app.engine.gpu.forward import Pages, Space, norm, run_layers
 from serve_app.engine.gpu.kernels.quantised_product import halved
@@ -20,7 +21,9 @@ from shard_tools.quantised import GROUP
 
 
 @torch.inference_mode()
-def read_weights(reference: TorchEngine, page_size: int, integers: FindIntegers = lambda name: None) -> StageWeights:
+def read_weights(
+    reference: TorchEngine, page_size: int, integers: FindIntegers = lambda name: None, kv: KvDtype = "auto"
+) -> StageWeights:
     """Raises NotFusable, saying what in this model the fused path does not compute.
 
     Weights that `integers` knows are held as integers alone; the plain engine's own go with it.
@@ -29,17 +32,20 @@ def read_weights(reference: TorchEngine, page_size: int, integers: FindIntegers 
     weights = _with_integers(weights)
     for i, (block, layer_seen) in enumerate(zip(weights.blocks, seen, strict=True)):
         _check_layer(i, block, layer_seen, page_size)
+        if kv == "fp8":
+            _check_layer(i, block, layer_seen, page_size, torch.float8_e4m3fn)
     if weights.head is not None:
         rows = seen[-1].outputs[0]
         require_logits(rows.dtype, reference.model.logits(rows), logits_of(rows, weights))
     return weights
 
 
-def _check_layer(i: int, block: Block, seen: Seen, page_size: int) -> None:
+def _check_layer(i: int, block: Block, seen: Seen, page_size: int, kept: torch.dtype | None = None) -> None:
+    """kept: what pages hold, where that is not what rows are; then only a blunder is found."""
     device, dtype = seen.inputs[0].device, seen.inputs[0].dtype
     n_pages = -(-(PROMPT + 1) // page_size)
     space = Space(PROMPT, [block], seen.inputs[0].shape[1], device, dtype)
-    pages = Pages([block], n_pages, page_size, device, dtype)
+    pages = Pages([block], n_pages, page_size, device, kept or dtype)
     page_table = torch.arange(n_pages, dtype=torch.int32, device=device)[None]
     decode = DecodeAttention([block], 1, device)
     for start, inputs, wanted in zip((0, PROMPT), seen.inputs, seen.outputs, strict=True):
@@ -54,7 +60,7 @@ def _check_layer(i: int, block: Block, seen: Seen, page_size: int) -> None:
         run_layers(
             [block], pages, space, n, page_table=page_table, slots=slots, positions=positions, attend=attend, final=None
         )
-        require_layer(i, inputs, wanted, space.residual[:n])
+        require_layer(i, inputs, wanted, space.residual[:n], coarse=kept is not None)
 
 
 def _one_span(start: int, n: int) -> PlannedSpans:

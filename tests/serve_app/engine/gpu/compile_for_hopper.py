@@ -1,6 +1,6 @@
 """Compiles every kernel that the GPU engine launches, down to machine code for sm_90, on a machine without a GPU.
 
-    python -m tests.serve_app.engine.gpu.compile_for_hopper [FAMILY[:SCHEME]...]
+    python -m tests.serve_app.engine.gpu.compile_for_hopper [FAMILY[:SCHEME[:KV]]...]
 
 Triton is told that its device is a Hopper; launches compile and run nothing. What is computed is garbage, so the
 start-up check of layers is left out. The engine is the real one: a kernel, a variant or an argument that this Triton
@@ -73,20 +73,20 @@ def main(families: list[str]) -> int:
 
     jit.JITFunction.run = compile_only  # type: ignore[method-assign]
     early_launch._supported = lambda: True  # type: ignore[assignment]
-    stage_weights.require_layer = lambda *args: None  # type: ignore[assignment]
+    stage_weights.require_layer = lambda *args, **kwargs: None  # type: ignore[assignment]
     stage_weights.require_logits = lambda *args: None  # type: ignore[assignment]
     products.torch.mm = lambda *args, out, **kwargs: None  # type: ignore[assignment]
     wide_products()
     products.WIDENED_FROM = 75  # of rows of a prompt here, not of decode rows
     for choice in families:
-        family, _, scheme = choice.partition(":")
+        family, scheme, kv = [*choice.split(":"), "", ""][:3]
         for deterministic in (False, True):
             with tempfile.TemporaryDirectory() as folder:
                 store, manifest = published(Path(folder), family, scheme or None)  # type: ignore[arg-type]
             loaded = load._read(store, manifest, 0, 2, LoadOptions("cpu", "bfloat16", 4, None))
             plain = loaded.plain(deterministic=False)
-            weights = stage_weights.read_weights(plain, 4, loaded.integers)
-            engine = GpuEngine(plain, weights, 4, deterministic)
+            weights = stage_weights.read_weights(plain, 4, loaded.integers, kv or "auto")  # type: ignore[arg-type]
+            engine = GpuEngine(plain, weights, 4, deterministic, kv or "auto")  # type: ignore[arg-type]
             engine.reserve(120, 70)
             engine.hash_rows(bytes(56), bytes(56), hand_on=True)
             for plan in prompt_beside_a_row(4):  # large enough for the kernels that only large steps take
@@ -102,4 +102,4 @@ def main(families: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or ["qwen3", "gemma2", "llama", "qwen3:int8", "llama:int4"]))
+    sys.exit(main(sys.argv[1:] or ["qwen3", "gemma2", "llama", "qwen3:int8", "llama:int4", "qwen3::fp8"]))
