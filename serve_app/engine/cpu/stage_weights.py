@@ -48,6 +48,8 @@ def read_weights(reference: TorchEngine, page_size: int, integers: FindIntegers,
     """
     stage, seen = read_stage(reference, page_size, integers)
     head = stage.head
+    if any(block.router is not None for block in stage.blocks):
+        raise NotFusable("a mixture of experts")
     compiled = _compiled(stage, head, seen, page_size) if native else None
     rotations: dict[int, Rotation] = {}
     packed = compiled is None and packs(reference.dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.block import Block, Norm
+from serve_app.engine.gpu.experts import ExpertSpace, experts_product
 from serve_app.engine.gpu.kernels.norm import rms_norm
 from serve_app.engine.gpu.kernels.rope import rotate_and_write
 from serve_app.engine.gpu.products import gated_product, product
@@ -46,8 +47,9 @@ class Space:
         self.qkv = buffer(max(b.qkv.n_out for b in blocks))
         self.q = buffer(max(b.heads * b.dim for b in blocks))
         self.attended = buffer(max(b.heads * b.dim for b in blocks))
-        self.gate_up = buffer(max(b.gate_up.n_out for b in blocks))
-        self.gated = buffer(max(b.gate_up.n_out // 2 for b in blocks))
+        wide = max((b.gate_up.n_out for b in blocks if b.router is None), default=0)
+        self.gate_up, self.gated = buffer(wide), buffer(wide // 2)
+        self.experts = ExpertSpace(rows, blocks, hidden, device, dtype)
 
 
 def part(buffer: Tensor, rows: int, width: int) -> Tensor:
@@ -118,9 +120,12 @@ def run_layers(
         if block.after_attention is not None:
             norm(y, block.after_attention, y)
         norm(y, block.norm_mid, x, residual)
-        gated = part(space.gated, rows, block.gate_up.n_out // 2)
-        gated_product(x, block, part(space.gate_up, rows, block.gate_up.n_out), gated, fixed)
-        product(gated, block.down, y, fixed)
+        if block.router is not None:
+            experts_product(x, block, space.experts, y, fixed)
+        else:
+            gated = part(space.gated, rows, block.gate_up.n_out // 2)
+            gated_product(x, block, part(space.gate_up, rows, block.gate_up.n_out), gated, fixed)
+            product(gated, block.down, y, fixed)
         if block.after_mlp is not None:
             norm(y, block.after_mlp, y)
         following = blocks[i + 1].norm_in if i + 1 < len(blocks) else final

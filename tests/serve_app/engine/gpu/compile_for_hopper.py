@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from serve_app.engine import load
-from serve_app.engine.block import Integers, Linear
+from serve_app.engine.block import Block, Integers, Linear, Router
 from serve_app.engine.gpu import products, stage_weights
 from serve_app.engine.gpu.engine import GpuEngine
+from serve_app.engine.gpu.experts import ExpertSpace, experts_product
 from serve_app.engine.gpu.first_steps import prompt_beside_a_row
 from serve_app.engine.gpu.kernels import early_launch
 from serve_app.engine.load import LoadOptions
@@ -59,6 +61,17 @@ def wide_products() -> None:
                     products._quantised(x, Integers(stored, scales), out, False, gated=True)
 
 
+def wide_experts(block: Block) -> None:
+    """As of a model with 128 experts, eight of them for a row."""
+    router = Router(Linear(torch.empty((128, 2048), dtype=torch.bfloat16), None), 8, True, True)
+    gate_up, down = (torch.empty((128, *shape), dtype=torch.bfloat16) for shape in ((1536, 2048), (2048, 768)))
+    block = replace(block, router=router, gate_up=Linear(gate_up, None), down=Linear(down, None))
+    for rows in (1, 8, 256, 600, 2048):
+        x, out = (torch.empty((rows, 2048), dtype=torch.bfloat16) for _ in range(2))
+        space = ExpertSpace(rows, [block], 2048, torch.device("cpu"), torch.bfloat16)
+        experts_product(x, block, space, out)
+
+
 def main(families: list[str]) -> int:
     driver.set_active(Hopper())  # type: ignore[arg-type]
     compiled: dict[str, int] = {}
@@ -86,6 +99,8 @@ def main(families: list[str]) -> int:
             loaded = load._read(store, manifest, 0, 2, LoadOptions("cpu", "bfloat16", 4, None))
             plain = loaded.plain(deterministic=False)
             weights = stage_weights.read_weights(plain, 4, loaded.integers, kv or "auto")  # type: ignore[arg-type]
+            if weights.blocks[0].router is not None:
+                wide_experts(weights.blocks[0])
             engine = GpuEngine(plain, weights, 4, deterministic, kv or "auto")  # type: ignore[arg-type]
             engine.reserve(120, 70)
             engine.hash_rows(bytes(56), bytes(56), hand_on=True)
@@ -102,4 +117,4 @@ def main(families: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or ["qwen3", "gemma2", "llama", "qwen3:int8", "llama:int4", "qwen3::fp8"]))
+    sys.exit(main(sys.argv[1:] or ["qwen3", "gemma2", "llama", "qwen3:int8", "llama:int4", "qwen3::fp8", "qwen3_moe"]))

@@ -63,7 +63,8 @@ FEW: list[Step] = [  # a prompt beside a row that attends as a decode row does, 
     (plan_of([(1, 1, 1, [], 1), (2, 3, 1, [], 1)]), ids(DRAWN_LAST, DRAWN_LAST)),
 ]
 FAST = ["qwen3"]  # norms of queries and keys
-OTHERS = ["gemma2", "llama", "qwen2", "mistral", "gemma3_text", "phi3"]  # gemma2: caps, windows, more norms and GELU
+# gemma2: caps, windows, more norms and GELU
+OTHERS = ["gemma2", "llama", "qwen2", "mistral", "gemma3_text", "phi3", "mixtral", "qwen3_moe"]
 
 
 @pytest.mark.parametrize(
