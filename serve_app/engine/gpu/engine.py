@@ -3,7 +3,7 @@
 A step of one row per sequence replays a graph of its batch size; every other step launches the same kernels one by
 one. What a step draws stays on the device for the next step (DRAWN_LAST), so `launch` returns as soon as the work is
 queued; results come back in memory that nobody writes again. Weights and their checks are the plain engine's
-(torch_engine.py), whose modules this one reads and keeps whole.
+(torch_engine.py), whose modules this one reads.
 """
 
 from __future__ import annotations
