@@ -104,7 +104,15 @@ class _StageProcess:
 
         began, spec = time.perf_counter(), self._spec
         self._store.opened.clear()
-        options = LoadOptions(spec.device, dtype, spec.page_size, spec.threads, spec.engine, spec.deterministic)
+        options = LoadOptions(
+            spec.device,
+            dtype,
+            spec.page_size,
+            spec.threads,
+            spec.engine,
+            spec.deterministic,
+            kv_dtype=spec.kv_dtype,
+        )
         self._engine = load_engine(self._store, self._manifest, spec.start, spec.stop, options)
         self._load_s = time.perf_counter() - began
         return StageReport(

@@ -13,6 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 from serve_app.messages.step import StepPlan
 
 ActivationDtype = Literal["float32", "bfloat16", "float16"]
+KvDtype = Literal["auto", "fp8"]  # of keys and values in pages; auto: that of the activations
 DeviceName = Literal["cpu", "cuda"]
 
 

@@ -3,30 +3,31 @@
 A step of one row per sequence replays a graph of its batch size; every other step launches the same kernels one by
 one. What a step draws stays on the device for the next step (DRAWN_LAST), so `launch` returns as soon as the work is
 queued; results come back in memory that nobody writes again. Weights and their checks are the plain engine's
-(torch_engine.py), whose modules this one reads and keeps whole.
+(torch_engine.py), whose modules this one reads.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
-from serve_app.engine.engine import StepOutput
+from serve_app.engine.engine import KvDtype, StepOutput
 from serve_app.engine.gpu.attend import DecodeAttention, PrefillAttention, RowAttention, tiles_of
 from serve_app.engine.gpu.controls import ControlTable
 from serve_app.engine.gpu.copies import upload, upload_all
 from serve_app.engine.gpu.first_steps import N_ROWS, prompt_beside_a_row
 from serve_app.engine.gpu.flight import Flight, report_ints
-from serve_app.engine.gpu.forward import Attend, Pages, Space, head_product, norm, part, run_layers
+from serve_app.engine.gpu.forward import Attend, Pages, Space, norm, part, run_layers
 from serve_app.engine.gpu.kernels.prepare import N_FIELDS, padding, prepare
 from serve_app.engine.gpu.kernels.row_hash import RowHasher
-from serve_app.engine.gpu.kernels.sampler import SamplerSpace, sample
+from serve_app.engine.gpu.kernels.sampler import SamplerSpace
 from serve_app.engine.gpu.lent_rows import RowPort
+from serve_app.engine.gpu.products import embed, head_product
+from serve_app.engine.gpu.profile import kv_dtype, profile_of
+from serve_app.engine.gpu.stage_weights import logits_of
 from serve_app.engine.gpu.streams import Streams
 from serve_app.engine.request_table import Ints, PlannedSpans, RequestTable, token_ids
 from serve_app.engine.stage_weights import StageWeights
@@ -46,25 +47,27 @@ def batch_sizes(max_sequences: int) -> list[int]:
 class GpuEngine:
     """Implements engine.Engine and engine.LendsRows."""
 
-    def __init__(self, plain: TorchEngine, weights: StageWeights, page_size: int, deterministic: bool = False) -> None:
+    def __init__(
+        self,
+        plain: TorchEngine,
+        weights: StageWeights,
+        page_size: int,
+        deterministic: bool = False,
+        kv: KvDtype = "auto",
+    ) -> None:
         """weights: of the plain engine, as gpu/stage_weights.py's read_weights has checked them.
 
         deterministic: tiles and parts are fixed, so a row's bits are the same whatever runs beside it.
         """
         self._fixed = deterministic
         profile = plain.profile
-        self.logits_of = plain.logits_of
         self._weights, self._page_size = weights, page_size
         self.timings: dict[str, float] = {}  # parts of the start-up, seconds
         self._device, self._dtype = weights.device, TORCH_DTYPES[profile.dtype]
         self._row_bytes = 4 if weights.embedding is not None else profile.hidden_size * self._dtype.itemsize
         self._hidden_size = profile.hidden_size
-        item = self._dtype.itemsize
-        self.profile = replace(
-            profile,
-            description=f"{profile.description}, llmd_triton {triton.__version__}{', fixed tiles' * deterministic}",
-            kv_page_bytes=sum(2 * b.kv_heads * page_size * b.dim * item for b in weights.blocks),
-        )
+        self._kv_dtype = kv_dtype(self._dtype, kv)
+        self.profile = profile_of(profile, weights, page_size, deterministic, kv)
         self._cuda = self._device.type == "cuda"
         self._streams = Streams(self._device)
         self._hashers: tuple[RowHasher, RowHasher] | None = None
@@ -78,7 +81,7 @@ class GpuEngine:
     def reserve(self, n_pages: int, max_sequences: int) -> None:
         weights, device = self._weights, self._device
         self._max_rows, self._n_pages = max_sequences, n_pages
-        self._pages = Pages(weights.blocks, n_pages, self._page_size, device, self._dtype)
+        self._pages = Pages(weights.blocks, n_pages, self._page_size, device, self._kv_dtype)
         # Sequences that end are closed by a later plan, and new ones may open before that.
         n_slots = 2 * max_sequences + 16
         self._table = RequestTable(n_slots, n_pages, self._page_size, weights.context_length, device)
@@ -93,10 +96,10 @@ class GpuEngine:
             weights.blocks, max_sequences, device, weights.context_length if self._fixed else None
         )
         if weights.head is not None:
-            self._logits = torch.zeros((max_sequences, len(weights.head)), dtype=self._dtype, device=device)
-            self._sampler = SamplerSpace(max_sequences, len(weights.head), device)
+            self._logits = torch.zeros((max_sequences, weights.head.n_out), dtype=self._dtype, device=device)
+            self._sampler = SamplerSpace(max_sequences, weights.head.n_out, device)
             self._controls = ControlTable(
-                self._table, n_slots, n_pages, self._page_size, (max_sequences, len(weights.head)), device
+                self._table, n_slots, n_pages, self._page_size, (max_sequences, weights.head.n_out), device
             )
         self._replays = {}
         self._sizes = batch_sizes(max_sequences)
@@ -152,6 +155,12 @@ class GpuEngine:
     def run(self, plan: StepPlan, rows: memoryview) -> StepOutput:
         """The step, waited for."""
         return self.launch(plan, rows).result()
+
+    @torch.inference_mode()
+    def logits_of(self, hidden: memoryview) -> Tensor:
+        """float32 [rows, vocab] of rows that left the last layer: for whoever checks this engine's arithmetic."""
+        rows = torch.frombuffer(bytearray(hidden), dtype=self._dtype).view(-1, self._hidden_size)
+        return logits_of(rows.to(self._device), self._weights, self._fixed)
 
     def _is_decode(self, spans: PlannedSpans) -> bool:
         """Whether each row is the next of a sequence, takes a page only where one begins and, with a head, draws."""
@@ -296,33 +305,17 @@ class GpuEngine:
         weights = self._weights
         if weights.embedding is None:
             out.copy_(arrived)
-            return
-        torch.index_select(weights.embedding, 0, ids, out=out)
-        if weights.embedding_scale != 1.0:
-            out.mul_(weights.embedding_scale)
+        else:
+            embed(ids, weights.embedding, weights.embedding_scale, out)
 
     def _draw(self, x: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
-        weights, table = self._weights, self._table
+        weights = self._weights
         assert weights.head is not None and self._controls is not None
-        logits = part(self._logits, len(x), len(weights.head))
+        logits = part(self._logits, len(x), weights.head.n_out)
         head_product(x, weights.head, logits, self._fixed)
         if weights.logit_cap is not None:
             torch.tanh(logits.div_(weights.logit_cap), out=logits).mul_(weights.logit_cap)
-        self._controls.apply(logits, slots, positions)
-        temperature, top_k, top_p = table.draws
-        sample(
-            logits,
-            slots,
-            positions,
-            temperature_micro=temperature,
-            top_k=top_k,
-            top_p_micro=top_p,
-            keys=table.keys,
-            tokens=tokens,
-            last_tokens=table.last_tokens,
-            space=self._sampler,
-            controlled=self._controls.controlled,
-        )
+        self._controls.draw(logits, slots, positions, tokens, self._sampler)
 
     def _run_first_steps(self) -> None:
         began, plans = time.perf_counter(), prompt_beside_a_row(self._page_size)
@@ -355,9 +348,8 @@ class GpuEngine:
     def _space_for(self, rows: int) -> Space:
         if self._spaces is None or self._spaces.rows < rows:
             self._spaces = None  # first, so that both are never held
-            self._spaces = Space(
-                -(-rows // 256) * 256, self._weights.blocks, self._hidden_size, self._device, self._dtype
-            )
+            room = -(-rows // 256) * 256
+            self._spaces = Space(room, self._weights.blocks, self._hidden_size, self._device, self._dtype)
         return self._spaces
 
     def _download(self, rows: memoryview, report: Tensor, n: int, size: int, n_tokens: int, hidden: Tensor) -> Flight:

@@ -74,6 +74,7 @@ def _attend_chunks(
     q,
     keys,
     values,
+    scales,
     out,
     part_out,
     part_stat,
@@ -84,6 +85,7 @@ def _attend_chunks(
     scale,
     softcap,
     window,
+    value_scales,
     table_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -95,6 +97,7 @@ def _attend_chunks(
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    EIGHT: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     wait_for_inputs(EARLY)
@@ -133,17 +136,21 @@ def _attend_chunks(
             if HAS_WINDOW:
                 seen = seen & (at >= length - window)
             page = tl.load(table + at // PAGE, mask=at < end, other=0).to(tl.int64)
-            base = (page * KV_HEADS + head) * (PAGE * DIM) + (at % PAGE) * DIM
-            k = tl.load(keys + base[None, :] + offs_d[:, None])
-            scores = tl.dot(query, k, input_precision="ieee") * scale
+            cell = (page * KV_HEADS + head) * PAGE + at % PAGE
+            k = tl.load(keys + cell[None, :] * DIM + offs_d[:, None])
+            scores = tl.dot(query, k.to(query.dtype), input_precision="ieee") * scale
+            if EIGHT:
+                scores *= tl.load(scales + cell)[None, :]
             if HAS_SOFTCAP:
                 scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E) / softcap) + 1.0))
             scores = tl.where(seen[None, :], scores * LOG2E, -1e30)
             new_top = tl.maximum(top, tl.max(scores, 1))
             shrink = tl.exp2(top - new_top)
             weights = tl.where(seen[None, :], tl.exp2(scores - new_top[:, None]), 0.0)
-            v = tl.load(values + base[:, None] + offs_d[None, :], mask=seen[:, None], other=0.0)
+            v = tl.load(values + cell[:, None] * DIM + offs_d[None, :], mask=seen[:, None], other=0.0).to(query.dtype)
             sum_ = sum_ * shrink + tl.sum(weights, 1)
+            if EIGHT:
+                weights *= tl.load(scales + value_scales + cell, mask=seen, other=0.0)[None, :]
             acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
             top = new_top
         alone = (length + chunk - 1) // chunk - first == 1
@@ -294,6 +301,7 @@ def decode_attention(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Tensor | None = None,
+    scales: Tensor | None = None,
     block: int = 32,
     warps: int | None = None,
     stages: int = 2,
@@ -302,7 +310,7 @@ def decode_attention(
 
     q [rows, heads, dim]; keys, values [pages, kv_heads, page, dim]; page_table [slots, pages of a sequence] int32;
     lengths [rows] int32, the new row counted, as list_chunks has seen them, and the slots with them. dim and block are
-    powers of two.
+    powers of two. scales: of 8-bit pages, as rope.py has them.
     """
     rows, heads, dim = q.shape
     kv_heads, page = keys.shape[1], keys.shape[2]
@@ -313,6 +321,7 @@ def decode_attention(
         q,
         keys,
         values,
+        scales,
         out,
         space.part_out,
         space.part_stat,
@@ -323,6 +332,7 @@ def decode_attention(
         scale,
         softcap or 0.0,
         window or 0,
+        scales.stride(0) if scales is not None else 0,
         page_table.stride(0),
         KV_HEADS=kv_heads,
         GROUP=group,
@@ -334,6 +344,7 @@ def decode_attention(
         HAS_SOFTCAP=softcap is not None,
         HAS_WINDOW=window is not None,
         HAS_SINKS=sinks is not None,
+        EIGHT=scales is not None,
         num_warps=warps,
         num_stages=stages,
         EARLY=early,
