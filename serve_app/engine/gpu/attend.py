@@ -44,8 +44,6 @@ class DecodeAttention:
                 window=block.window,
                 sinks=block.sinks,
                 scales=kept.scales,
-                # Halves of a head's dimensions as large as 256 leave less room for positions.
-                block=64 if block.dim <= 128 else 32,
             )
 
         return attend

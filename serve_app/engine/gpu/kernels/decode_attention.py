@@ -302,7 +302,7 @@ def decode_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
     scales: Tensor | None = None,
-    block: int = 32,
+    block: int | None = None,
     warps: int | None = None,
     stages: int = 2,
 ) -> None:
@@ -317,6 +317,7 @@ def decode_attention(
     group, early = heads // kv_heads, starts_early(rows)
     group_pad = max(16, triton.next_power_of_2(group))
     warps = warps or min(max(group_pad * dim // 2048, 1), 4)  # the sums of a program then fit into its registers
+    block = block or max(4096 // dim, 16)
     _attend_chunks[(space.programs,)](
         q,
         keys,
