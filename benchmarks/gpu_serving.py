@@ -151,7 +151,7 @@ async def measure(a: argparse.Namespace, root: Path, model: Published, stages: i
             lend=not a.through_host,
         )
         figures["load"], figures["engine"] = pipeline.timings, pipeline.description
-        figures["rows_stay_on_gpu"] = pipeline.lends
+        figures["past_host"] = pipeline.past_host
     loaded = time.perf_counter()
     await pipeline.warm_up()
     figures["load_s"] = round(loaded - began, 2)

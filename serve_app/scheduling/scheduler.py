@@ -2,8 +2,9 @@
 
 Pure: no Ray, no torch, no clock. `admit`, then `plan` / `apply` in turn, with several steps in flight, so that every
 stage of a pipeline has work. The chunks of a prompt may be in several steps at a time. A sequence that draws waits
-for its token, unless one engine both draws and embeds: then with `lookahead` it also runs the row of the token on its
-way (DRAWN_LAST), so that the engine never waits for the Head; if that token ends the sequence, such rows are void.
+for its token, unless tokens find their own way from where they are drawn to where they are embedded: then with
+`lookahead` it also runs the row of the token on its way (DRAWN_LAST), so that no engine waits for the Head; if that
+token ends the sequence, such rows are void.
 Requests join and leave between any two steps.
 
 Decoding rows go first, then prefill chunks; a part of the budget is the prompts' own, so neither starves the other.
@@ -31,7 +32,7 @@ from serve_app.scheduling.draft import Draft, Flight
 from serve_app.scheduling.seats import Seats
 from serve_app.scheduling.sequence import Committed, Sequence, Ticket
 
-__all__ = ["Committed", "Scheduler", "Ticket", "lookahead", "max_flights"]
+__all__ = ["Committed", "Scheduler", "Ticket", "flights_ahead", "lookahead", "max_flights"]
 
 _CHUNKS = 8  # a pass over the weights for less than this part of the budget costs nearly what the whole would
 
@@ -43,6 +44,14 @@ def max_flights(stages: int, take_turns: bool = False) -> int:
     of which reads the weights again: two stages give what one gives, and half of it with three steps on their way.
     """
     return 1 if take_turns and stages > 1 else stages + 1 + lookahead(stages) // 2
+
+
+def flights_ahead(stages: int) -> int:
+    """As max_flights, of several stages of which the first learns of tokens without the Head.
+
+    Each of the micro-batches has a step running and the next one planned.
+    """
+    return 2 * stages
 
 
 def lookahead(stages: int) -> int:
@@ -68,7 +77,7 @@ class Scheduler:
     ) -> None:
         """micro_batches: into how many steps rows that could run together are shared out, one for each stage.
 
-        lookahead: tokens that may be on their way when a further row is planned; 0 unless one engine draws and embeds.
+        lookahead: tokens that may be on their way when a further row is planned; see look_ahead.
         prefix_cache: the rows of a beginning that lies in some pages already do not run again.
         """
         self._epoch = epoch
@@ -115,6 +124,13 @@ class Scheduler:
     def in_flight(self) -> int:
         """Steps planned whose result has not come."""
         return len(self._flights)
+
+    def look_ahead(self, tokens: int) -> None:
+        """So many of a sequence may be on their way when a further row of it is planned.
+
+        0 unless the stage that embeds learns of tokens without the Head: as the only one, or from the last.
+        """
+        self._lookahead = tokens
 
     def admit(self, ticket: Ticket) -> None:
         """Queue the request. Raises OverloadedError when full, RequestError when it can never fit."""
@@ -260,18 +276,19 @@ class Scheduler:
     def _ready(self) -> tuple[list[Sequence], list[Sequence]]:
         """What may run, by rank: sequences that draw token after token; those with rows of known tokens left."""
         decoding, prompts, ahead = [], [], self._lookahead
+        later: list[Sequence] = []  # with a token on its way: first those without, that all stages may have work
         for sequence in self._seats.order:
             if sequence.ending is not None:
                 continue
             if sequence.computed < sequence.fill:
                 prompts.append(sequence)
-            elif (
-                sequence.final is None
-                and sequence.length < sequence.limit
-                and sequence.length - len(sequence.tokens) <= ahead
-            ):
-                decoding.append(sequence)
-        return decoding, prompts
+            elif sequence.final is None and sequence.length < sequence.limit:
+                on_way = sequence.length - len(sequence.tokens)
+                if on_way == 0:
+                    decoding.append(sequence)
+                elif on_way <= ahead:
+                    later.append(sequence)
+        return decoding + later, prompts
 
     def _decoding_share(self, prompts: int) -> int:
         """How many sequences may draw in this step."""

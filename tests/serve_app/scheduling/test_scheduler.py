@@ -223,7 +223,7 @@ def test_every_request_ends_once_with_its_own_answer_and_all_pages_come_back(
         n_pages=n_pages,
         max_step_tokens=max_step_tokens,
         lookahead=lookahead,
-        micro_batches=1 if lookahead else micro_batches,
+        micro_batches=micro_batches,
         prefix_cache=cache,
     )
     follow(course, Drive(under_test, flights, max_step_tokens, lookahead, cache))
@@ -249,6 +249,25 @@ def test_with_lookahead_the_next_row_is_planned_before_its_token_is_known_but_ne
     assert np.frombuffer(s.rows_of(second), "<u4").tolist() == [DRAWN_LAST]
     assert [c.reason for c in s.apply(StepResult(1, first.step, (1,)))] == [None]
     assert [c.reason for c in s.apply(StepResult(1, second.step, (2,)))] == ["length"]
+
+
+def test_looking_ahead_the_micro_batches_take_turns() -> None:
+    """Those without a token on its way go first: else the first half would run twice while the second waits."""
+    s = scheduler(micro_batches=2)
+    for seq in range(4):
+        s.admit(ticket(seq, 1, 9))
+    drew: set[int] = set()
+    while len(drew) < 4:
+        plan = s.plan()
+        assert plan is not None
+        drew |= {c.seq for c in s.apply(StepResult(1, plan.step, (1,) * len(plan.spans)))}
+    s.look_ahead(1)
+    plans = [plan for _ in range(4) if (plan := s.plan()) is not None]
+    assert [plan.spans["seq"].tolist() for plan in plans] == [[0, 1], [2, 3], [0, 1], [2, 3]]
+    assert s.plan() is None
+    s.apply(StepResult(1, plans[0].step, (1, 1)))
+    following = s.plan()
+    assert following is not None and following.spans["seq"].tolist() == [0, 1]
 
 
 def test_a_stop_token_makes_the_row_after_it_void() -> None:
