@@ -40,7 +40,7 @@ from serve_app.transport.shared_memory import dial_shared_memory
 from shard_tools.cid import Cid
 from shard_tools.fetch import load_manifest
 from shard_tools.manifest import Manifest
-from shard_tools.placement.even import plan as plan_evenly
+from shard_tools.placement.min_max import plan as plan_by_weight
 from shard_tools.signing import Envelope, PublicKey, Signer
 from shard_tools.store.directory import DirectoryStore
 
@@ -113,7 +113,7 @@ class ProcessPipeline:
         self._closed = False
         spawn, node, now_s = multiprocessing.get_context("spawn"), NodeIdentity(Signer.fresh()), int(time.time())
         self._children: list[tuple[Any, Connection]] = []
-        for i, (start, stop) in enumerate(plan_evenly(manifest.n_layers, stages)):
+        for i, (start, stop) in enumerate(plan_by_weight(manifest, stages)):
             spec = _Spec(i, stages, start, stop, store, manifest.cid, options, limits, switch_interval_s)
             here, there = spawn.Pipe()
             process = spawn.Process(target=_stage_main, args=(there, spec), daemon=True)

@@ -27,6 +27,7 @@ from serve_app.transport.link import LinkAddress
 from shard_tools.catalog import open_record
 from shard_tools.manifest import Manifest
 from shard_tools.placement.even import plan as plan_evenly
+from shard_tools.placement.min_max import plan as plan_by_weight
 from shard_tools.signing import key_text
 
 _log = logging.getLogger(__name__)
@@ -119,8 +120,10 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
     record = index_of(config.model).resolve(config.model.name)
     manifest = open_record(record, store, trusted)
     n_stages = config.pipeline.stages
-    spans = plan_evenly(manifest.n_layers, n_stages)
     wants = _resources(config)
+    # Stages on the cores of one host take turns: then only the sum of what they cost matters.
+    on_gpus = wants.device == "cuda"
+    spans = plan_by_weight(manifest, n_stages) if on_gpus else plan_evenly(manifest.n_layers, n_stages)
     group = await _place(epoch, n_stages, wants, config.pipeline.node_labels)
     specs = [
         StageSpec(
