@@ -28,6 +28,7 @@ import numpy as np
 from serve_app.errors import OverloadedError, ProtocolError, RequestError
 from serve_app.messages.request import FinishReason
 from serve_app.messages.step import DRAWN_LAST, FORGET, MAX_ITEMS, SEAL, StepPlan, StepResult
+from serve_app.scheduling.cohorts import Cohorts
 from serve_app.scheduling.draft import Draft, Flight
 from serve_app.scheduling.seats import Seats
 from serve_app.scheduling.sequence import Committed, Sequence, Ticket
@@ -86,7 +87,8 @@ class Scheduler:
         self._least_chunk = max(1, max_step_tokens // _CHUNKS)
         self._max_waiting = max_waiting
         self._micro_batches = micro_batches
-        self._lookahead = lookahead
+        self._cohorts: Cohorts | None = None
+        self.look_ahead(lookahead)
         self._arrivals = 0
         self._flights: dict[int, Flight] = {}
         self._rows: dict[int, int] = {}  # of each step in flight
@@ -131,6 +133,7 @@ class Scheduler:
         0 unless the stage that embeds learns of tokens without the Head: as the only one, or from the last.
         """
         self._lookahead = tokens
+        self._cohorts = Cohorts(self._micro_batches) if tokens and self._micro_batches > 1 else None
 
     def admit(self, ticket: Ticket) -> None:
         """Queue the request. Raises OverloadedError when full, RequestError when it can never fit."""
@@ -177,7 +180,8 @@ class Scheduler:
         self._seats.let_in()
         draft = Draft()
         decoding, prompts = self._ready()
-        self._add_decoding(draft, decoding[: self._decoding_share(len(prompts))])
+        drawing = decoding if self._cohorts is None else self._cohorts.choose(decoding, self._seats.order)
+        self._add_decoding(draft, drawing[: self._decoding_share(len(prompts))])
         budget = self._prompt_share(len(draft.flight), len(decoding), prompts)
         for sequence in prompts:
             budget -= self._add_prompt(draft, sequence, budget)
@@ -276,23 +280,22 @@ class Scheduler:
     def _ready(self) -> tuple[list[Sequence], list[Sequence]]:
         """What may run, by rank: sequences that draw token after token; those with rows of known tokens left."""
         decoding, prompts, ahead = [], [], self._lookahead
-        later: list[Sequence] = []  # with a token on its way: first those without, that all stages may have work
         for sequence in self._seats.order:
             if sequence.ending is not None:
                 continue
             if sequence.computed < sequence.fill:
                 prompts.append(sequence)
-            elif sequence.final is None and sequence.length < sequence.limit:
-                on_way = sequence.length - len(sequence.tokens)
-                if on_way == 0:
-                    decoding.append(sequence)
-                elif on_way <= ahead:
-                    later.append(sequence)
-        return decoding + later, prompts
+            elif (
+                sequence.final is None
+                and sequence.length < sequence.limit
+                and sequence.length - len(sequence.tokens) <= ahead
+            ):
+                decoding.append(sequence)
+        return decoding, prompts
 
     def _decoding_share(self, prompts: int) -> int:
         """How many sequences may draw in this step."""
-        even = math.ceil((self.running - prompts) / self._micro_batches)
+        even = self.running if self._cohorts else math.ceil((self.running - prompts) / self._micro_batches)
         kept = min(self._least_chunk, self._max_step_tokens - 1) if prompts else 0
         return min(even, self._max_step_tokens - kept)
 
