@@ -9,10 +9,10 @@ from shard_tools.index.model_index import ModelIndex, ModelRecord
 from shard_tools.manifest import MAX_MANIFEST_BYTES, Manifest
 from shard_tools.manifest_signature import ManifestSignature
 from shard_tools.signing import PublicKey
-from shard_tools.store.block_store import BlockStore
+from shard_tools.store.block_store import BlockSource
 
 
-def open_model(name: str, index: ModelIndex, store: BlockStore, trusted: frozenset[PublicKey]) -> Manifest:
+def open_model(name: str, index: ModelIndex, store: BlockSource, trusted: frozenset[PublicKey]) -> Manifest:
     """The manifest that `name` points at, once a key of `trusted` is known to have signed it.
 
     Raises NotFoundError, SignatureError, and what reading a manifest raises.
@@ -23,7 +23,7 @@ def open_model(name: str, index: ModelIndex, store: BlockStore, trusted: frozens
     return manifest
 
 
-def open_record(record: ModelRecord, store: BlockStore, trusted: frozenset[PublicKey]) -> Manifest:
+def open_record(record: ModelRecord, store: BlockSource, trusted: frozenset[PublicKey]) -> Manifest:
     """The manifest of a record, its signature checked before anything of it is parsed."""
     block = store.get(record.manifest)
     if len(block) > MAX_MANIFEST_BYTES:
@@ -33,6 +33,6 @@ def open_record(record: ModelRecord, store: BlockStore, trusted: frozenset[Publi
     return load_manifest(store, record.manifest)
 
 
-def open_cid(manifest: Cid, store: BlockStore) -> Manifest:
+def open_cid(manifest: Cid, store: BlockSource) -> Manifest:
     """The manifest of this CID. Whoever wrote the CID down vouches for it; no signature is asked for."""
     return load_manifest(store, manifest)

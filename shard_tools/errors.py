@@ -8,7 +8,9 @@
     │   ├── FormatError        bytes that are not the one canonical form of anything
     │   ├── ManifestError      a manifest that describes no whole model
     │   └── SignatureError     nobody trusted signed this
-    └── NotFoundError          a block or a name that the store does not hold
+    ├── NotFoundError          a block or a name that the store does not hold
+    │   └── UnavailableError   a block that none of several sources gave; says what each of them said
+    └── UnreachableError       a source does not answer, or not in time, or in another language
 
 Messages say what was asked, what came, who said it and what to do.
 """
@@ -61,3 +63,21 @@ class NotFoundError(LlmdError):
     def __init__(self, what: str, where: str, hint: str = "") -> None:
         super().__init__(f"{what} is not in {where}." + (f" {hint}" if hint else ""))
         self.what, self.where = what, where
+
+
+class UnavailableError(NotFoundError):
+    """None of several sources gave a block."""
+
+    def __init__(self, what: str, answers: tuple[tuple[str, str], ...], hint: str = "") -> None:
+        """answers: of each source asked, its label and what it said."""
+        said = "; ".join(f"{label}: {text}" for label, text in answers) or "no source is configured"
+        super().__init__(what, f"any of {len(answers)} sources ({said})", hint)
+        self.answers = answers
+
+
+class UnreachableError(LlmdError):
+    """A source did not answer as it should; what it holds is unknown."""
+
+    def __init__(self, source: str, said: str) -> None:
+        super().__init__(f"{source} {said}")
+        self.source, self.said = source, said

@@ -17,6 +17,20 @@ from shard_tools.errors import CorruptBlockError, InputError
 MAX_BLOCK_BYTES = 2 << 20  # what bitswap and the public gateways carry (IPFS block limit)
 
 
+class BlockSource(Protocol):
+    """Gives blocks and keeps none: what reading a model needs. Every BlockStore is one."""
+
+    @property
+    def label(self) -> str:
+        """What errors call this source, such as `peer http://10.0.0.7:8190`."""
+
+    def get(self, cid: Cid) -> bytes:
+        """The block of this name, hashed. Raises NotFoundError, CorruptBlockError, UnreachableError."""
+
+    def has(self, cid: Cid) -> bool:
+        """Whether the source says that it has the block. Raises UnreachableError."""
+
+
 class BlockStore(Protocol):
     """Keeps blocks under the names their bytes have."""
 
