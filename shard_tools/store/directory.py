@@ -8,6 +8,7 @@ DirectoryIndex.publish flushes to disk before it names a model, so a *name* surv
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import time
@@ -69,14 +70,21 @@ class DirectoryStore:
         return cid
 
     def get(self, cid: Cid) -> bytes:
-        try:
-            with self._path(cid).open("rb") as f:
+        with self.open_block(cid) as f:
+            try:
                 block = f.read(MAX_BLOCK_BYTES + 1)
+            except OSError as e:
+                raise NotFoundError(f"block {cid}", self.label, f"It cannot be read: {e.strerror}.") from e
+        return check_block(cid, block, self.label)
+
+    def open_block(self, cid: Cid) -> io.FileIO:
+        """The file of this block, open for reading; its bytes are not checked. Raises NotFoundError."""
+        try:
+            return self._path(cid).open("rb", buffering=0)
         except FileNotFoundError:
             raise NotFoundError(f"block {cid}", self.label) from None
         except OSError as e:
             raise NotFoundError(f"block {cid}", self.label, f"It cannot be read: {e.strerror}.") from e
-        return check_block(cid, block, self.label)
 
     def has(self, cid: Cid) -> bool:
         return self._path(cid).exists()
