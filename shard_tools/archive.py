@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from shard_tools.car import read_car, write_car
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import FormatError, LlmdError
 from shard_tools.fetch import load_manifest, model_blocks
@@ -18,6 +17,7 @@ from shard_tools.index.model_index import ModelRecord
 from shard_tools.manifest import Manifest
 from shard_tools.progress import Progress, silent
 from shard_tools.store.block_store import BlockSource, BlockStore
+from shard_tools.store.car import read_car, write_car
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,14 @@ class DirectoryStore:
             raise InputError(f"cannot keep blocks in {root}: {e.strerror}. Choose another directory.") from e
         self._forget_abandoned()
 
+    @classmethod
+    def mirror(cls, root: Path) -> DirectoryStore:
+        """A store of somebody else's: nothing is made or cleaned up there; it may come and go, as a network folder."""
+        store = cls.__new__(cls)
+        store._root, store._blocks, store._tmp = root, root / "blocks", root / "tmp"
+        store._serial = itertools.count()
+        return store
+
     @property
     def label(self) -> str:
         return f"directory {self._root}"

@@ -33,12 +33,15 @@ _BUFFER_BYTES = 64 << 10  # of headers; a body is read past it
 _IDLE = 32  # connections kept for the next request; as many as a store has threads
 
 
+ANSWER_S = 30.0  # 2 MiB at 70 kB/s
+
+
 @dataclass(frozen=True, slots=True)
 class Patience:
     """How long a server may take, seconds. answer: for a whole block, from the first byte sent to the last received."""
 
     connect_s: float = 5.0
-    answer_s: float = 30.0  # 2 MiB at 70 kB/s
+    answer_s: float = ANSWER_S
 
 
 class HttpSource:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from shard_tools.archive import export_model, import_model
-from shard_tools.car import read_car, write_car
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import FormatError, NotFoundError
 from shard_tools.fetch import load_manifest, verify
@@ -16,6 +15,7 @@ from shard_tools.index.memory import MemoryIndex
 from shard_tools.index.model_index import ModelRecord
 from shard_tools.publish import publish
 from shard_tools.signing import Signer
+from shard_tools.store.car import read_car, write_car
 from shard_tools.store.memory import MemoryStore
 from tests.tiny_models import write_tiny_checkpoint
 

@@ -11,7 +11,7 @@ Knows nothing of what the blocks mean. Source: https://ipld.io/specs/transport/c
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from shard_tools import canonical
 from shard_tools.canonical import Fields, Value
@@ -25,7 +25,7 @@ _CID_BYTES = 36
 _VARINT_BYTES = 5  # 2^35: more than any length that is accepted
 
 
-def write_car(out: BinaryIO, roots: Sequence[Cid], blocks: Iterable[tuple[Cid, bytes]]) -> int:
+def write_car(out: IO[bytes], roots: Sequence[Cid], blocks: Iterable[tuple[Cid, bytes]]) -> int:
     """The blocks are in `out` behind a header that names the roots; returns the bytes written."""
     assert 0 < len(roots) <= MAX_ROOTS
     links: list[Value] = list(roots)

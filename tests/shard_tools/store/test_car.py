@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shard_tools import canonical
-from shard_tools.car import read_car, write_car
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import CorruptBlockError, FormatError, LlmdError
+from shard_tools.store.car import read_car, write_car
 
 ROOT = Cid.of(Codec.DAG_CBOR, b"root")
 

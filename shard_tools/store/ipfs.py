@@ -1,0 +1,147 @@
+"""An IPFS node over its RPC: blocks from wherever the node finds them (bitswap), and whole models in and out of it.
+
+A BlockSource, and no BlockStore: a node files blocks by hash alone and forgets their codec, so it cannot list what it
+holds as CIDs. Put a directory in front of it (tiered.py). The node is never believed: every block is hashed here,
+and blocks go in as a CAR, never through `add`, which would cut files elsewhere and so name them otherwise.
+
+The RPC port commands the node: keep it on loopback, or behind its API.Authorizations. The only home of the package
+ipfshttpclient. That is 0.7.0 of 2021: `connect()` refuses every node of today, so it is not used; options go as `opts`
+or keywords; its calls wait for two minutes unless told; its errors come in three families, all of which become ours.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from shard_tools.cid import Cid
+from shard_tools.errors import InputError, NotFoundError, UnreachableError
+from shard_tools.store.block_store import MAX_BLOCK_BYTES, check_block
+from shard_tools.store.car import write_car
+from shard_tools.store.http_source import Patience
+
+try:
+    import ipfshttpclient
+    from ipfshttpclient.exceptions import AddressError, ErrorResponse
+    from ipfshttpclient.exceptions import Error as ClientError
+    from requests.exceptions import RequestException
+    from urllib3.exceptions import HTTPError
+except ImportError as e:
+    raise InputError(f"an IPFS node is asked by the package ipfshttpclient ({e}): pip install 'llm-d[ipfs]'") from e
+
+# It hands urllib3 a keyword that urllib3 2 warns of at every call; urllib3 3 would refuse it, and is excluded.
+warnings.filterwarnings("ignore", message="The 'strict' parameter", category=FutureWarning)
+
+DEFAULT_API = "/ip4/127.0.0.1/tcp/5001/http"
+_LOCAL_S = 1.0  # for a question about the node itself; js-ipfs asks the network all the same, and is cut off
+_IMPORT_S = 600.0  # for a whole model; the node writes 40 to 100 MB/s
+
+
+class IpfsNode:
+    """One node. Threads share it."""
+
+    def __init__(self, api: str = DEFAULT_API, patience: Patience | None = None) -> None:
+        """api: a multiaddr such as DEFAULT_API. Raises InputError for what is none; asks nothing yet."""
+        self._api, self._patience = api, patience or Patience()
+        try:
+            self._client: Any = ipfshttpclient.Client(api, session=True, timeout=self._timeout(_LOCAL_S))
+        except AddressError as e:
+            raise InputError(f"{api[:200]!r} is no address of an IPFS node's RPC: expected {DEFAULT_API}") from e
+
+    @property
+    def label(self) -> str:
+        return f"IPFS node {self._api}"
+
+    def get(self, cid: Cid) -> bytes:
+        seconds = self._patience.answer_s
+        deadline, block = time.monotonic() + seconds, bytearray()
+        try:
+            with (
+                self._asking(),
+                self._client.block.get(
+                    str(cid), stream=True, timeout=self._timeout(seconds), opts={"timeout": f"{seconds:g}s"}
+                ) as parts,
+            ):
+                for part in parts:
+                    block += part
+                    if len(block) > MAX_BLOCK_BYTES:
+                        raise UnreachableError(self.label, f"answers with more than a block's {MAX_BLOCK_BYTES} bytes")
+                    if time.monotonic() > deadline:
+                        raise UnreachableError(self.label, f"did not answer within {seconds:g} s")
+        except ErrorResponse as e:
+            raise NotFoundError(f"block {cid}", f"reach of the {self.label}", f"It says: {str(e)[:300]}") from e
+        return check_block(cid, bytes(block), self.label)
+
+    def has(self, cid: Cid) -> bool:
+        try:
+            with self._asking():
+                self._client.block.stat(str(cid), offline=True, opts={"timeout": f"{_LOCAL_S:g}s"})
+        except ErrorResponse:
+            return False
+        return True
+
+    def put(self, roots: Sequence[Cid], blocks: Iterable[tuple[Cid, bytes]], pin: bool) -> None:
+        """The node holds the blocks. pin: and keeps all that the roots link.
+
+        One CAR for all: block by block costs js-ipfs 23 ms each. Raises UnreachableError.
+        """
+        with NamedTemporaryFile() as file:  # on disk: a model is larger than memory; the library wants a name
+            write_car(file.file, roots, blocks)
+            file.seek(0)
+            opts = {"pin-roots": "true" if pin else "false"}
+            with (
+                self._asking(refused=True),
+                # As a stream, because the library insists on one line of answer, and there may be none or several.
+                self._client.dag.imprt(file, stream=True, opts=opts, timeout=self._timeout(_IMPORT_S)) as said,
+            ):
+                for _ in said:
+                    pass
+        for cid in roots if pin else ():  # js-ipfs pins roots only if it is told so twice
+            self.pin(cid)
+
+    def pin(self, cid: Cid) -> None:
+        """The node keeps the block and all it links, and fetches what is missing. Raises UnreachableError."""
+        with self._asking(refused=True):
+            self._client.pin.add(str(cid), recursive=True, timeout=self._timeout(_IMPORT_S))
+
+    def unpin(self, cid: Cid) -> None:
+        """The node may forget it; nothing happens if it was not pinned. Raises UnreachableError."""
+        if self.pinned(cid):
+            with self._asking(refused=True):
+                self._client.pin.rm(str(cid), recursive=True)
+
+    def pinned(self, cid: Cid) -> bool:
+        """Whether the node keeps the block and all it links."""
+        try:
+            with self._asking():
+                self._client.pin.ls(str(cid), type="recursive")
+        except ErrorResponse:
+            return False
+        return True
+
+    def version(self) -> str:
+        """What the node says it is. Raises UnreachableError."""
+        with self._asking(refused=True):
+            return str(self._client.version()["Version"])[:100]
+
+    def _timeout(self, seconds: float) -> tuple[float, float]:
+        """To connect, and between two reads: past what the node was given, so its own answer comes first."""
+        return self._patience.connect_s, seconds + 1
+
+    @contextmanager
+    def _asking(self, refused: bool = False) -> Iterator[None]:
+        """Errors of the library become ours; but an answer that says no only if `refused`."""
+        try:
+            yield
+        except ErrorResponse as e:
+            if not refused:
+                raise
+            raise UnreachableError(self.label, f"refuses: {str(e)[:300]}") from e
+        except ipfshttpclient.exceptions.TimeoutError as e:
+            raise UnreachableError(self.label, "did not answer in time") from e
+        except (ClientError, RequestException, HTTPError, OSError, ValueError) as e:
+            raise UnreachableError(self.label, f"cannot be asked: {type(e).__name__}. Does it run?") from e
