@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 
 from shard_tools.archive import export_model, import_model
-from shard_tools.catalog import open_record
+from shard_tools.catalog import accept_record
 from shard_tools.cid import Cid
 from shard_tools.console import (
     KEY,
@@ -26,6 +27,7 @@ from shard_tools.console import (
 )
 from shard_tools.errors import FormatError, InputError
 from shard_tools.index.directory import DirectoryIndex
+from shard_tools.index.seen import SeenVersions
 from shard_tools.store.directory import DirectoryStore
 
 FileArgument = Annotated[Path, typer.Argument(help="The CAR file.")]
@@ -86,6 +88,7 @@ def car_import(
         if found.record is None:
             line(f"Imported manifest {found.model.cid}; the file has no signature, so it was not named.")
             return
-        open_record(found.record, blocks, trusted_keys(trust, key))
+        policy, seen = trusted_keys(trust, key), SeenVersions(root / "seen")
+        accept_record(found.record, str(file), blocks, policy, int(time.time()), seen)
         DirectoryIndex(root).publish(found.model.name, found.record, blocks.has)
         line(f"Imported {found.model.name} {found.model.cid}")

@@ -5,14 +5,15 @@ The environment is read by the options of console.py alone.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from shard_tools import car_cli
+from shard_tools import car_cli, trust_cli
 from shard_tools import fetch as fetching
-from shard_tools.catalog import open_cid, open_model, open_record
+from shard_tools.catalog import find_model, open_cid, open_model, open_record
 from shard_tools.cid import Cid
 from shard_tools.console import (
     KEY,
@@ -29,15 +30,21 @@ from shard_tools.console import (
 )
 from shard_tools.errors import FormatError, InputError, LlmdError
 from shard_tools.index.directory import DirectoryIndex
+from shard_tools.index.seen import SeenVersions
 from shard_tools.manifest import Manifest
+from shard_tools.naming import cosign as cosign_model
+from shard_tools.naming import sign_and_name
 from shard_tools.quantised import Scheme
 from shard_tools.signing import Signer, key_text
 from shard_tools.store.directory import DirectoryStore
+from shard_tools.trust import TrustPolicy
 
 QuantiseOption = Annotated[str, typer.Option("--quantise", help="none, int8 or int4.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="keep, float32, bfloat16 or float16.")]
+DaysOption = Annotated[int, typer.Option("--valid-days", min=1, max=3650, help="Days until it must be signed anew.")]
 NameOption = Annotated[str, typer.Option("--name", help="The model's name, such as smollm2-135m.")]
 
+DAY_S = 86400
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
@@ -45,6 +52,8 @@ def register(app: typer.Typer) -> None:
     """The commands are part of `app`."""
     app.command("shard")(shard)
     app.command("publish")(publish)
+    app.command("cosign")(cosign)
+    app.command("renew")(renew)
     app.command("fetch")(fetch)
     app.command("verify")(verify)
     app.command("ls")(ls)
@@ -53,6 +62,7 @@ def register(app: typer.Typer) -> None:
     keys.command("show")(keys_show)
     app.add_typer(keys, name="keys")
     car_cli.register(app)
+    trust_cli.register(app)
 
 
 def shard(
@@ -81,6 +91,7 @@ def publish(
     dtype: DtypeOption = "keep",
     quantise: QuantiseOption = "none",
     key: KeyOption = KEY,
+    valid_days: DaysOption = 365,
 ) -> None:
     """Cut a checkpoint into shards, sign the manifest and name it."""
     with refusals(
@@ -100,9 +111,37 @@ def publish(
                 _dtype(dtype),  # type: ignore[arg-type]
                 progress,
                 _scheme(quantise),
+                valid_days * DAY_S,
             )
-        _show(open_record(record, blocks, frozenset([signer.public])))
+        _show(open_record(record, blocks, TrustPolicy.any_of([signer.public])))
         line(f"Published {name}, signed by {key_text(signer.public)}")
+
+
+def cosign(
+    name: Annotated[str, typer.Argument(help="Name of the model.")],
+    store: StoreOption = STORE,
+    key: KeyOption = KEY,
+) -> None:
+    """Sign what a name means with one more key, where a policy asks for several. Look at the model first."""
+    with refusals():
+        root, signer = store.expanduser(), signer_at(key)
+        record = cosign_model(name, DirectoryStore(root), DirectoryIndex(root), signer)
+        line(f"Signed {name} {record.manifest} also by {key_text(signer.public)}")
+
+
+def renew(
+    name: Annotated[str, typer.Argument(help="Name of the model.")],
+    store: StoreOption = STORE,
+    key: KeyOption = KEY,
+    valid_days: DaysOption = 365,
+) -> None:
+    """Sign what a name means anew, for a longer time and as a newer release. Other signers sign again too."""
+    with refusals():
+        root, signer = store.expanduser(), signer_at(key)
+        blocks, index = DirectoryStore(root), DirectoryIndex(root)
+        model = open_record(index.resolve(name), blocks, TrustPolicy.any_of([signer.public]))
+        sign_and_name(model, blocks, index, signer, int(time.time()), valid_days * DAY_S)
+        line(f"Signed {name} {model.cid} anew, for {valid_days} days")
 
 
 def fetch(
@@ -119,19 +158,15 @@ def fetch(
             raise InputError(f"{source} is no store: it has no blocks/")
         remote, remote_index = DirectoryStore(source.expanduser()), DirectoryIndex(source.expanduser())
         local, index = DirectoryStore(store.expanduser()), DirectoryIndex(store.expanduser())
-        model = open_model(name, remote_index, remote, trusted_keys(trust, key))
+        seen = SeenVersions(store.expanduser() / "seen")
+        record, model = find_model(name, remote_index, remote, trusted_keys(trust, key), int(time.time()), seen)
         with progress_bar() as progress:
             span = _layers(layers, model)
             fetching.fetch(remote, local, model.cid, layers=span, progress=progress)
-        signature = remote_index.resolve(name).signature
+        local.put(record.signature.codec, remote.get(record.signature))  # a stage opens its part by it too
         if span is not None:
-            local.put(signature.codec, remote.get(signature))  # a stage opens its part by manifest and signature
             line(f"Fetched layers {span[0]}:{span[1]} of manifest {model.cid}; a part of a model is not named.")
             return
-        record = remote_index.resolve(name)
-        if record.manifest != model.cid:
-            raise FormatError(f"{name} was published anew while it was fetched; run the same command again")
-        local.put(record.signature.codec, remote.get(record.signature))
         index.publish(name, record, local.has)
         line(f"Fetched {name} {model.cid}")
 
@@ -150,7 +185,8 @@ def verify(
             found = open_cid(Cid.parse(model), blocks)
             signed = "not checked: a CID vouches for itself"
         except FormatError:
-            found = open_model(model, DirectoryIndex(root), blocks, trusted_keys(trust, key))
+            policy, seen = trusted_keys(trust, key), SeenVersions(root / "seen")
+            found = open_model(model, DirectoryIndex(root), blocks, policy, int(time.time()), seen)
             signed = "by a trusted publisher"
         with progress_bar() as progress:
             bad = fetching.verify(blocks, found, progress)

@@ -19,7 +19,9 @@ from rich.progress import Progress as Bar
 
 from shard_tools.errors import InputError, LlmdError
 from shard_tools.progress import Progress
-from shard_tools.signing import PublicKey, Signer, key_text, parse_key, read_public_key
+from shard_tools.signing import Signer, key_text
+from shard_tools.trust import TrustPolicy
+from shard_tools.trust_root import read_trust
 
 HOME = Path("~/.llmd")
 STORE = HOME / "store"
@@ -34,7 +36,10 @@ StoreOption = Annotated[
 ]
 KeyOption = Annotated[Path, typer.Option("--key", envvar="LLMD_KEY", help="Private key to sign with; made if absent.")]
 TrustOption = Annotated[
-    list[str], typer.Option("--trust", help="Publisher's public key, as text or a .pub file. Default: your own.")
+    list[str],
+    typer.Option(
+        "--trust", help="A publisher's public key, as text or a .pub file, or a trust root. Default: your own."
+    ),
 ]
 
 
@@ -53,12 +58,13 @@ def signer_at(key: Path) -> Signer:
     return signer
 
 
-def trusted_keys(given: list[str], key: Path) -> frozenset[PublicKey]:
+def trusted_keys(given: list[str], key: Path) -> TrustPolicy:
+    """What --trust says, or else that the person's own key counts. Raises InputError if there is neither."""
     if given:
-        return frozenset(read_public_key(Path(item)) if Path(item).is_file() else parse_key(item) for item in given)
+        return read_trust(given, int(time.time()))
     if not key.expanduser().exists():
         raise InputError("no publisher is trusted: pass --trust with the public key of whoever published the model")
-    return frozenset([Signer.load(key.expanduser()).public])
+    return TrustPolicy.any_of([Signer.load(key.expanduser()).public])
 
 
 @contextmanager

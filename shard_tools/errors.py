@@ -7,7 +7,9 @@
     │   ├── CorruptBlockError  bytes that do not hash to the name asked for
     │   ├── FormatError        bytes that are not the one canonical form of anything
     │   ├── ManifestError      a manifest that describes no whole model
-    │   └── SignatureError     nobody trusted signed this
+    │   ├── SignatureError     nobody trusted signed this
+    │   ├── ExpiredError       it was signed for a time that is over
+    │   └── RollbackError      a newer one was seen before
     ├── NotFoundError          a block or a name that the store does not hold
     │   └── UnavailableError   a block that none of several sources gave; says what each of them said
     └── UnreachableError       a source does not answer, or not in time, or in another language
@@ -55,6 +57,14 @@ class ManifestError(IntegrityError):
 
 class SignatureError(IntegrityError):
     """A signature is absent, wrong, or made by a key that is not trusted."""
+
+
+class ExpiredError(IntegrityError):
+    """A release was signed for a time that is over."""
+
+
+class RollbackError(IntegrityError):
+    """A release is older than one that was seen before, or contradicts it."""
 
 
 class NotFoundError(LlmdError):

@@ -23,6 +23,7 @@ from shard_tools.signing import Signer
 from shard_tools.store.block_store import BlockStore
 from shard_tools.store.directory import DirectoryStore
 from shard_tools.store.stores import open_store
+from shard_tools.trust import TrustPolicy
 from tests.nodes.nodes import JsNode, fresh_swarm_key, js_ipfs_missing, js_node, kubo_core, kubo_missing
 from tests.tiny_models import write_tiny_checkpoint
 
@@ -40,7 +41,7 @@ class Model:
         checkpoint = write_tiny_checkpoint(folder / "ck", layers=3, hidden=128, vocab=4000)
         self.store = DirectoryStore(folder / "store")
         self.record = publish(checkpoint, self.store, DirectoryIndex(folder / "store"), "tiny", SIGNER)
-        self.manifest = open_record(self.record, self.store, frozenset([SIGNER.public]))
+        self.manifest = open_record(self.record, self.store, TrustPolicy.any_of([SIGNER.public]))
         self.cids = [*model_blocks(self.manifest, self.store.get), self.record.signature]
 
     def blocks(self) -> Iterator[tuple[Cid, bytes]]:
@@ -84,7 +85,7 @@ def test_a_model_pushed_to_one_node_is_fetched_from_another_by_bitswap_and_serve
     for cid in (model.record.manifest, model.record.signature):
         assert IpfsNode(a.api).pinned(cid)
     there, target = reaching(b, tmp_path / "cache"), DirectoryStore(tmp_path / "target")
-    found = open_record(model.record, there, frozenset([SIGNER.public]))
+    found = open_record(model.record, there, TrustPolicy.any_of([SIGNER.public]))
     assert found == model.manifest == fetch(there, target, model.record.manifest)
     assert verify(target, found) == []
     assert all(target.get(cid) == block for cid, block in model.blocks() if cid != model.record.signature)
