@@ -1,4 +1,4 @@
-"""The commands of a model at rest: shard, publish, fetch, verify, ls, keys; those of car_cli.py stand beside them.
+"""The commands of a model at rest: shard, publish, fetch, verify, ls, keys; others stand beside them.
 
 The environment is read by the options of console.py alone.
 """
@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from shard_tools import car_cli, trust_cli
+from shard_tools import car_cli, fetch_cli, network_cli, trust_cli
 from shard_tools import fetch as fetching
-from shard_tools.catalog import find_model, open_cid, open_model, open_record
+from shard_tools.catalog import open_cid, open_model, open_record
 from shard_tools.cid import Cid
 from shard_tools.console import (
     KEY,
@@ -54,7 +54,7 @@ def register(app: typer.Typer) -> None:
     app.command("publish")(publish)
     app.command("cosign")(cosign)
     app.command("renew")(renew)
-    app.command("fetch")(fetch)
+    fetch_cli.register(app)
     app.command("verify")(verify)
     app.command("ls")(ls)
     keys = typer.Typer(no_args_is_help=True, help="The key that signs what you publish.")
@@ -63,6 +63,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(keys, name="keys")
     car_cli.register(app)
     trust_cli.register(app)
+    network_cli.register(app)
 
 
 def shard(
@@ -144,33 +145,6 @@ def renew(
         line(f"Signed {name} {model.cid} anew, for {valid_days} days")
 
 
-def fetch(
-    name: Annotated[str, typer.Argument(help="Name of the model at the source.")],
-    source: Annotated[Path, typer.Option("--from", help="Directory to fetch from (another store).")],
-    store: StoreOption = STORE,
-    layers: Annotated[str, typer.Option("--layers", help="Only a stage's layers a:b, half-open.")] = "",
-    trust: TrustOption = [],  # noqa: B006  # typer copies it
-    key: KeyOption = KEY,
-) -> None:
-    """Copy a model, every block verified; fetches only what is missing."""
-    with refusals(resume="Stopped. Run the same command again: it keeps the blocks already fetched."):
-        if not (source.expanduser() / "blocks").is_dir():
-            raise InputError(f"{source} is no store: it has no blocks/")
-        remote, remote_index = DirectoryStore(source.expanduser()), DirectoryIndex(source.expanduser())
-        local, index = DirectoryStore(store.expanduser()), DirectoryIndex(store.expanduser())
-        seen = SeenVersions(store.expanduser() / "seen")
-        record, model = find_model(name, remote_index, remote, trusted_keys(trust, key), int(time.time()), seen)
-        with progress_bar() as progress:
-            span = _layers(layers, model)
-            fetching.fetch(remote, local, model.cid, layers=span, progress=progress)
-        local.put(record.signature.codec, remote.get(record.signature))  # a stage opens its part by it too
-        if span is not None:
-            line(f"Fetched layers {span[0]}:{span[1]} of manifest {model.cid}; a part of a model is not named.")
-            return
-        index.publish(name, record, local.has)
-        line(f"Fetched {name} {model.cid}")
-
-
 def verify(
     model: Annotated[str, typer.Argument(help="Name, or CID of a manifest.")],
     store: StoreOption = STORE,
@@ -250,12 +224,3 @@ def _scheme(text: str) -> Scheme | None:
     if text not in known:
         raise InputError(f"--quantise {text!r} is unknown: choose one of {', '.join(known)}")
     return known[text]
-
-
-def _layers(text: str, model: Manifest) -> tuple[int, int] | None:
-    if not text:
-        return None
-    start, colon, stop = text.partition(":")
-    if colon and start.isdecimal() and stop.isdecimal() and 0 <= int(start) < int(stop) <= model.n_layers:
-        return int(start), int(stop)
-    raise InputError(f"--layers {text!r}: expected a:b with 0 <= a < b <= {model.n_layers}")

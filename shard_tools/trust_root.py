@@ -1,8 +1,8 @@
 """A trust policy as a signed file, and how a newer one replaces it: keys rotate and are revoked without meeting again.
 
 The first file is trusted because somebody handed it over. From then on a successor counts if it is the next version,
-and signed by enough root keys of the one before *and* of its own: who holds too few of today's keys cannot say whose are
-tomorrow's. A file that has expired is refused, so nobody can hold a successor back for ever.
+and signed by enough root keys of the one before *and* of its own: who holds too few of today's keys cannot say whose
+are tomorrow's. A file that has expired is refused, so nobody can hold a successor back for ever.
 Laws: `SignedTrustRoot.decode(s.encode()) == s`; `succeed` never accepts what is not the next version.
 Source: The Update Framework, section 5.3. Pure but for `read_trust`.
 """

@@ -20,9 +20,9 @@ from typing import Any
 
 from shard_tools.cid import Cid
 from shard_tools.errors import InputError, NotFoundError, UnreachableError
+from shard_tools.http_client import Patience
 from shard_tools.store.block_store import MAX_BLOCK_BYTES, check_block
 from shard_tools.store.car import write_car
-from shard_tools.store.http_source import Patience
 
 try:
     import ipfshttpclient
@@ -38,6 +38,7 @@ warnings.filterwarnings("ignore", message="The 'strict' parameter", category=Fut
 
 DEFAULT_API = "/ip4/127.0.0.1/tcp/5001/http"
 _LOCAL_S = 1.0  # for a question about the node itself; js-ipfs asks the network all the same, and is cut off
+_NAME_LIFETIME = "720h"  # 30 days: how long the network keeps a record; releases have an expiry of their own
 _IMPORT_S = 600.0  # for a whole model; the node writes 40 to 100 MB/s
 
 
@@ -123,6 +124,42 @@ class IpfsNode:
             return False
         return True
 
+    def name_of(self, key: str) -> str:
+        """The IPNS name of the node's key of this name. Raises InputError if there is none."""
+        with self._asking(refused=True):
+            keys = {str(item["Name"]): str(item["Id"]) for item in self._client.key.list()["Keys"]}
+        if key not in keys:
+            known = ", ".join(sorted(keys)[:20])
+            raise InputError(f"the {self.label} has no key {key[:100]!r}; it has {known}. Make one: ipfs key gen NAME")
+        return keys[key]
+
+    def publish_name(self, cid: Cid, key: str) -> str:
+        """The node's key of this name points at the block; returns the key's IPNS name. Raises UnreachableError."""
+        with self._asking(refused=True):
+            said = self._client.name.publish(
+                f"/ipfs/{cid}",
+                key=key,
+                resolve=False,
+                lifetime=_NAME_LIFETIME,
+                allow_offline=True,
+                timeout=self._timeout(self._patience.answer_s),
+            )
+            return str(said["Name"])[:100]
+
+    def resolve_name(self, name: str) -> Cid:
+        """The block that an IPNS name points at, as the node has it. Raises NotFoundError, FormatError."""
+        seconds = self._patience.answer_s
+        try:
+            with self._asking():
+                said = self._client.name.resolve(
+                    name, recursive=True, timeout=self._timeout(seconds), opts={"timeout": f"{seconds:g}s"}
+                )
+        except ErrorResponse as e:
+            raise NotFoundError(
+                f"the IPNS name {name}", f"reach of the {self.label}", f"It says: {str(e)[:300]}"
+            ) from e
+        return Cid.parse(str(said["Path"]).removeprefix("/ipfs/"))
+
     def version(self) -> str:
         """What the node says it is. Raises UnreachableError."""
         with self._asking(refused=True):
@@ -143,5 +180,5 @@ class IpfsNode:
             raise UnreachableError(self.label, f"refuses: {str(e)[:300]}") from e
         except ipfshttpclient.exceptions.TimeoutError as e:
             raise UnreachableError(self.label, "did not answer in time") from e
-        except (ClientError, RequestException, HTTPError, OSError, ValueError) as e:
+        except (ClientError, RequestException, HTTPError, OSError, ValueError, LookupError, AssertionError) as e:
             raise UnreachableError(self.label, f"cannot be asked: {type(e).__name__}. Does it run?") from e

@@ -12,8 +12,9 @@ import hashlib
 from collections.abc import Sequence
 
 from shard_tools.cid import Cid
+from shard_tools.http_client import Patience
 from shard_tools.store.block_store import BlockSource
-from shard_tools.store.http_source import HttpSource, Patience
+from shard_tools.store.http_source import HttpSource
 
 HOMES = 2  # nodes that may be sent outside for one block; the others give only what they hold
 

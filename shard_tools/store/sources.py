@@ -9,11 +9,12 @@ from pathlib import Path
 
 from shard_tools.choice import absolute_path
 from shard_tools.cid import Cid
+from shard_tools.cluster_key import load_key
 from shard_tools.errors import InputError
+from shard_tools.http_client import ANSWER_S, Patience
 from shard_tools.store.block_store import BlockSource
-from shard_tools.store.cluster_key import load_key
 from shard_tools.store.directory import DirectoryStore
-from shard_tools.store.http_source import ANSWER_S, HttpSource, Patience
+from shard_tools.store.http_source import HttpSource
 from shard_tools.store.peers import Peers
 from shard_tools.store.tiered import HEDGE_S, TOTAL_S, Haste, Order, TieredStore
 

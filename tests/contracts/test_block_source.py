@@ -12,12 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from shard_tools.block_server import BlockServer
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import CorruptBlockError, NotFoundError
-from shard_tools.store.block_server import BlockServer
+from shard_tools.http_client import Patience
 from shard_tools.store.block_store import MAX_BLOCK_BYTES, BlockSource
 from shard_tools.store.directory import DirectoryStore
-from shard_tools.store.http_source import HttpSource, Patience
+from shard_tools.store.http_source import HttpSource
 
 SECRET = bytes(range(32))
 Damage = Callable[[Cid, bytes], None]

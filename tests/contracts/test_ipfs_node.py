@@ -1,17 +1,20 @@
-"""The laws of BlockSource, over a real IPFS node: js-ipfs, asked through ipfshttpclient."""
+"""The laws of BlockSource and ModelIndex, over a real IPFS node: js-ipfs, asked through ipfshttpclient."""
 
 # ruff: noqa: F403  # a suite is taken over whole, and its fixtures are replaced below
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from shard_tools.cid import Cid, Codec
+from shard_tools.http_client import Patience
+from shard_tools.index.model_index import ModelIndex
 from shard_tools.store.block_store import BlockSource
-from shard_tools.store.http_source import Patience
 from tests.contracts.test_block_source import *
+from tests.contracts.test_model_index import *
 from tests.nodes.nodes import JsNode, js_ipfs_missing, js_node
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(js_ipfs_missing()), reason=js_ipfs_missing())]
@@ -56,3 +59,12 @@ def damage(node: JsNode) -> Callable[[Cid, bytes], None]:
         node.block_file(cid).write_bytes(block)
 
     return damaged
+
+
+@pytest.fixture
+def index(node: JsNode) -> ModelIndex:
+    """A name of a key of its own, which has published nothing."""
+    from shard_tools.index.ipns import open_ipns
+
+    made = node.rpc("key/gen", secrets.token_hex(8), type="ed25519").json()
+    return open_ipns(name=made["Id"], api=node.api, key=made["Name"])

@@ -69,10 +69,10 @@ class JsNode:
         self.address = f"{local(swarm)}/p2p/{config['Identity']['PeerID']}"
         self._process = self._start()
 
-    def rpc(self, command: str, *arguments: str) -> httpx.Response:
+    def rpc(self, command: str, *arguments: str, **options: str) -> httpx.Response:
         """The answer to one call of its RPC."""
         url = f"http://127.0.0.1:{self._rpc}/api/v0/{command}"
-        return httpx.post(url, params=[("arg", argument) for argument in arguments], timeout=30)
+        return httpx.post(url, params=[*(("arg", word) for word in arguments), *options.items()], timeout=30)
 
     def connect(self, address: str) -> None:
         """The node is connected to another."""

@@ -19,12 +19,13 @@ from shard_tools.errors import UnavailableError
 from shard_tools.fetch import fetch, model_blocks, verify
 from shard_tools.index.directory import DirectoryIndex
 from shard_tools.publish import publish
-from shard_tools.signing import Signer
+from shard_tools.signing import Signer, key_text
 from shard_tools.store.block_store import BlockStore
 from shard_tools.store.directory import DirectoryStore
 from shard_tools.store.stores import open_store
 from shard_tools.trust import TrustPolicy
 from tests.nodes.nodes import JsNode, fresh_swarm_key, js_ipfs_missing, js_node, kubo_core, kubo_missing
+from tests.shard_tools.test_cli import Desk
 from tests.tiny_models import write_tiny_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -38,6 +39,7 @@ class Model:
     """A published model in a directory."""
 
     def __init__(self, folder: Path) -> None:
+        self.root = folder
         checkpoint = write_tiny_checkpoint(folder / "ck", layers=3, hidden=128, vocab=4000)
         self.store = DirectoryStore(folder / "store")
         self.record = publish(checkpoint, self.store, DirectoryIndex(folder / "store"), "tiny", SIGNER)
@@ -176,3 +178,20 @@ def test_a_model_in_kubo_is_fetched_through_js_ipfs(model: Model, tmp_path: Path
         target = DirectoryStore(tmp_path / "target")
         assert fetch(reaching(js, tmp_path / "cache"), target, model.record.manifest) == model.manifest
         assert verify(target, model.manifest) == []
+
+
+@needs_js
+def test_the_commands_take_a_model_from_one_node_to_another_that_knows_its_name_alone(
+    model: Model, pair: tuple[JsNode, JsNode], tmp_path: Path
+) -> None:
+    """Pushed and named in IPNS by one node; found, fetched by bitswap and verified through the other."""
+    a, b = pair
+    desk = Desk(tmp_path)
+    pushed = desk.run("ipfs", "push", "tiny", "--api", a.api, "--ipns", "self", "--store", model.root / "store")
+    assert pushed.exit_code == 0, pushed.output
+    ipns, trust = pushed.stdout.split("--index ")[1].strip(), key_text(SIGNER.public)
+    fetched = desk.run("fetch", "tiny", "--ipfs", b.api, "--index", ipns, "--trust", trust)
+    assert fetched.exit_code == 0 and str(model.manifest.cid) in fetched.stdout, fetched.output
+    assert desk.run("verify", "tiny", "--trust", trust).exit_code == 0
+    assert "Known: tiny" in desk.run("fetch", "tin", "--ipfs", b.api, "--index", ipns, "--trust", trust).stderr
+    assert "has no key 'x'" in desk.run("ipfs", "push", "tiny", "--api", a.api, "--ipns", "x").stderr

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from shard_tools.block_server import BlockServer
 from shard_tools.cid import Cid
 from shard_tools.fetch import load_manifest, verify
 from shard_tools.index.memory import MemoryIndex
 from shard_tools.publish import publish
 from shard_tools.signing import Signer
-from shard_tools.store.block_server import BlockServer
 from shard_tools.store.directory import DirectoryStore
 from shard_tools.store.memory import MemoryStore
 from tests.tiny_models import write_tiny_checkpoint

@@ -1,4 +1,4 @@
-"""A node's blocks over HTTP, to the other nodes of its cluster: `GET` and `HEAD` of `/ipfs/<cid>?format=raw`, no more.
+"""A node's blocks and names over HTTP, to the other nodes of its cluster: `/ipfs/<cid>?format=raw`, `/names/<name>`.
 
 The hot path inside a cluster, so it is plain: a thread per connection, and the kernel copies a file to the socket.
 It speaks as trustless gateways do, hence one client for both. Nothing is hashed here; whoever asked does that.
@@ -16,13 +16,16 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from shard_tools.cid import Cid
+from shard_tools.cluster_key import check_proof
 from shard_tools.errors import CorruptBlockError, FormatError, InputError, LlmdError, NotFoundError
+from shard_tools.http_client import DEPTH_HEADER
+from shard_tools.index.model_index import ModelIndex
 from shard_tools.store.block_store import BlockSource
-from shard_tools.store.cluster_key import check_proof
 from shard_tools.store.directory import DirectoryStore
-from shard_tools.store.http_source import DEPTH_HEADER, RAW
+from shard_tools.store.http_source import RAW
 
 MAX_CONNECTIONS = 512  # of 64 nodes with 8 threads each
 MAX_HEAD_BYTES = 8 << 10
@@ -46,15 +49,23 @@ class BlockServer:
     """Serves one store until closed; `port` is the one it got."""
 
     def __init__(
-        self, store: DirectoryStore, host: str, port: int, secret: bytes | None, pull: BlockSource | None = None
+        self,
+        store: DirectoryStore,
+        host: str,
+        port: int,
+        secret: bytes | None,
+        pull: BlockSource | None = None,
+        names: ModelIndex | None = None,
     ) -> None:
         """secret: of the cluster; None lets everybody read, so only on loopback. pull: where else a block may be.
+
+        names: whose records are served beside the blocks.
 
         Raises InputError if the address cannot be had, or would be open to strangers.
         """
         if secret is None and not host.startswith(_LOOPBACK):
             raise InputError(f"{host} is open to others, and there is no cluster key: make one with `llmd blocks key`")
-        self._store, self._secret, self._pull = store, secret, pull
+        self._store, self._secret, self._pull, self._names = store, secret, pull, names
         self._closed = threading.Event()
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -119,18 +130,38 @@ class BlockServer:
         connection.settimeout(SEND_S)
         try:
             request = _parse(head)
-            cid = _cid(request.target)
             depth = int(request.headers.get(DEPTH_HEADER, "0")[:3])
+            if request.method not in ("GET", "HEAD") or request.headers.get("content-length", "0") != "0":
+                return _say(connection, 405, "only GET and HEAD are answered", False)
+            if self._secret is not None:
+                given, now_s = request.headers.get("authorization", ""), int(time.time())
+                problem = check_proof(self._secret, request.method, request.target, depth, given, now_s)
+                if problem is not None:
+                    return _say(connection, 401, problem, False)
+            if request.target.startswith("/names"):
+                return self._send_names(connection, request)
+            cid = _cid(request.target)
         except (FormatError, ValueError) as e:
             return _say(connection, 400, str(e), False)
-        if request.method not in ("GET", "HEAD") or request.headers.get("content-length", "0") != "0":
-            return _say(connection, 405, "only GET and HEAD of blocks are answered", False)
-        if self._secret is not None:
-            given, now_s = request.headers.get("authorization", ""), int(time.time())
-            problem = check_proof(self._secret, request.method, cid, depth, given, now_s)
-            if problem is not None:
-                return _say(connection, 401, problem, False)
         return self._send_block(connection, request.method, cid, depth)
+
+    def _send_names(self, connection: socket.socket, request: _Request) -> bool:
+        """A name's record, or all names, one a line: as a web server gives the folder `names`, but for the list."""
+        name = unquote(
+            unquote(request.target.removeprefix("/names").removeprefix("/"))
+        )  # as of the file, in an address
+        try:
+            if self._names is None:
+                raise NotFoundError("an index", "this node")
+            if not name:
+                body, kind = "".join(f"{known}\n" for known in self._names.names()).encode(), "text/plain"
+            else:
+                body, kind = self._names.resolve(name).encode(), "application/vnd.ipld.dag-cbor"
+        except LlmdError as e:
+            return _say(connection, 404, str(e)[:1000], True, request.method)
+        head = _headers(200, len(body), kind, fixed=False)
+        connection.sendall(head + (b"" if request.method == "HEAD" else body))
+        return True
 
     def _send_block(self, connection: socket.socket, method: str, cid: Cid, depth: int) -> bool:
         try:
@@ -194,13 +225,15 @@ def _parse(head: bytes) -> _Request:
 def _cid(target: str) -> Cid:
     path, _, query = target.partition("?")
     if not path.startswith("/ipfs/") or query not in ("format=raw", ""):
-        raise FormatError("only /ipfs/<cid>?format=raw is served")
+        raise FormatError("only /ipfs/<cid>?format=raw and /names/<name> are served")
     return Cid.parse(path.removeprefix("/ipfs/"))
 
 
-def _headers(status: int, size: int, kind: str) -> bytes:
+def _headers(status: int, size: int, kind: str, fixed: bool = True) -> bytes:
     lines = f"HTTP/1.1 {status} {_REASONS[status]}", f"Content-Type: {kind}", f"Content-Length: {size}"
-    cached = "Cache-Control: public, max-age=29030400, immutable" if status == 200 else "Cache-Control: no-store"
+    cached = (
+        "Cache-Control: public, max-age=29030400, immutable" if status == 200 and fixed else "Cache-Control: no-store"
+    )
     return "\r\n".join((*lines, cached, "X-Content-Type-Options: nosniff", "", "")).encode()
 
 

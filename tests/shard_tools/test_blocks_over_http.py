@@ -11,19 +11,21 @@ from pathlib import Path
 
 import pytest
 
+from shard_tools.block_server import MAX_HEAD_BYTES, BlockServer
 from shard_tools.cid import Cid, Codec
+from shard_tools.cluster_key import check_proof, create_key, load_key, proof
 from shard_tools.errors import CorruptBlockError, InputError, NotFoundError, UnreachableError
-from shard_tools.store.block_server import MAX_HEAD_BYTES, BlockServer
+from shard_tools.http_client import Patience, parse_url
 from shard_tools.store.block_store import MAX_BLOCK_BYTES
-from shard_tools.store.cluster_key import check_proof, create_key, load_key, proof
 from shard_tools.store.directory import DirectoryStore
-from shard_tools.store.http_source import HttpSource, Patience, parse_url
+from shard_tools.store.http_source import HttpSource
 from shard_tools.store.memory import MemoryStore
-from tests.shard_tools.store.http_doubles import answering, dripping, ok, saying, silent
+from tests.shard_tools.http_doubles import answering, dripping, ok, saying, silent
 
 BLOCK = b"block" * 100
 CID = Cid.of(Codec.RAW, BLOCK)
 SECRET = bytes(32)
+TARGET = f"/ipfs/{CID}?format=raw"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -55,8 +57,8 @@ def test_a_gateway_that_lies_is_found_out(answer: bytes) -> None:
     ("answer", "said"),
     [
         (ok(b"", size=1 << 30), "1073741824 bytes"),
-        (b"HTTP/1.1 200 OK\r\n\r\n" + bytes(MAX_BLOCK_BYTES + 1), "more than a block's"),
-        (CHUNKED + b"300000\r\n" + bytes(0x300000) + b"\r\n0\r\n\r\n", "more than a block's"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + bytes(MAX_BLOCK_BYTES + 1), "more than 2097152 bytes"),
+        (CHUNKED + b"300000\r\n" + bytes(0x300000) + b"\r\n0\r\n\r\n", "more than 2097152 bytes"),
         (ok(BLOCK[:10], size=500), "hung up 490 bytes before"),
         (b"", "cannot be asked"),
         (b"SSH-2.0-OpenSSH_9.6\r\n", "cannot be asked"),
@@ -132,19 +134,19 @@ def test_a_peer_without_the_clusters_key_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_proof_holds_for_one_request_about_now() -> None:
-    header = proof(SECRET, "GET", CID, 0, 1000)
-    assert check_proof(SECRET, "GET", CID, 0, header, 1000) is None
-    assert check_proof(SECRET, "GET", CID, 0, header, 1120) is None
-    for method, cid, depth, now_s in (
-        ("HEAD", CID, 0, 1000),
-        ("GET", Cid.of(Codec.RAW, b""), 0, 1000),
-        ("GET", CID, 1, 1000),
-        ("GET", CID, 0, 1121),
-        ("GET", CID, 0, 879),
+    header = proof(SECRET, "GET", TARGET, 0, 1000)
+    assert check_proof(SECRET, "GET", TARGET, 0, header, 1000) is None
+    assert check_proof(SECRET, "GET", TARGET, 0, header, 1120) is None
+    for method, target, depth, now_s in (
+        ("HEAD", TARGET, 0, 1000),
+        ("GET", "/names", 0, 1000),
+        ("GET", TARGET, 1, 1000),
+        ("GET", TARGET, 0, 1121),
+        ("GET", TARGET, 0, 879),
     ):
-        assert check_proof(SECRET, method, cid, depth, header, now_s) is not None
+        assert check_proof(SECRET, method, target, depth, header, now_s) is not None
     for bad in ("", "LLMD", "LLMD x y", "Bearer 1 2", "LLMD 99999999999999999999 0", "LLMD -1 0", "LLMD \u00b2 0"):
-        assert check_proof(SECRET, "GET", CID, 0, bad, 1000) is not None
+        assert check_proof(SECRET, "GET", TARGET, 0, bad, 1000) is not None
 
 
 def test_a_cluster_key_is_private_made_once_and_checked(tmp_path: Path) -> None:
