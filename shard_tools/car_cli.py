@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from shard_tools.archive import export_model, import_model
+from shard_tools.archive import Imported, export_model, import_model
 from shard_tools.catalog import accept_record
 from shard_tools.cid import Cid
 from shard_tools.console import (
@@ -28,6 +28,7 @@ from shard_tools.console import (
 from shard_tools.errors import FormatError, InputError
 from shard_tools.index.directory import DirectoryIndex
 from shard_tools.index.seen import SeenVersions
+from shard_tools.keeping import Pins, filling
 from shard_tools.store.directory import DirectoryStore
 
 FileArgument = Annotated[Path, typer.Argument(help="The CAR file.")]
@@ -82,13 +83,20 @@ def car_import(
             with file.open("rb", buffering=1 << 20) as stream:
                 if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
                     raise InputError(f"{file} is no regular file")
-                found = import_model(stream, str(file), blocks)
+                with filling(root):
+                    found = import_model(stream, str(file), blocks)
+                    _name(found, file, root, blocks, trust, key)
         except OSError as e:
             raise InputError(f"cannot read {file}: {e.strerror}") from e
-        if found.record is None:
-            line(f"Imported manifest {found.model.cid}; the file has no signature, so it was not named.")
-            return
-        policy, seen = trusted_keys(trust, key), SeenVersions(root / "seen")
-        accept_record(found.record, str(file), blocks, policy, int(time.time()), seen)
-        DirectoryIndex(root).publish(found.model.name, found.record, blocks.has)
-        line(f"Imported {found.model.name} {found.model.cid}")
+
+
+def _name(found: Imported, file: Path, root: Path, blocks: DirectoryStore, trust: list[str], key: Path) -> None:
+    """The imported model has its name, if a trusted publisher signed it; without a signature it is pinned."""
+    if found.record is None:
+        Pins(root).add(found.model.cid)
+        line(f"Imported manifest {found.model.cid}; the file has no signature, so it is pinned, and not named.")
+        return
+    policy, seen = trusted_keys(trust, key), SeenVersions(root / "seen")
+    accept_record(found.record, str(file), blocks, policy, int(time.time()), seen)
+    DirectoryIndex(root).publish(found.model.name, found.record, blocks.has)
+    line(f"Imported {found.model.name} {found.model.cid}")

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from shard_tools import car_cli, fetch_cli, network_cli, trust_cli
+from shard_tools import car_cli, fetch_cli, keep_cli, network_cli, trust_cli
 from shard_tools import fetch as fetching
 from shard_tools.catalog import open_cid, open_model, open_record
 from shard_tools.cid import Cid
@@ -31,6 +31,7 @@ from shard_tools.console import (
 from shard_tools.errors import FormatError, InputError, LlmdError
 from shard_tools.index.directory import DirectoryIndex
 from shard_tools.index.seen import SeenVersions
+from shard_tools.keeping import Pins, filling
 from shard_tools.manifest import Manifest
 from shard_tools.naming import cosign as cosign_model
 from shard_tools.naming import sign_and_name
@@ -64,6 +65,7 @@ def register(app: typer.Typer) -> None:
     car_cli.register(app)
     trust_cli.register(app)
     network_cli.register(app)
+    keep_cli.register(app)
 
 
 def shard(
@@ -79,7 +81,7 @@ def shard(
         from shard_tools.checkpoint.split import split
 
         blocks = DirectoryStore(store.expanduser())
-        with progress_bar() as progress:
+        with filling(store.expanduser()), progress_bar() as progress:
             model = split(open_checkpoint(checkpoint), blocks, name, _dtype(dtype), progress, _scheme(quantise))  # type: ignore[arg-type]
         _show(model)
         line("Not signed, not named: `llmd publish` does both, and keeps these blocks.")
@@ -102,7 +104,7 @@ def publish(
 
         root = store.expanduser()
         blocks, index, signer = DirectoryStore(root), DirectoryIndex(root), signer_at(key)
-        with progress_bar() as progress:
+        with filling(root), progress_bar() as progress:
             record = publish_model(
                 checkpoint,
                 blocks,
@@ -173,7 +175,7 @@ def verify(
 
 
 def ls(store: StoreOption = STORE) -> None:
-    """List the models that a store names."""
+    """List the models that a store names, and its pins."""
     with refusals():
         root = store.expanduser()
         blocks, index = DirectoryStore(root), DirectoryIndex(root)
@@ -186,7 +188,10 @@ def ls(store: StoreOption = STORE) -> None:
             size = sum(shard.size for shard in model.shards) / 1e6
             said = f"{model.n_layers:>3} layers {model.dtype:<8} {size:>9.1f} MB  {model.license:<12} {model.cid}"
             line(f"{name:<24} {said}")
-        if not index.names():
+        pinned = Pins(root).all()
+        for cid in pinned:
+            line(f"{'pinned':<24} {cid}")
+        if not index.names() and not pinned:
             line(f"No model is named in {root}; `llmd publish` names one.")
 
 

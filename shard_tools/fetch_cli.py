@@ -28,10 +28,11 @@ from shard_tools.index.directory import DirectoryIndex
 from shard_tools.index.indexes import open_index
 from shard_tools.index.model_index import ModelRecord, NameSource
 from shard_tools.index.seen import SeenVersions
+from shard_tools.keeping import Pins, filling
 from shard_tools.manifest import Manifest
+from shard_tools.sources import KEY as CLUSTER_KEY
 from shard_tools.store.block_store import BlockSource
 from shard_tools.store.directory import DirectoryStore
-from shard_tools.store.sources import KEY as CLUSTER_KEY
 from shard_tools.store.stores import open_store
 
 ClusterKeyOption = Annotated[str, typer.Option("--cluster-key", help="File of the cluster's key, for --peer.")]
@@ -85,9 +86,10 @@ def fetch(
             seen = SeenVersions(root / "seen")
             record, found = find_model(model, names, remote, trusted_keys(trust, key), int(time.time()), seen)
         span = _layers(layers, found)
-        with progress_bar() as progress:
-            fetch_model(remote, local, found.cid, layers=span, progress=progress)
-        _finish(local, remote, root, found, record, span)
+        with filling(root):
+            with progress_bar() as progress:
+                fetch_model(remote, local, found.cid, layers=span, progress=progress)
+            _finish(local, remote, root, found, record, span)
 
 
 def _finish(
@@ -98,13 +100,15 @@ def _finish(
     record: ModelRecord | None,
     span: tuple[int, int] | None,
 ) -> None:
-    """The fetched model has its name, if it is whole and came by one."""
+    """The fetched model has its name, if it is whole and came by one; else it is pinned, or the next gc took it."""
     if record is not None:
         local.put(record.signature.codec, remote.get(record.signature))  # a stage opens its part by it too
     if span is not None:
-        line(f"Fetched layers {span[0]}:{span[1]} of manifest {model.cid}; a part of a model is not named.")
+        Pins(root).add(model.cid)
+        line(f"Fetched layers {span[0]}:{span[1]} of manifest {model.cid}; a part of a model is pinned, not named.")
     elif record is None:
-        line(f"Fetched manifest {model.cid} ({model.name}); a model fetched by its CID is not named.")
+        Pins(root).add(model.cid)
+        line(f"Fetched manifest {model.cid} ({model.name}); a model fetched by its CID is pinned, not named.")
     else:
         DirectoryIndex(root).publish(model.name, record, local.has)
         line(f"Fetched {model.name} {model.cid}")

@@ -17,10 +17,10 @@ from shard_tools.fetch import load_manifest, model_blocks
 from shard_tools.fetch_cli import ClusterKeyOption, GatewayOption, IpfsOption, MirrorOption, PeerOption
 from shard_tools.http_client import Patience
 from shard_tools.index.directory import DirectoryIndex
+from shard_tools.sources import KEY as CLUSTER_KEY
+from shard_tools.sources import open_pulling, outside
 from shard_tools.store.directory import DirectoryStore
 from shard_tools.store.peers import Peers
-from shard_tools.store.sources import KEY as CLUSTER_KEY
-from shard_tools.store.sources import open_pulling, outside
 
 DEFAULT_IPFS = "/ip4/127.0.0.1/tcp/5001/http"
 

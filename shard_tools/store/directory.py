@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from shard_tools.choice import absolute_path
@@ -27,6 +28,15 @@ _ABANDONED_S = 3600  # a temporary file this old has no writer left: one block t
 def open_directory(*, path: str) -> DirectoryStore:
     """The store `{kind: directory, path: ...}` of a config. Raises InputError for a relative path."""
     return DirectoryStore(absolute_path(path))
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBlock:
+    """A block of a directory. used_s: when it was put, or touched as used, in seconds since 1970."""
+
+    cid: Cid
+    size: int
+    used_s: float
 
 
 class DirectoryStore:
@@ -105,6 +115,20 @@ class DirectoryStore:
             for path in sorted(directory.iterdir()):
                 with suppress(FormatError):  # somebody else's file
                     yield Cid.parse(path.name)
+
+    def held(self) -> Iterator[HeldBlock]:
+        """Every block held, with size and age, in no promised order."""
+        for directory in os.scandir(self._blocks):
+            with os.scandir(directory.path) as entries:
+                for entry in entries:
+                    with suppress(FormatError, OSError):  # somebody else's file, or one that has just gone
+                        stat = entry.stat()
+                        yield HeldBlock(Cid.parse(entry.name), stat.st_size, stat.st_mtime)
+
+    def touch(self, cid: Cid) -> None:
+        """The block, if it is here, counts as used now."""
+        with suppress(OSError):
+            os.utime(self._path(cid))
 
     def _path(self, cid: Cid) -> Path:
         name = str(cid)

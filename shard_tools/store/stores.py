@@ -8,9 +8,8 @@ from __future__ import annotations
 from shard_tools.choice import Choice, Table
 from shard_tools.store.block_store import BlockStore
 
-_SOURCES = "shard_tools.store.sources"
 _OURS = {"directory": "shard_tools.store.directory:open_directory"}
-_OURS |= {kind: f"{_SOURCES}:open_{kind}" for kind in ("tiered", "peers", "gateway", "ipfs")}
+_OURS |= {kind: f"shard_tools.sources:open_{kind}" for kind in ("tiered", "peers", "gateway", "ipfs")}
 
 STORES = Table("block store", "llmd.stores", BlockStore, _OURS)
 

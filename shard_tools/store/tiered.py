@@ -51,9 +51,19 @@ class Haste:
 class TieredStore:
     """A BlockStore whose blocks are those of `near`, and which gets others where it can."""
 
-    def __init__(self, near: DirectoryStore, lock: Path, order: Order, haste: Haste | None = None) -> None:
-        """order: the sources to ask for a block, first to last. lock: file by which processes wait for each other."""
-        self._near, self._order, self._haste = near, order, haste or Haste()
+    def __init__(
+        self,
+        near: DirectoryStore,
+        lock: Path,
+        order: Order,
+        haste: Haste | None = None,
+        grew: Callable[[int], None] | None = None,
+    ) -> None:
+        """order: the sources to ask for a block, first to last. lock: file by which processes wait for each other.
+
+        grew: told of the size of each block that was kept; where it is given, blocks that are read are marked as used.
+        """
+        self._near, self._order, self._haste, self._grew = near, order, haste or Haste(), grew
         self._flights = Flights(lock)
         self._standings: dict[str, _Standing] = {}
         self._guard = threading.Lock()
@@ -69,7 +79,10 @@ class TieredStore:
     def get(self, cid: Cid) -> bytes:
         """As BlockSource.get. Raises UnavailableError, a NotFoundError."""
         try:
-            return self._near.get(cid)
+            block = self._near.get(cid)
+            if self._grew is not None:
+                self._near.touch(cid)
+            return block
         except (NotFoundError, CorruptBlockError):
             pass
         with self._flights.alone(cid, self._haste.total_s):
@@ -103,6 +116,8 @@ class TieredStore:
             if anew:
                 self._near.delete(cid)
             self._near.put(cid.codec, block)
+            if self._grew is not None:
+                self._grew(len(block))
         except (InputError, OSError) as e:  # the disk is full, or may not be written: the block is right all the same
             _log.warning("%s Blocks are fetched again each time until they can be kept.", e)
 

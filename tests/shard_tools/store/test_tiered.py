@@ -22,13 +22,13 @@ from shard_tools.cid import Cid, Codec
 from shard_tools.cluster_key import create_key, load_key
 from shard_tools.errors import CorruptBlockError, InputError, UnavailableError, UnreachableError
 from shard_tools.http_client import Patience
+from shard_tools.sources import open_pulling
 from shard_tools.store.block_store import BlockSource
 from shard_tools.store.directory import DirectoryStore
 from shard_tools.store.flights import Flights
 from shard_tools.store.http_source import HttpSource
 from shard_tools.store.memory import MemoryStore
 from shard_tools.store.peers import Peers
-from shard_tools.store.sources import open_pulling
 from shard_tools.store.stores import open_store
 from shard_tools.store.tiered import Haste, TieredStore
 from tests.shard_tools.http_doubles import answering, ok, saying, silent

@@ -5,6 +5,7 @@ All keep what they got in a directory, `cache`. Lists are text, separated by spa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from shard_tools.choice import absolute_path
@@ -12,6 +13,7 @@ from shard_tools.cid import Cid
 from shard_tools.cluster_key import load_key
 from shard_tools.errors import InputError
 from shard_tools.http_client import ANSWER_S, Patience
+from shard_tools.keeping import Quota
 from shard_tools.store.block_store import BlockSource
 from shard_tools.store.directory import DirectoryStore
 from shard_tools.store.http_source import HttpSource
@@ -33,11 +35,13 @@ def open_tiered(
     hedge_s: float = HEDGE_S,
     answer_s: float = ANSWER_S,
     total_s: float = TOTAL_S,
+    quota_gb: float = 0.0,
 ) -> TieredStore:
     """The store `{kind: tiered, cache: folder, ...}`: cache, peers, IPFS node, gateways, mirror folders, in that order.
 
     peers: http://host:port of every node of the cluster, this one among them. ipfs: multiaddr of a node's RPC.
-    gateways: https://host... mirrors: absolute paths of other stores. Raises InputError.
+    gateways: https://host... mirrors: absolute paths of other stores.
+    quota_gb: what the cache may hold beyond what is named or pinned in it; 0: anything. Raises InputError.
     """
     haste, patience = Haste(_seconds(hedge_s), _seconds(total_s)), Patience(answer_s=_seconds(answer_s))
     near, far = DirectoryStore(absolute_path(cache)), outside(ipfs, gateways, mirrors, patience)
@@ -47,7 +51,7 @@ def open_tiered(
         order = lambda cid: (*known.order(cid), *far(cid))
     elif not (ipfs or gateways.split() or mirrors.split()):
         raise InputError("a tiered store needs at least one of the options peers, ipfs, gateways and mirrors")
-    return TieredStore(near, lock_of(cache), order, haste)
+    return TieredStore(near, lock_of(cache), order, haste, _quota(quota_gb, absolute_path(cache)))
 
 
 def open_peers(*, cache: str, addresses: str, cluster_key: str = KEY) -> TieredStore:
@@ -79,13 +83,9 @@ def open_pulling(near: DirectoryStore, root: Path, peers: Peers | None, far: Ord
 
 def outside(ipfs: str, gateways: str, mirrors: str, patience: Patience) -> Order:
     """The sources beyond the cluster: node, gateways (taking turns, so that all carry), mirrors. Raises InputError."""
-    first: list[BlockSource] = []
-    if ipfs:
-        from shard_tools.store.ipfs import IpfsNode  # its package is an extra
-
-        first.append(IpfsNode(ipfs, patience))
-    doors = [HttpSource(url, "gateway", patience) for url in gateways.split()]
-    last = [DirectoryStore.mirror(absolute_path(path)) for path in mirrors.split()]
+    first = each_outside(ipfs, "", "", patience)
+    doors = each_outside("", gateways, "", patience)
+    last = each_outside("", "", mirrors, patience)
 
     def order(cid: Cid) -> tuple[BlockSource, ...]:
         turn = cid.digest[0] % len(doors) if doors else 0
@@ -94,9 +94,27 @@ def outside(ipfs: str, gateways: str, mirrors: str, patience: Patience) -> Order
     return order
 
 
+def each_outside(ipfs: str, gateways: str, mirrors: str, patience: Patience) -> list[BlockSource]:
+    """The sources that a person named, in the order of the kinds. Raises InputError."""
+    out: list[BlockSource] = []
+    if ipfs:
+        from shard_tools.store.ipfs import IpfsNode  # its package is an extra
+
+        out.append(IpfsNode(ipfs, patience))
+    out += [HttpSource(url, "gateway", patience) for url in gateways.split()]
+    out += [DirectoryStore.mirror(absolute_path(path)) for path in mirrors.split()]
+    return out
+
+
 def lock_of(cache: str) -> Path:
     """The file by which those who want a block of this cache wait for each other."""
     return absolute_path(cache) / "wanted.lock"
+
+
+def _quota(quota_gb: float, root: Path) -> Callable[[int], None] | None:
+    if isinstance(quota_gb, bool) or not isinstance(quota_gb, int | float) or not 0 <= quota_gb <= 1e6:
+        raise InputError(f"{quota_gb!r} is no quota: expected gigabytes, 0 for none")
+    return Quota(root, int(quota_gb * 1e9)).grew if quota_gb else None
 
 
 def _seconds(value: float) -> float:
