@@ -59,6 +59,7 @@ bench: $(READY)
 	$(BENCH).prefix_cache --users 4 --turns 2 --out build/bench
 	$(BENCH).serving --rates 1 inf --requests 8 --out build/bench
 	$(BENCH).cold_start --repeats 1 --out build/bench
+	$(BENCH).content_network --parts directory http join --blocks 100 --nodes 4 --out build/bench
 	$(BENCH).soak --minutes 0.5 --out build/bench
 	$(BENCH).plot --results build/bench
 

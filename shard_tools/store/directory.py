@@ -20,7 +20,7 @@ from pathlib import Path
 from shard_tools.choice import absolute_path
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import FormatError, InputError, NotFoundError
-from shard_tools.store.block_store import MAX_BLOCK_BYTES, check_block, check_size
+from shard_tools.store.block_store import MAX_BLOCK_BYTES, check_block, check_size, name_of
 
 _ABANDONED_S = 3600  # a temporary file this old has no writer left: one block takes milliseconds
 
@@ -69,7 +69,7 @@ class DirectoryStore:
 
     def put(self, codec: Codec, block: bytes) -> Cid:
         check_size(block)
-        cid = Cid.of(codec, block)
+        cid = name_of(codec, block)
         path = self._path(cid)
         with suppress(OSError):
             if path.stat().st_size == len(block):  # a torn block, which has another length, is written again
