@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from serve_app.demo import demo_model
 from serve_app.engine.load import LoadOptions
 from serve_app.local import LocalPipeline
 from serve_app.messages.request import FinishedEvent, GenerationRequest, RequestId, Sampling, fresh_salt
@@ -16,8 +17,9 @@ from shard_tools.catalog import open_record
 from shard_tools.choice import Choice
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import UnavailableError
-from shard_tools.fetch import fetch, model_blocks, verify
+from shard_tools.fetch import fetch, load_manifest, model_blocks, verify
 from shard_tools.index.directory import DirectoryIndex
+from shard_tools.manifest import Manifest
 from shard_tools.publish import publish
 from shard_tools.signing import Signer, key_text
 from shard_tools.store.block_store import BlockStore
@@ -91,16 +93,16 @@ def test_a_model_pushed_to_one_node_is_fetched_from_another_by_bitswap_and_serve
     assert found == model.manifest == fetch(there, target, model.record.manifest)
     assert verify(target, found) == []
     assert all(target.get(cid) == block for cid, block in model.blocks() if cid != model.record.signature)
-    assert len(asyncio.run(answer(target, model))) > 0
+    assert len(asyncio.run(answer(target, model.manifest))) > 0
 
 
-async def answer(store: BlockStore, model: Model) -> tuple[int, ...]:
+async def answer(store: BlockStore, manifest: Manifest) -> tuple[int, ...]:
     """The tokens of one answer of a pipeline of two stages."""
-    pipeline = LocalPipeline(store, model.manifest, stages=2, options=LoadOptions("cpu", "float32", 16, 1))
+    pipeline = LocalPipeline(store, manifest, stages=2, options=LoadOptions("cpu", "float32", 16, 1))
     try:
         await pipeline.warm_up()
         request = GenerationRequest(
-            RequestId("r"), model.manifest.cid, tuple(range(3, 20)), 4, Sampling(0), (), b"", fresh_salt()
+            RequestId("r"), manifest.cid, tuple(range(3, 20)), 4, Sampling(0), (), b"", fresh_salt()
         )
         events = [event async for event in pipeline.generate(request)]
         assert isinstance(events[-1], FinishedEvent) and events[-1].receipt
@@ -195,3 +197,35 @@ def test_the_commands_take_a_model_from_one_node_to_another_that_knows_its_name_
     assert desk.run("verify", "tiny", "--trust", trust).exit_code == 0
     assert "Known: tiny" in desk.run("fetch", "tin", "--ipfs", b.api, "--index", ipns, "--trust", trust).stderr
     assert "has no key 'x'" in desk.run("ipfs", "push", "tiny", "--api", a.api, "--ipns", "x").stderr
+
+
+@needs_js
+@needs_kubo
+@pytest.mark.timeout(600)
+def test_smollm2_goes_from_node_to_node_by_name_and_answers(
+    pair: tuple[JsNode, JsNode], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Published as a person would, pushed to a node, found by its name in IPNS through another, fetched by bitswap; and
+    it speaks. The same blocks go from a Kubo core to another that is asked for the manifest alone.
+    """
+    folder = tmp_path_factory.mktemp("smollm2")
+    here, there = Desk(folder / "here"), Desk(folder / "there")
+    published = here.run("publish", demo_model(), "--name", "smollm2", "--dtype", "bfloat16")
+    assert published.exit_code == 0, published.output
+    a, b = pair
+    pushed = here.run("ipfs", "push", "smollm2", "--api", a.api, "--ipns", "self")
+    assert pushed.exit_code == 0, pushed.output
+    ipns, trust = pushed.stdout.split("--index ")[1].strip(), ("--trust", here.key.with_suffix(".pub"))
+    fetched = there.run("fetch", "smollm2", "--ipfs", b.api, "--index", ipns, *trust)
+    assert fetched.exit_code == 0, fetched.output
+    store, origin = DirectoryStore(there.store), DirectoryStore(here.store)
+    manifest = load_manifest(store, DirectoryIndex(there.store).resolve("smollm2").manifest)
+    assert str(manifest.cid) in published.stdout and verify(store, manifest) == []
+    key = fresh_swarm_key()
+    cids = list(model_blocks(manifest, origin.get))
+    with kubo_core(folder / "ka", key) as ka, kubo_core(folder / "kb", key) as kb:
+        for cid in cids:
+            ka.inject(cid, origin.get(cid))
+        assert kb.ask("connect", ka.address) == "0" == kb.ask("pin", manifest.cid)
+        assert all(kb.block(cid) == origin.get(cid) for cid in cids)
+    assert asyncio.run(answer(store, manifest))
