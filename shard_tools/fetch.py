@@ -18,6 +18,7 @@ from shard_tools.manifest import File, Leaf, Manifest, Shard, Tensor
 from shard_tools.progress import Progress, silent
 from shard_tools.store.block_store import BlockSource, BlockStore
 
+_SERIAL_LEAVES = 4  # a tensor of fewer is read before threads have started
 THREADS = 8  # enough to hide the latency of a peer; hashing releases the interpreter's lock
 
 T = TypeVar("T")
@@ -50,10 +51,19 @@ def read_tensor(store: BlockSource, tensor: Tensor, into: memoryview) -> None:
     """
     target = into.cast("B")
     assert target.nbytes == tensor.size, (target.nbytes, tensor.size)
-    at = 0
-    for leaf in tensor.leaves:
+
+    def read(i: int) -> None:
+        at = i * unixfs.LEAF_BYTES  # all leaves of a tensor but the last are full
+        leaf = tensor.leaves[i]
         target[at : at + leaf.size] = _leaf(store, leaf)
-        at += leaf.size
+
+    if len(tensor.leaves) < _SERIAL_LEAVES:
+        for i in range(len(tensor.leaves)):
+            read(i)
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(read, range(len(tensor.leaves))):
+            pass
 
 
 def read_file(store: BlockSource, file: File) -> bytes:
