@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from shard_tools import car_cli, fetch_cli, keep_cli, network_cli, trust_cli
+from shard_tools import car_cli, fetch_cli, keep_cli, network_cli, node_cli, trust_cli
 from shard_tools import fetch as fetching
 from shard_tools.catalog import open_cid, open_model, open_record
 from shard_tools.cid import Cid
@@ -66,6 +66,7 @@ def register(app: typer.Typer) -> None:
     trust_cli.register(app)
     network_cli.register(app)
     keep_cli.register(app)
+    node_cli.register(app)
 
 
 def shard(
