@@ -97,7 +97,7 @@ def prepare(binary: str, repo: Path, swarm_key: Path, settings: DaemonSettings) 
     if path is None:
         raise InputError(f"there is no program {binary!r} on this machine. {HOW_TO_GET}")
     key = _read_swarm_key(swarm_key)
-    environment = {"IPFS_PATH": str(repo), "LIBP2P_FORCE_PNET": "1"}  # the second: no node without the swarm key
+    environment = {"IPFS_PATH": str(repo), "IPFS_TELEMETRY": "off", "LIBP2P_FORCE_PNET": "1"}  # 1: or it does not run
     config = repo / "config"
     try:
         repo.mkdir(parents=True, exist_ok=True, mode=0o700)
