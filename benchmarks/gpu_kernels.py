@@ -1,6 +1,6 @@
 """Each kernel of the GPU engine at the shapes of Qwen3-0.6B and Llama-3-8B, beside what PyTorch's libraries do.
 
-    python3 -m benchmarks.gpu_kernels [--quick] [--only attention layers]
+    python3 -m benchmarks.gpu_kernels [--quick] [--only attention layers quantised moe attention_fp8]
 
 Times are of a CUDA graph that calls the kernel many times on rotating inputs (nothing stays in the cache that would not
 in a model), median of several replays. GB/s counts what must be read once.
@@ -18,6 +18,9 @@ from typing import Any
 import torch
 import triton
 
+from benchmarks.gpu_experts import experts
+from benchmarks.gpu_quantised import quantised
+from benchmarks.gpu_time import DEVICE, KIND, time_us
 from benchmarks.report import Result, save
 from serve_app.engine.block import Block, Linear, Norm
 from serve_app.engine.gpu.attend import DecodeAttention
@@ -26,29 +29,6 @@ from serve_app.engine.gpu.kernels import decode_attention, early_launch, skinny_
 from serve_app.engine.gpu.kernels.decode_attention import ChunkSpace, list_chunks
 from serve_app.engine.gpu.kernels.norm import rms_norm
 from serve_app.engine.gpu.kernels.sampler import SamplerSpace, sample
-
-DEVICE = "cuda"
-KIND = torch.bfloat16
-
-
-def time_us(calls: list[Callable[[], Any]], replays: int = 7) -> float:
-    """Microseconds of one call, median over replays of a graph of all of them."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(replays):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3 / len(calls))
-    return sorted(times)[len(times) // 2]
 
 
 def bandwidth() -> dict[str, Any]:
@@ -73,25 +53,31 @@ CONTEXTS = {
 }
 # block, warps, stages, programs on each multiprocessor
 VARIANTS = [
-    (64, 4, 3, 2), (64, 4, 2, 3), (64, 4, 2, 2), (32, 4, 4, 3), (32, 2, 4, 3), (32, 2, 3, 4), (128, 4, 2, 1),
-    (128, 8, 2, 1),
+    (32, 1, 2, 6), (32, 2, 2, 6), (64, 4, 2, 3), (64, 4, 3, 2), (16, 1, 3, 8), (16, 1, 2, 12), (128, 8, 2, 1),
 ]  # fmt: skip
 
 
-def attention(quick: bool) -> dict[str, Any]:
+def attention(quick: bool, eight: bool = False) -> dict[str, Any]:
+    """eight: pages of 8-bit floats."""
     out: dict[str, Any] = {}
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     for name, (heads, kv_heads, lengths) in CONTEXTS.items():
         rows, page, dim = len(lengths), 16, 128
-        n_bytes = int(lengths.sum()) * kv_heads * dim * 4
+        n_bytes = int(lengths.sum()) * kv_heads * 2 * (dim + 4 if eight else 2 * dim)
         copies = max(1, min(8, (400 << 20) // n_bytes))
         per = int(lengths.max()) // page + 1
         caches = [
-            [torch.randn((rows * per, kv_heads, page, dim), device=DEVICE, dtype=KIND) for _ in range(2)]
+            [
+                torch.randn((rows * per, kv_heads, page, dim), device=DEVICE, dtype=KIND).to(
+                    torch.float8_e4m3fn if eight else KIND
+                )
+                for _ in range(2)
+            ]
             for _ in range(copies)
         ]
         table = torch.randperm(rows * per).view(rows, per).int().to(DEVICE)
         slots, dev_lengths = torch.arange(rows).int().to(DEVICE), lengths.int().to(DEVICE)
+        scales = torch.rand((2, rows * per, kv_heads, page), device=DEVICE) if eight else None
         q = torch.randn((rows, heads, dim), device=DEVICE, dtype=KIND)
         o = torch.empty_like(q)
         results = []
@@ -100,11 +86,11 @@ def attention(quick: bool) -> dict[str, Any]:
             most = max(1, 8 * programs * processors // kv_heads)
             if most > space.most:
                 space = ChunkSpace.of(max(most, rows), heads, kv_heads, dim, torch.device(DEVICE))
-            space = replace(space, programs=programs * processors, most=most)
+            space = replace(space, programs=programs * processors, most=most, few=3 * most // 8)
             list_chunks(slots, dev_lengths, space)
             calls = [
                 lambda c=c, space=space, block=block, warps=warps, stages=stages: decode_attention.decode_attention(
-                    q, c[0], c[1], table, dev_lengths, out=o, space=space, scale=dim**-0.5,
+                    q, c[0], c[1], table, dev_lengths, out=o, space=space, scale=dim**-0.5, scales=scales,
                     block=block, warps=warps, stages=stages,
                 )
                 for c in caches * max(1, 8 // copies)
@@ -120,30 +106,32 @@ def attention(quick: bool) -> dict[str, Any]:
     return out
 
 
+def random_block(hidden: int, inner: int, heads: int, kv_heads: int, dim: int, has_norms: bool) -> Block:
+    """has_norms: of queries and keys."""
+
+    def weight(n: int, k: int) -> Linear:
+        return Linear(torch.randn((n, k), device=DEVICE, dtype=KIND) * 0.02, None)
+
+    def ones(n: int) -> Norm:
+        return Norm(torch.ones(n, device=DEVICE, dtype=KIND), 1e-6, False)
+
+    angles = torch.rand((4096, dim // 2), device=DEVICE)
+    return Block(
+        heads=heads, kv_heads=kv_heads, dim=dim, scale=dim**-0.5, softcap=None, window=None, sinks=None,
+        cos=angles.cos(), sin=angles.sin(), norm_in=ones(hidden), qkv=weight((heads + 2 * kv_heads) * dim, hidden),
+        q_norm=ones(dim) if has_norms else None, k_norm=ones(dim) if has_norms else None,
+        out=weight(hidden, heads * dim), after_attention=None, norm_mid=ones(hidden),
+        gate_up=weight(2 * inner, hidden), down=weight(hidden, inner), after_mlp=None, activation="silu",
+    )  # fmt: skip
+
+
 def layers() -> dict[str, Any]:
     """Whole layers in a graph, as the engine runs them, beside what must be read for them."""
     out: dict[str, Any] = {}
     for name, hidden, inner, heads, n_layers in (("0.6b", 1024, 3072, 16, 12), ("8b", 4096, 14336, 32, 4)):
         kv_heads, dim, device = 8, 128, torch.device(DEVICE)
 
-        def weight(n: int, k: int) -> Linear:
-            return Linear(torch.randn((n, k), device=DEVICE, dtype=KIND) * 0.02, None)
-
-        def ones(n: int) -> Norm:
-            return Norm(torch.ones(n, device=DEVICE, dtype=KIND), 1e-6, False)
-
-        angles = torch.rand((4096, dim // 2), device=DEVICE)
-        blocks = [
-            Block(
-                heads=heads, kv_heads=kv_heads, dim=dim, scale=dim**-0.5, softcap=None, window=None, sinks=None,
-                cos=angles.cos(), sin=angles.sin(), norm_in=ones(hidden),
-                qkv=weight((heads + 2 * kv_heads) * dim, hidden),
-                q_norm=ones(dim) if name == "0.6b" else None, k_norm=ones(dim) if name == "0.6b" else None,
-                out=weight(hidden, heads * dim), after_attention=None, norm_mid=ones(hidden),
-                gate_up=weight(2 * inner, hidden), down=weight(hidden, inner), after_mlp=None, activation="silu",
-            )
-            for _ in range(n_layers)
-        ]  # fmt: skip
+        blocks = [random_block(hidden, inner, heads, kv_heads, dim, name == "0.6b") for _ in range(n_layers)]
         n_bytes = sum(
             2 * t.numel() for b in blocks for t in (b.qkv.weight, b.out.weight, b.gate_up.weight, b.down.weight)
         )
@@ -267,10 +255,14 @@ def others() -> dict[str, Any]:
     return out
 
 
+DEFAULT = ["attention", "layers", "others", "products"]
+ASKED = ["attention_fp8", "moe", "quantised"]  # minutes each, most of it compiling variants
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one variant of each kernel")
-    parser.add_argument("--only", nargs="+", choices=["attention", "layers", "others", "products"], default=None)
+    parser.add_argument("--only", nargs="+", choices=[*DEFAULT, *ASKED], default=DEFAULT)
     parser.add_argument("--no-early", action="store_true", help="no kernel starts before the one before it has ended")
     parser.add_argument("--out", type=Path, default=None)
     a = parser.parse_args()
@@ -283,8 +275,11 @@ def main() -> int:
         "layers": layers,
         "others": others,
         "products": lambda: products(a.quick),
+        "attention_fp8": lambda: attention(a.quick, eight=True),
+        "moe": lambda: experts(random_block(64, 64, 4, 2, 64, False), a.quick),
+        "quantised": lambda: quantised(a.quick),
     }
-    figures |= {name: part() for name, part in parts.items() if a.only is None or name in a.only}
+    figures |= {name: part() for name, part in parts.items() if name in a.only}
     save(Result("gpu_kernels", figures), a.out)
     return 0
 

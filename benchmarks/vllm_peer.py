@@ -18,15 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_serving import MODELS, nano
+from benchmarks.gpu_models import ARCHITECTURES, MODELS
+from benchmarks.gpu_serving import nano
 from benchmarks.report import Result, save
-
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=[name for name in MODELS if name != "tiny"], default="qwen3-0.6b")
+    parser.add_argument(
+        "--model", choices=[name for name in MODELS if not name.startswith("tiny")], default="qwen3-0.6b"
+    )
     parser.add_argument("--work", nargs="+", choices=["nano", "decode"], default=["nano", "decode"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="arguments of vllm.LLM")

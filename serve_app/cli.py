@@ -63,14 +63,15 @@ def demo(
 
 @app.command("build-native")
 def build_native() -> None:
-    """Compile the CPU engine's decode step for this machine now; else the first stage that starts here does it."""
-    from serve_app.engine.cpu.native_build import native_library
+    """Compile what is C++ for this machine now; else the first stage that starts here does it."""
+    from serve_app.native_build import CPU_STEP, ROW_HASHES, native_library
 
-    path = native_library()
-    if path is None:
-        typer.echo("llmd: not compiled (see above); stages on this machine compute with torch's operators", err=True)
-        raise typer.Exit(1)
-    typer.echo(path)
+    missing = 0
+    for source in (CPU_STEP, ROW_HASHES):
+        path = native_library(source)
+        missing += path is None
+        typer.echo(path or f"llmd: not compiled (see above): {source.without}", err=path is None)
+    raise typer.Exit(int(missing > 0))
 
 
 def main() -> None:

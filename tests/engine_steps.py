@@ -10,6 +10,7 @@ from serve_app.messages.step import CLOSE, DRAWN_LAST, OPEN, SPAN, StepPlan
 from shard_tools.checkpoint.source import open_checkpoint
 from shard_tools.checkpoint.split import split
 from shard_tools.manifest import Manifest
+from shard_tools.quantised import Scheme
 from shard_tools.store.memory import MemoryStore
 from tests.tiny_models import write_tiny_checkpoint
 
@@ -19,11 +20,14 @@ Span = tuple[int, int, int, list[int], int]  # seq, start, count, new pages, sam
 Step = tuple[StepPlan, memoryview]
 
 
-def published(folder: Path, family: str = "llama") -> tuple[MemoryStore, Manifest]:
-    """Two layers of random float32 weights."""
+def published(
+    folder: Path, family: str = "llama", scheme: Scheme | None = None, tied: bool = False
+) -> tuple[MemoryStore, Manifest]:
+    """Two layers of random float32 weights, or of integers made of them."""
     store = MemoryStore()
-    checkpoint = write_tiny_checkpoint(folder / "checkpoint", family, layers=2, vocab=VOCAB)
-    return store, split(open_checkpoint(checkpoint), store, "tiny", "float32")
+    vocab = VOCAB if scheme is None else -(-VOCAB // 16) * 16  # or embedding and head would stay floats
+    checkpoint = write_tiny_checkpoint(folder / "checkpoint", family, layers=2, vocab=vocab, tied=tied)
+    return store, split(open_checkpoint(checkpoint), store, "tiny", "float32", scheme=scheme)
 
 
 def plan_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import ray
 
 from serve_app.cluster.specs import HeadSpec
-from serve_app.cluster.stage_actor import node_key_path, party_here
+from serve_app.cluster.stage_actor import SWITCH_INTERVAL_S, node_key_path, party_here
 from serve_app.cluster.wiring import HEAD, Awaited, EdgeSet, Joint, Party
 from serve_app.errors import PipelineError
 from serve_app.messages.request import Event, FailedEvent, FinishedEvent
@@ -32,6 +33,7 @@ class _HeadProcess:
     """Made after its stages; lives and dies with its pipeline."""
 
     def __init__(self, spec: HeadSpec) -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)  # its edges have threads of their own, which wake its loop
         self._spec = spec
         self._identity = NodeIdentity.load_or_create(node_key_path(spec.state_dir))
         self._edges = EdgeSet(self._identity, spec.epoch, spec.session_lifetime_s, self._take, self._stage_lost)

@@ -137,6 +137,7 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
             store=config.model.store,
             engine=config.pipeline.engine,
             deterministic=config.pipeline.deterministic,
+            kv_dtype=config.pipeline.kv_dtype,
             device=wants.device,
             page_size=config.pipeline.page_size,
             threads=wants.threads,

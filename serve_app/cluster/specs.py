@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve_app.cluster.wiring import Party
-from serve_app.engine.engine import DeviceName, EngineProfile
+from serve_app.engine.engine import DeviceName, EngineProfile, KvDtype
 from shard_tools.choice import Choice
 from shard_tools.cid import Cid
 from shard_tools.signing import Envelope
@@ -31,6 +31,7 @@ class StageSpec:
     store: Path | Choice
     engine: Choice
     deterministic: bool
+    kv_dtype: KvDtype
     device: DeviceName
     page_size: int
     threads: int

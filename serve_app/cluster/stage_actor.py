@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from ray.util import get_node_ip_address
 from serve_app.choices import store_of
 from serve_app.cluster.specs import StageReport, StageSpec
 from serve_app.cluster.wiring import Awaited, EdgeSet, Joint, Party
-from serve_app.engine.engine import ActivationDtype, Engine
+from serve_app.engine.engine import ActivationDtype, Engine, LendsRows
 from serve_app.pipeline.stage import Stage
 from serve_app.pipeline.witness import StageSpan
 from serve_app.receipts.identity import NodeIdentity
@@ -31,6 +32,9 @@ from shard_tools.signing import PublicKey
 from shard_tools.store.block_store import BlockStore
 
 T = TypeVar("T")
+# How long a thread keeps the interpreter while another waits. A launch gives it up at every call to the GPU, some
+# twenty times a step, and with Python's 5 ms would wait as often for the thread that counts rows.
+SWITCH_INTERVAL_S = 1e-5
 
 
 def node_key_path(state_dir: Path) -> Path:
@@ -70,6 +74,7 @@ class _StageProcess:
     """Async: pings and pushes are answered while the Stage's own thread computes."""
 
     def __init__(self, spec: StageSpec) -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._spec = spec
         self._store = _CountingStore(store_of(spec.store))
         record = ModelRecord(spec.manifest, spec.signature)
@@ -79,6 +84,7 @@ class _StageProcess:
         self._edges = EdgeSet(identity, spec.epoch, spec.session_lifetime_s, self._take, self._neighbour_lost)
         self._engine: Engine
         self._load_s = 0.0
+        self._lends = False
         self._stage: Stage | None = None
 
     async def computes_fast_in(self, dtype: ActivationDtype) -> bool:
@@ -98,7 +104,15 @@ class _StageProcess:
 
         began, spec = time.perf_counter(), self._spec
         self._store.opened.clear()
-        options = LoadOptions(spec.device, dtype, spec.page_size, spec.threads, spec.engine, spec.deterministic)
+        options = LoadOptions(
+            spec.device,
+            dtype,
+            spec.page_size,
+            spec.threads,
+            spec.engine,
+            spec.deterministic,
+            kv_dtype=spec.kv_dtype,
+        )
         self._engine = load_engine(self._store, self._manifest, spec.start, spec.stop, options)
         self._load_s = time.perf_counter() - began
         return StageReport(
@@ -146,6 +160,21 @@ class _StageProcess:
             epoch=spec.epoch,
         )
 
+    async def offer_rows(self, places: int) -> bytes | None:
+        """As engine.LendsRows; None if this stage's engine cannot."""
+        return await _outside_the_loop(self._engine.offer_rows, places) if isinstance(self._engine, LendsRows) else None
+
+    async def can_read_rows(self, reference: bytes) -> bool:
+        """As engine.LendsRows."""
+        engine = self._engine
+        return isinstance(engine, LendsRows) and await _outside_the_loop(engine.can_read_rows, reference)
+
+    async def lend_rows(self) -> None:
+        """As engine.LendsRows; only after it offered some."""
+        assert isinstance(self._engine, LendsRows)
+        self._engine.lend_rows()
+        self._lends = True
+
     async def push(self, edge: str, number: int, message: bytes) -> None:
         """Take in message `number` of this edge of Ray calls."""
         self._edges.push(edge, number, message)
@@ -163,6 +192,7 @@ class _StageProcess:
             "load_ms": int(self._load_s * 1000),
             "node": self._session.node.hex()[:16],
             "steps": stage.steps if stage else 0,
+            "rows_stay_on_gpu": self._lends,
             "busy_ms": int(stage.busy_s * 1000) if stage else 0,
             "rows_hashed": stage.witness.rows_hashed if stage else 0,
             "rows_reused": stage.witness.rows_reused if stage else 0,

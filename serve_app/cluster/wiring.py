@@ -2,7 +2,8 @@
 
 The Supervisor decides (`wire`): shared memory on one host, TLS between hosts, or Ray's actor calls if the configuration
 says so. It tells every process whom to await, then every process whom to call: first all listen, then the Head opens
-its edge, then the stages theirs, so that nobody speaks to one that is not there yet.
+its edge, then the stages theirs, so that nobody speaks to one that is not there yet. Between two GPUs of one host the
+rows themselves stay where they are until the receiver copies them; the edge then carries a reference.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from serve_app.cluster.ray_edge import InOrder, RayEdge
 from serve_app.errors import PipelineError
 from serve_app.receipts.identity import NodeIdentity
+from serve_app.scheduling.scheduler import max_flights
 from serve_app.transport.edge import Deliver, Edge, Lost
 from serve_app.transport.handshake import EdgeAddress, EdgeKind, Inlet, Outlet, Peer
 from serve_app.transport.listener import EdgeListener
@@ -103,6 +105,17 @@ async def wire(mode: EdgeMode, head: Member, stages: Sequence[Member], n_pages: 
             for stage, following in zip(stages, after, strict=True)
         )
     )
+    if mode == "auto":
+        await asyncio.gather(*(_lend(a, b, len(stages)) for a, b in itertools.pairwise(stages)))
+
+
+async def _lend(a: Member, b: Member, n_stages: int) -> None:
+    """Rows from a to b stay on a's GPU until b copies them, if both can."""
+    if a.party.ray_node != b.party.ray_node:
+        return
+    offered = await a.actor.offer_rows.remote(max_flights(n_stages) + 1)
+    if offered is not None and await b.actor.can_read_rows.remote(offered):
+        await a.actor.lend_rows.remote()
 
 
 class EdgeSet:

@@ -8,6 +8,7 @@ into the merged ones, so the layer stays whole and nothing is held twice.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,19 +40,59 @@ class Integers:
     stored: Tensor
     scales: Tensor
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight that they stand for: [out, in]."""
+        n_out, n_stored = self.stored.shape
+        return n_out, 2 * n_stored if self.stored.dtype == torch.uint8 else n_stored
+
+
+FindIntegers = Callable[[str], Integers | None]  # of a parameter by name
+
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """weight [out, in], bias [out] or None; integers: what the weight was computed from, if it was."""
+    """weight [out, in], of experts [experts, out, in]; bias [out] or None.
+
+    integers: what the weight was computed from, if it was; weight is empty where an engine computes with these alone.
+    """
 
     weight: Tensor
     bias: Tensor | None
     integers: Integers | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]."""
+        return self.integers.shape if self.integers is not None else (self.weight.shape[-2], self.weight.shape[-1])
+
+    @property
+    def n_out(self) -> int:
+        """Rows of the matrix."""
+        return self.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """Which `top` experts a row goes to: those of the largest softmax of the product with `linear` [experts, in].
+
+    normalised: their weights then add up to one. rounded: weights are rounded to the dtype of the rows.
+    """
+
+    linear: Linear
+    top: int
+    normalised: bool
+    rounded: bool
+
+    @property
+    def n_experts(self) -> int:
+        """How many there are to choose from."""
+        return self.linear.n_out
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One decoder layer. cos, sin: [positions, rotary / 2] float32."""
+    """One decoder layer. cos, sin: [positions, rotary / 2] float32. router: gate_up and down are of experts."""
 
     heads: int
     kv_heads: int
@@ -73,14 +114,19 @@ class Block:
     down: Linear
     after_mlp: Norm | None
     activation: Activation
+    router: Router | None = None
 
 
 def read_block(layer: nn.Module, rotary: Any, context_length: int) -> Block:
     """The facts and merged weights of one layer. Raises NotFusable."""
     attention, mlp = _child(layer, "self_attn"), _child(layer, "mlp")
     qkv = _merged(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
-    gate_up = _merged(mlp, ("gate_proj", "up_proj"), "gate_up_proj")
-    out, down = _linear(attention, "o_proj"), _linear(mlp, "down_proj")
+    out = _linear(attention, "o_proj")
+    router = None
+    if hasattr(mlp, "experts"):
+        router, gate_up, down, mlp = _experts(mlp)
+    else:
+        gate_up, down = _merged(mlp, ("gate_proj", "up_proj"), "gate_up_proj"), _linear(mlp, "down_proj")
     dim = int(attention.head_dim)
     heads = out.weight.shape[1] // dim
     kv_heads = (qkv.weight.shape[0] // dim - heads) // 2
@@ -117,6 +163,7 @@ def read_block(layer: nn.Module, rotary: Any, context_length: int) -> Block:
         down=down,
         after_mlp=_norm(layer, "post_feedforward_layernorm") if has_post_norms else None,
         activation=_activation(getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)),
+        router=router,
     )
 
 
@@ -155,6 +202,39 @@ def _join(module: nn.Module, parts: tuple[str, ...], leaf: str) -> Tensor:
         old.data = merged[at : at + len(old)]
         at += len(old)
     return merged
+
+
+def _experts(mlp: nn.Module) -> tuple[Router, Linear, Linear, nn.Module]:
+    """Router, gate_up and down of a mixture of stacked experts, and the module of these."""
+    gate, experts = _child(mlp, "gate"), _child(mlp, "experts")
+    parameters = dict(experts.named_parameters())
+    known = {"experts.gate_up_proj", "experts.down_proj", "gate.weight"}
+    other = sorted({name for name, _ in mlp.named_parameters()} ^ known)
+    if other:
+        raise NotFusable(f"{type(mlp).__name__} has or lacks {other[0]}")
+    gate_up, down = (parameters[name].detach() for name in ("gate_up_proj", "down_proj"))
+    n, inner = gate_up.shape[0], down.shape[-1]
+    if gate_up.ndim != 3 or gate_up.shape[1] != 2 * inner or down.shape != (n, gate_up.shape[2], inner):
+        raise NotFusable(f"experts of shapes {list(gate_up.shape)} and {list(down.shape)}")
+    return _router(gate), Linear(gate_up, None), Linear(down, None), experts
+
+
+@torch.inference_mode()
+def _router(gate: Any) -> Router:
+    """Which router a module is, seen from what it does to random rows. Raises NotFusable."""
+    weight, top = gate.weight.detach(), getattr(gate, "top_k", None)
+    if not isinstance(top, int) or not 0 < top <= len(weight):
+        raise NotFusable(f"{type(gate).__name__} does not say how many experts it chooses")
+    x = torch.randn((4, weight.shape[1]), device=weight.device, dtype=weight.dtype)
+    found = gate(x)
+    if not isinstance(found, tuple) or len(found) != 3 or found[1].shape != (4, top):
+        raise NotFusable(f"{type(gate).__name__} gives no weights of the experts it chooses")
+    wanted, rounded = found[1].float(), found[1].dtype == weight.dtype
+    shares = torch.topk(nn.functional.linear(x, weight).float().softmax(-1), top).values
+    for normalised, given in ((True, shares / shares.sum(-1, keepdim=True)), (False, shares)):
+        if (given - wanted).norm() <= 0.01 * wanted.norm():
+            return Router(Linear(weight, None), top, normalised, rounded)
+    raise NotFusable(f"{type(gate).__name__} does not weigh experts by a softmax")
 
 
 def _optional_norm(module: nn.Module, name: str) -> Norm | None:

@@ -8,11 +8,12 @@ Bytes go in and out so that what is hashed is exactly what is computed from.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from serve_app.messages.step import StepPlan
 
 ActivationDtype = Literal["float32", "bfloat16", "float16"]
+KvDtype = Literal["auto", "fp8"]  # of keys and values in pages; auto: that of the activations
 DeviceName = Literal["cpu", "cuda"]
 
 
@@ -41,9 +42,9 @@ class StepOutput:
     """What one step took in and gave.
 
     received: the rows as they were computed from, which differ from those sent only where an id was DRAWN_LAST.
-    hidden: the rows leaving the last layer, little-endian, in row order; empty if `hash_rows` said that nobody needs
-    them. tokens: what was drawn, one per span that asked; empty on a stage without the head. Nobody writes to either
-    buffer any more. digests: None unless `hash_rows` was agreed to.
+    hidden: the rows leaving the last layer, little-endian, in row order, or a reference to them (LendsRows); empty if
+    `hash_rows` said that nobody needs them. tokens: what was drawn, one per span that asked; empty on a stage without
+    the head. Nobody writes to either buffer any more. digests: None unless `hash_rows` was agreed to.
     """
 
     received: memoryview
@@ -94,3 +95,21 @@ class Engine(Protocol):
         rows: token ids (uint32) if this range holds the embedding, else activations. Raises ProtocolError
         for a plan that does not fit what is open; the engine is then as before the call.
         """
+
+
+@runtime_checkable
+class LendsRows(Protocol):
+    """Of an engine whose rows need not come to the host: a neighbour of its kind, on the same host, copies them.
+
+    What it hands on is then a reference, which that neighbour's `launch` takes for rows. Called after hash_rows, and
+    before the first step; only engines that hash rows themselves can do it.
+    """
+
+    def offer_rows(self, places: int) -> bytes | None:
+        """A reference by which a neighbour can try it; None if it cannot be done here. places: steps that lie there."""
+
+    def can_read_rows(self, reference: bytes) -> bool:
+        """Whether this engine reaches what a neighbour offers."""
+
+    def lend_rows(self) -> None:
+        """From now on hand on references to what was offered."""

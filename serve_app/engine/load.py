@@ -12,11 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from serve_app.engine.block import Integers, NotFusable
+from serve_app.engine.block import FindIntegers, Integers, NotFusable
 from serve_app.engine.cpu.engine import CpuEngine
-from serve_app.engine.cpu.stage_weights import FindIntegers
 from serve_app.engine.cpu.stage_weights import read_weights as read_cpu_weights
-from serve_app.engine.engine import ActivationDtype, DeviceName, Engine, StepOutput
+from serve_app.engine.engine import ActivationDtype, DeviceName, Engine, KvDtype, StepOutput
 from serve_app.engine.engines import AUTO, ENGINES
 from serve_app.engine.kv_pages import KvPages
 from serve_app.engine.stage_model import StageModel
@@ -58,6 +57,7 @@ class LoadOptions:
     engine: Choice = AUTO  # of engines.ENGINES
     deterministic: bool = False  # a row's bits are the same whatever runs beside it, at the price of speed
     native: bool = True  # False: no step that is compiled on this machine
+    kv_dtype: KvDtype = "auto"  # fp8: half the memory of keys and values, and other bits; the GPU engine alone
 
 
 def load_engine(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> Engine:
@@ -81,7 +81,9 @@ def load_fastest(store: BlockStore, manifest: Manifest, start: int, stop: int, o
         try:
             return on_device(loaded, options)
         except ConfigError as e:
+            _refuse_fp8_pages(options, e)
             _log.warning("this stage computes with plain torch ops, many times slower: %s", e)
+    _refuse_fp8_pages(options)
     return loaded.plain(deterministic=options.deterministic)
 
 
@@ -97,6 +99,7 @@ def load_cpu(store: BlockStore, manifest: Manifest, start: int, stop: int, optio
 
 def load_plain(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> TorchEngine:
     """`torch`: plain torch ops, whatever the device."""
+    _refuse_fp8_pages(options)
     return _read(store, manifest, start, stop, options).plain(deterministic=options.deterministic)
 
 
@@ -138,7 +141,7 @@ def _read(store: BlockStore, manifest: Manifest, start: int, stop: int, options:
         own = places[name].name
         if own not in read_once:
             small = integers(name)
-            tensor = stored(name) if small is None else dequantised(small.stored, small.scales)
+            tensor = stored(name) if small is None else dequantised(small.stored.to(device), small.scales.to(device))
             read_once[own] = tensor.to(device=device, dtype=TORCH_DTYPES[options.dtype])
         return read_once[own]
 
@@ -184,10 +187,18 @@ def _read(store: BlockStore, manifest: Manifest, start: int, stop: int, options:
     return _Loaded(plain, integers)
 
 
+def _refuse_fp8_pages(options: LoadOptions, cause: Exception | None = None) -> None:
+    """For engines that know none. Raises ConfigError if they are asked for."""
+    if options.kv_dtype != "auto":
+        why = cause or "it does not run here, or not in this dtype"
+        raise ConfigError(f"pipeline.kv_dtype {options.kv_dtype} is of the GPU engine alone: {why}") from cause
+
+
 def _on_cpu(loaded: _Loaded, options: LoadOptions) -> LoadedEngine:
     """The CPU engine on the same weights. Raises ConfigError saying why it cannot be."""
     if options.device != "cpu" or options.deterministic:
         raise ConfigError("the CPU engine needs pipeline.device cpu and knows no pipeline.deterministic: use torch")
+    _refuse_fp8_pages(options)
     threads = options.threads or torch.get_num_threads()
     try:
         plain = loaded.plain(deterministic=False)
@@ -211,8 +222,8 @@ def _on_gpu(loaded: _Loaded, options: LoadOptions) -> LoadedEngine:
     try:
         plain = loaded.plain(deterministic=False)
         began = time.perf_counter()
-        weights = read_weights(plain, options.page_size)
-        engine = GpuEngine(plain, weights, options.page_size, options.deterministic)
+        weights = read_weights(plain, options.page_size, loaded.integers, options.kv_dtype)
+        engine = GpuEngine(plain, weights, options.page_size, options.deterministic, options.kv_dtype)
         engine.timings["check_s"] = time.perf_counter() - began
         return engine
     except NotFusable as e:

@@ -13,28 +13,40 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from serve_app.engine.block import Block, Norm, NotFusable, read_block, read_norm
+from serve_app.engine.block import (
+    Block,
+    FindIntegers,
+    Integers,
+    Linear,
+    Norm,
+    NotFusable,
+    read_block,
+    read_norm,
+)
 from serve_app.engine.torch_engine import TorchEngine
 from serve_app.messages.step import CLOSE, OPEN, SPAN, StepPlan
 
 PROMPT = 20  # rows of the check's first step; the second has one
 _SEQ = 1
+_HEAD = "lm_head.weight"
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj")
 
 
 @dataclass(frozen=True, slots=True)
 class StageWeights:
-    """embedding, final, head: None where another stage has them."""
+    """embedding, final, head: None where another stage has them. embedding: its rows are looked up, [vocab, hidden]."""
 
     device: torch.device
     context_length: int
     vocab_size: int
     blocks: tuple[Block, ...]
-    embedding: Tensor | None
+    embedding: Linear | None
     embedding_scale: float
     final: Norm | None
-    head: Tensor | None
+    head: Linear | None
     logit_cap: float | None
 
 
@@ -51,24 +63,27 @@ class Seen:
 
 
 @torch.inference_mode()
-def read_stage(reference: TorchEngine, page_size: int) -> tuple[StageWeights, list[Seen]]:
+def read_stage(reference: TorchEngine, page_size: int, integers: FindIntegers) -> tuple[StageWeights, list[Seen]]:
     """The weights, and what each layer got and gave. Raises NotFusable, saying what no fused engine computes."""
     model = reference.model
     config = model.config
     rotary = getattr(model.holder, "rotary_emb", None)
+    names = {id(module): name for name, module in model.body.named_modules()}
     blocks = _sharing_tables(read_block(layer, rotary, config.max_position_embeddings) for layer in model.layers)
+    blocks = _with_integers(blocks, model.layers, names, integers)
     seen, entered = _run_reference(reference, page_size)
     embedding, scale = None, 1.0
     if reference.embeds:
-        embedding = model.body.get_input_embeddings().weight.detach()
-        scale = _scale_of(embedding[entered], torch.cat(seen[0].inputs))
+        table = model.body.get_input_embeddings()
+        embedding = Linear(table.weight.detach(), None, integers(f"{names[id(table)]}.weight"))
+        scale = _scale_of(embedding.weight[entered], torch.cat(seen[0].inputs))
     final = head = None
     cap = getattr(config, "final_logit_softcapping", None)
     if reference.has_head:
         lm_head = model.head.get_output_embeddings()
         if lm_head.bias is not None:
             raise NotFusable("an output layer with a bias")
-        final, head = read_norm(model.final_norm), lm_head.weight.detach()
+        final, head = read_norm(model.final_norm), Linear(lm_head.weight.detach(), None, integers(_HEAD))
     weights = StageWeights(
         device=reference.device,
         context_length=config.max_position_embeddings,
@@ -92,11 +107,49 @@ def _sharing_tables(blocks: Iterable[Block]) -> tuple[Block, ...]:
     return tuple(out)
 
 
-def require_layer(i: int, inputs: Tensor, wanted: Tensor, found: Tensor) -> None:
-    """Raises NotFusable unless what a fused layer found, [rows, hidden], is what the module gave within rounding."""
+def _with_integers(
+    blocks: Iterable[Block], layers: Iterable[nn.Module], names: dict[int, str], integers: FindIntegers
+) -> tuple[Block, ...]:
+    """The blocks, whose matrices know the integers that they were computed from. names: of modules, by identity."""
+    return tuple(
+        replace(
+            block,
+            qkv=_joined(block.qkv, module, names[id(module)], _QKV, integers),
+            out=_joined(block.out, module, names[id(module)], ("self_attn.o_proj",), integers),
+            gate_up=_joined(block.gate_up, module, names[id(module)], _GATE_UP, integers),
+            down=_joined(block.down, module, names[id(module)], ("mlp.down_proj",), integers),
+        )
+        for block, module in zip(blocks, layers, strict=True)
+    )
+
+
+def _joined(matrix: Linear, module: nn.Module, name: str, parts: tuple[str, ...], integers: FindIntegers) -> Linear:
+    pieces = [integers(f"{name}.{part}.weight") for part in parts if _has(module, part)]
+    whole = [piece for piece in pieces if piece is not None]
+    if len(whole) != len(pieces) or len({piece.stored.dtype for piece in whole}) != 1:
+        return matrix
+    joined = torch.cat([piece.stored for piece in whole]), torch.cat([piece.scales for piece in whole])
+    return replace(matrix, integers=Integers(*joined))
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def require_layer(i: int, inputs: Tensor, wanted: Tensor, found: Tensor, *, coarse: bool = False) -> None:
+    """Raises NotFusable unless what a fused layer found, [rows, hidden], is what the module gave within rounding.
+
+    coarse: to a half of what the module changes, for what is rounded on purpose.
+    """
     error = float((found.double() - wanted.double()).norm())
     change, size = float((wanted.double() - inputs.double()).norm()), float(wanted.double().norm())
     share, rounding = (1e-3, 1e-6) if inputs.dtype == torch.float32 else (0.03, 2.0**-8)
+    if coarse:
+        share = 0.5
     if not math.isfinite(error) or error > share * change + rounding * size:
         raise NotFusable(
             f"layer {i} of this stage differs by {error:.3g} where the module changes its rows by {change:.3g}"

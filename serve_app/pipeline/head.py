@@ -26,6 +26,7 @@ from serve_app.messages.request import (
     TokensEvent,
 )
 from serve_app.messages.step import Fault, Reply, Roots, Signed, StepPlan, StepResult, closing_plan, decode_reply
+from serve_app.receipts import rows_native
 from serve_app.receipts.commitment import request_hash, sampling_key
 from serve_app.receipts.identity import Session
 from serve_app.receipts.issue import issue
@@ -92,6 +93,7 @@ class Head:
     """Leads one pipeline. Every method is called in the event loop it was made for."""
 
     def __init__(self, facts: PipelineFacts, scheduler: Scheduler, first: Edge, session: Session) -> None:
+        rows_native.prepare()
         self._facts, self._scheduler, self._first, self._session = facts, scheduler, first, session
         self._seqs = itertools.count(1)
         self._running: dict[int, _Running] = {}
@@ -156,8 +158,10 @@ class Head:
             self.fail(f"a stage sent what is no reply: {e}")
             return
         if reply.epoch == self._facts.epoch and self._failure is None:
-            self._take(reply)
-            self._pump()
+            drawn = self._take(reply)
+            self._pump()  # first: the stages wait for it, and whoever reads tokens does not feel the difference
+            for committed in drawn:
+                self._commit(committed)
 
     def watch(self) -> None:
         """Called every second or so: a step or a signature that is overdue means that a stage hangs."""
@@ -235,20 +239,20 @@ class Head:
         except PipelineError as e:
             self.fail(str(e))
 
-    def _take(self, reply: Reply) -> None:
+    def _take(self, reply: Reply) -> list[Committed]:
+        """Act on a reply; what it gave the sequences is still to be told."""
         match reply:
             case StepResult():
                 if max(reply.tokens, default=0) >= self._facts.vocab_size:
                     self.fail(f"the last stage drew token {max(reply.tokens)} of {self._facts.vocab_size}")
-                    return
+                    return []
                 try:
-                    ended = self._scheduler.apply(reply)
+                    drawn = self._scheduler.apply(reply)
                 except ProtocolError as e:
                     self.fail(f"the last stage answered nonsense: {e}")
-                    return
+                    return []
                 self._started.pop(reply.step, None)
-                for committed in ended:
-                    self._commit(committed)
+                return drawn
             case Roots():
                 self._compare(reply)
             case Signed():
@@ -257,14 +261,17 @@ class Head:
                 if self._started.pop(reply.step, None) is None:
                     # Not in a step that runs: hashing or an ending went wrong, and whose is not known.
                     self.fail(f"stage {reply.stage}: {reply.message}")
-                    return
+                    return []
                 for seq in self._scheduler.drop_step(reply.step):
                     running = self._running[seq]
                     message = f"stage {reply.stage} failed: {reply.message}"
                     self._end(seq, FailedEvent(running.request.id, "pipeline", message))
+        return []
 
     def _commit(self, committed: Committed) -> None:
-        running = self._running[committed.seq]
+        running = self._running.get(committed.seq)
+        if running is None:
+            return  # the pipeline has failed since: it ended with that
         if committed.token is not None:
             running.tokens.append(committed.token)
             self.tokens_drawn += 1

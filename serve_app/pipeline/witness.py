@@ -23,7 +23,8 @@ import numpy.typing as npt
 
 from serve_app.engine.engine import StepOutput
 from serve_app.messages.step import ABANDON, SEAL, Fault, Reply, Roots, Signed, StepPlan
-from serve_app.receipts.rows import PAGE_ROWS, Boundary, RowTree, ids_boundary, leaves_of, page_root
+from serve_app.receipts import rows_native
+from serve_app.receipts.rows import PAGE_ROWS, Boundary, RowTree, ids_boundary, leaves_of, page_roots
 from serve_app.receipts.statement import StageStatement, StatementChain
 from shard_tools import canonical
 from shard_tools.cid import Cid
@@ -87,6 +88,7 @@ class Witness:
 
         hashed: steps come with the engine's own digests of their rows.
         """
+        rows_native.prepare()
         self._page_blocks, rest = divmod(page_size, PAGE_ROWS)  # pages of rows in a KV page
         if rest:
             self._page_blocks = 0
@@ -163,8 +165,14 @@ class Witness:
         places, rows_kept = starts[kept] % _RING, first[kept]
         self._latest[slots, 0, places] = leaves_in[rows_kept]
         self._latest[slots, 1, places] = leaves_out[rows_kept]
-        for i in kept[starts[kept] % PAGE_ROWS == PAGE_ROWS - 1].tolist():
-            self._fill_from_latest(trees[i], int(starts[i]) + 1 - PAGE_ROWS)
+        fills = starts[kept] % PAGE_ROWS == PAGE_ROWS - 1
+        full = kept[fills]
+        if len(full):
+            begun = starts[full] + 1 - PAGE_ROWS
+            halves = self._latest.reshape(len(self._latest), 2, _RING // PAGE_ROWS, PAGE_ROWS, 32)
+            roots = page_roots(halves[slots[fills], :, begun % _RING // PAGE_ROWS].tobytes())  # in, out, in, out, ...
+            for n, (i, start) in enumerate(zip(full.tolist(), begun.tolist(), strict=True)):
+                self._fill(trees[i], start, roots[2 * n], roots[2 * n + 1])
 
     def _take_pages(self, plan: StepPlan, trees: list[_Trees | None]) -> None:
         """Note whose pages are whose; begin the trees of sequences that open behind filled ones."""
@@ -196,29 +204,31 @@ class Witness:
     def _add(self, trees: _Trees, start: int, leaves_in: Leaves, leaves_out: Leaves) -> None:
         """Several rows of one sequence."""
         assert self._seen[trees.slot] == start, "rows with a gap"
-        done, stop = start, start + len(leaves_in)
-        while done < stop:
-            count = min(PAGE_ROWS - done % PAGE_ROWS, stop - done)
-            part_in, part_out = (leaves[done - start : done - start + count] for leaves in (leaves_in, leaves_out))
-            if count == PAGE_ROWS:
-                self._fill(trees, done, part_in.tobytes(), part_out.tobytes())
-            else:
-                places = np.arange(done, done + count) % _RING
-                self._latest[trees.slot, 0, places] = part_in
-                self._latest[trees.slot, 1, places] = part_out
-                if (done + count) % PAGE_ROWS == 0:
-                    self._fill_from_latest(trees, done + count - PAGE_ROWS)
-            done += count
+        stop = start + len(leaves_in)
+        begun = min(stop, -(-start // PAGE_ROWS) * PAGE_ROWS)  # the first whole page begins here
+        whole = max(begun, stop // PAGE_ROWS * PAGE_ROWS)  # and the last ends here
+        if begun > start:
+            self._keep(trees, start, leaves_in[: begun - start], leaves_out[: begun - start])
+            if begun % PAGE_ROWS == 0:
+                page = self._latest[trees.slot, :, (begun - PAGE_ROWS) % _RING :][:, :PAGE_ROWS]
+                self._fill(trees, begun - PAGE_ROWS, *page_roots(page.tobytes()))
+        rows = slice(begun - start, whole - start)
+        pages = zip(page_roots(leaves_in[rows].tobytes()), page_roots(leaves_out[rows].tobytes()), strict=True)
+        for n, (root_in, root_out) in enumerate(pages):
+            self._fill(trees, begun + n * PAGE_ROWS, root_in, root_out)
+        self._keep(trees, whole, leaves_in[whole - start :], leaves_out[whole - start :])
         self._seen[trees.slot] = stop
 
-    def _fill_from_latest(self, trees: _Trees, start: int) -> None:
-        leaves = self._latest[trees.slot, :, start % _RING : start % _RING + PAGE_ROWS]
-        self._fill(trees, start, leaves[0].tobytes(), leaves[1].tobytes())
+    def _keep(self, trees: _Trees, start: int, leaves_in: Leaves, leaves_out: Leaves) -> None:
+        """Leaves of a part of one page."""
+        places = np.arange(start, start + len(leaves_in)) % _RING
+        self._latest[trees.slot, 0, places] = leaves_in
+        self._latest[trees.slot, 1, places] = leaves_out
 
-    def _fill(self, trees: _Trees, start: int, leaves_in: bytes, leaves_out: bytes) -> None:
-        """These are all leaves of the page of rows that begins at `start`; so the page before it counts."""
+    def _fill(self, trees: _Trees, start: int, root_in: bytes, root_out: bytes) -> None:
+        """The page of rows that begins at `start` is full and has these roots; so the page before it counts."""
         self._settle(trees)
-        trees.last = page_root(leaves_in), page_root(leaves_out)
+        trees.last = root_in, root_out
         if self._page_blocks:
             page, block = divmod(start // PAGE_ROWS, self._page_blocks)
             roots = self._roots.setdefault(trees.table[page], [])

@@ -13,7 +13,7 @@ from serve_app.receipts.bundle import Opening
 from serve_app.receipts.commitment import bind, commitment, freshness_of
 from serve_app.receipts.identity import CLOCK_SKEW_S
 from serve_app.receipts.receipt import Receipt
-from serve_app.receipts.rows import RowTree, ids_boundary, ids_bytes, ids_root
+from serve_app.receipts.rows import ids_root
 from serve_app.receipts.statement import StageStatement
 
 
@@ -94,10 +94,7 @@ def _require_roots(receipt: Receipt, statements: Sequence[StageStatement], openi
                 f"statement {i}: it covers {s.n_rows} rows, where {receipt.n_prompt} prompt tokens and "
                 f"{len(receipt.out_ids)} answered ones make {n_rows}"
             )
-    tree = RowTree(ids_boundary(receipt.manifest))
-    tree.append(0, ids_bytes(opening.prompt_ids))
-    tree.append(receipt.n_prompt, ids_bytes(receipt.out_ids[:-1]))
-    if statements[0].in_root != tree.root():
+    if statements[0].in_root != ids_root(receipt.manifest, (*opening.prompt_ids, *receipt.out_ids[:-1])):
         raise ReceiptError("statement 0: its in_root is not that of the prompt's and the answer's token ids")
     for sender, receiver in pairwise(statements):
         if receiver.in_root != sender.out_root:

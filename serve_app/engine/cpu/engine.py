@@ -146,7 +146,9 @@ class CpuEngine:
         if ids is None:  # copied: they are written to, and torch may not write into bytes
             return torch.frombuffer(bytearray(rows), dtype=self._dtype).view(-1, self._hidden_size)
         assert stage.embedding is not None
-        x = stage.embedding.index_select(0, torch.from_numpy(ids.copy()))  # torch dislikes what it may not write to
+        x = stage.embedding.weight.index_select(
+            0, torch.from_numpy(ids.copy())
+        )  # torch dislikes what it may not write to
         return x if stage.embedding_scale == 1.0 else x.mul_(stage.embedding_scale)
 
     def _draw(self, spans: PlannedSpans, logits: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> tuple[int, ...]:

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from serve_app.engine.block import Block, Linear, Norm, NotFusable
-from serve_app.engine.cpu.native_build import native_library
 from serve_app.engine.request_table import Ints
+from serve_app.native_build import CPU_STEP, native_library
 from shard_tools.checkpoint.quantise import integers
 from shard_tools.quantised import GROUP
 
@@ -131,7 +131,7 @@ class NativeLayer:
 @cache
 def library() -> Any:
     """The library, or None if there is none on this machine; a log line says so once."""
-    path = native_library()
+    path = native_library(CPU_STEP)
     if path is None:
         return None
     try:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from serve_app.engine.block import Block, Integers, Linear, NotFusable
+from serve_app.engine.block import FindIntegers, Linear, NotFusable
 from serve_app.engine.cpu.layers import Layer, Rotation, layer_of, new_cache, normed, run_layers, step_of
 from serve_app.engine.cpu.native import Matrix, NativeLayer, NativeStage
 from serve_app.engine.cpu.products import Product, packs, product_of
@@ -22,11 +20,6 @@ from serve_app.engine.torch_engine import TorchEngine
 
 _log = logging.getLogger(__name__)
 _NONE = np.zeros(0, np.int32)
-_HEAD = "lm_head.weight"
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj")
-_GATE_UP = ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj")
-
-FindIntegers = Callable[[str], Integers | None]  # of a parameter by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +46,10 @@ def read_weights(reference: TorchEngine, page_size: int, integers: FindIntegers,
 
     What is packed is held twice until the reference goes.
     """
-    stage, seen = read_stage(reference, page_size)
-    stage = replace(stage, blocks=_with_integers(stage.blocks, reference.model, integers))
-    head = None if stage.head is None else Linear(stage.head, None, integers(_HEAD))
+    stage, seen = read_stage(reference, page_size, integers)
+    head = stage.head
+    if any(block.router is not None for block in stage.blocks):
+        raise NotFusable("a mixture of experts")
     compiled = _compiled(stage, head, seen, page_size) if native else None
     rotations: dict[int, Rotation] = {}
     packed = compiled is None and packs(reference.dtype)
@@ -103,38 +97,6 @@ def _compiled(
     except NotFusable as e:
         _log.warning("decode steps are computed by torch's operators, 2 to 4 times slower: %s", e)
         return None
-
-
-def _with_integers(blocks: Sequence[Block], model: Any, integers: FindIntegers) -> tuple[Block, ...]:
-    """The blocks, whose matrices know the integers that they were computed from."""
-    names = {id(module): name for name, module in model.body.named_modules()}
-    return tuple(
-        replace(
-            block,
-            qkv=_joined(block.qkv, module, names[id(module)], _QKV, integers),
-            out=_joined(block.out, module, names[id(module)], ("self_attn.o_proj",), integers),
-            gate_up=_joined(block.gate_up, module, names[id(module)], _GATE_UP, integers),
-            down=_joined(block.down, module, names[id(module)], ("mlp.down_proj",), integers),
-        )
-        for block, module in zip(blocks, model.layers, strict=True)
-    )
-
-
-def _joined(matrix: Linear, module: nn.Module, name: str, parts: tuple[str, ...], integers: FindIntegers) -> Linear:
-    pieces = [integers(f"{name}.{part}.weight") for part in parts if _has(module, part)]
-    whole = [piece for piece in pieces if piece is not None]
-    if len(whole) != len(pieces) or len({piece.stored.dtype for piece in whole}) != 1:
-        return matrix
-    joined = torch.cat([piece.stored for piece in whole]), torch.cat([piece.scales for piece in whole])
-    return replace(matrix, integers=Integers(*joined))
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        module.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _check_layer(i: int, layer: Layer, seen: Seen, page_size: int) -> None:

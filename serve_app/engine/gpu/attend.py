@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.block import Block
-from serve_app.engine.gpu.forward import Attend
+from serve_app.engine.gpu.forward import Attend, Kept
 from serve_app.engine.gpu.kernels.decode_attention import ChunkSpace, decode_attention, list_chunks
 from serve_app.engine.gpu.kernels.prefill_attention import prefill_attention, rows_per_tile
 from serve_app.engine.request_table import Ints, PlannedSpans
@@ -30,11 +30,11 @@ class DecodeAttention:
         """The function for these rows, in all layers of this step: the next bind ends it."""
         list_chunks(slots, lengths, self._space)
 
-        def attend(block: Block, q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+        def attend(block: Block, q: Tensor, kept: Kept, out: Tensor) -> None:
             decode_attention(
                 q,
-                keys,
-                values,
+                kept.keys,
+                kept.values,
                 page_table,
                 lengths,
                 out=out,
@@ -43,8 +43,7 @@ class DecodeAttention:
                 softcap=block.softcap,
                 window=block.window,
                 sinks=block.sinks,
-                # Halves of a head's dimensions as large as 256 leave less room for positions.
-                block=64 if block.dim <= 128 else 32,
+                scales=kept.scales,
             )
 
         return attend
@@ -56,11 +55,11 @@ class RowAttention:
     def __init__(self, decode: DecodeAttention, page_table: Tensor, slots: Tensor, positions: Tensor) -> None:
         self._decode, self._page_table, self._slots, self._lengths = decode, page_table, slots, positions + 1
 
-    def __call__(self, block: Block, q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+    def __call__(self, block: Block, q: Tensor, kept: Kept, out: Tensor) -> None:
         for first in range(0, len(q), self._decode.max_rows):  # what there is work space for
             now = slice(first, first + self._decode.max_rows)
             attend = self._decode.bind(self._page_table, self._slots[now], self._lengths[now])
-            attend(block, q[now], keys, values, out[now])
+            attend(block, q[now], kept, out[now])
 
 
 class PrefillAttention:
@@ -72,16 +71,16 @@ class PrefillAttention:
         self._decode, self._n_decode, self._page_table = decode, n_decode, page_table
         self._tiles = dict(zip(tile_sizes(blocks), tiles, strict=True))
 
-    def __call__(self, block: Block, q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+    def __call__(self, block: Block, q: Tensor, kept: Kept, out: Tensor) -> None:
         n = self._n_decode
         if n:
-            self._decode(block, q[:n], keys, values, out[:n])
+            self._decode(block, q[:n], kept, out[:n])
         tiles = self._tiles[rows_per_tile(block.heads, block.kv_heads)]
         if len(tiles):
             prefill_attention(
                 q,
-                keys,
-                values,
+                kept.keys,
+                kept.values,
                 self._page_table,
                 tiles,
                 out=out,
@@ -89,6 +88,7 @@ class PrefillAttention:
                 softcap=block.softcap,
                 window=block.window,
                 sinks=block.sinks,
+                scales=kept.scales,
                 block=64 if block.dim <= 128 else 32,
             )
 

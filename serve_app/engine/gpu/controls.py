@@ -15,7 +15,7 @@ from torch import Tensor
 
 from serve_app.engine.gpu.copies import upload, upload_all
 from serve_app.engine.gpu.kernels.penalties import N_CONTROLS, apply_penalties
-from serve_app.engine.gpu.kernels.sampler import Controlled
+from serve_app.engine.gpu.kernels.sampler import Controlled, SamplerSpace, sample
 from serve_app.engine.request_table import Ints, PlannedSpans, RequestTable
 from serve_app.errors import ProtocolError
 from serve_app.messages.controls import SequenceControls
@@ -113,6 +113,24 @@ class ControlTable:
         for slot in slots:
             self._known.pop(slot, None)
             self._written.pop(slot, None)
+
+    def draw(self, logits: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor, space: SamplerSpace) -> None:
+        """tokens [rows] are drawn from the logits, as each row's sequence asks for it."""
+        self.apply(logits, slots, positions)
+        temperature, top_k, top_p = self._table.draws
+        sample(
+            logits,
+            slots,
+            positions,
+            temperature_micro=temperature,
+            top_k=top_k,
+            top_p_micro=top_p,
+            keys=self._table.keys,
+            tokens=tokens,
+            last_tokens=self._table.last_tokens,
+            space=space,
+            controlled=self.controlled,
+        )
 
     def apply(self, logits: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Rows that ask for it have logits of their own."""

@@ -3,31 +3,32 @@
 A step of one row per sequence replays a graph of its batch size; every other step launches the same kernels one by
 one. What a step draws stays on the device for the next step (DRAWN_LAST), so `launch` returns as soon as the work is
 queued; results come back in memory that nobody writes again. Weights and their checks are the plain engine's
-(torch_engine.py), whose modules this one reads and keeps whole.
+(torch_engine.py), whose modules this one reads.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
-from serve_app.engine.engine import StepOutput
+from serve_app.engine.engine import KvDtype, StepOutput
 from serve_app.engine.gpu.attend import DecodeAttention, PrefillAttention, RowAttention, tiles_of
 from serve_app.engine.gpu.controls import ControlTable
-from serve_app.engine.gpu.copies import upload, upload_all, upload_rows
+from serve_app.engine.gpu.copies import upload, upload_all
 from serve_app.engine.gpu.first_steps import N_ROWS, prompt_beside_a_row
 from serve_app.engine.gpu.flight import Flight, report_ints
-from serve_app.engine.gpu.forward import Attend, Pages, Space, head_product, norm, part, run_layers
+from serve_app.engine.gpu.forward import Attend, Pages, Space, norm, part, run_layers
 from serve_app.engine.gpu.kernels.prepare import N_FIELDS, padding, prepare
 from serve_app.engine.gpu.kernels.row_hash import RowHasher
-from serve_app.engine.gpu.kernels.sampler import SamplerSpace, sample
+from serve_app.engine.gpu.kernels.sampler import SamplerSpace
+from serve_app.engine.gpu.lent_rows import RowPort
+from serve_app.engine.gpu.products import embed, head_product
+from serve_app.engine.gpu.profile import kv_dtype, profile_of
+from serve_app.engine.gpu.stage_weights import logits_of
+from serve_app.engine.gpu.streams import Streams
 from serve_app.engine.request_table import Ints, PlannedSpans, RequestTable, token_ids
 from serve_app.engine.stage_weights import StageWeights
 from serve_app.engine.torch_engine import TORCH_DTYPES, TorchEngine
@@ -44,32 +45,33 @@ def batch_sizes(max_sequences: int) -> list[int]:
 
 
 class GpuEngine:
-    """Implements engine.Engine."""
+    """Implements engine.Engine and engine.LendsRows."""
 
-    def __init__(self, plain: TorchEngine, weights: StageWeights, page_size: int, deterministic: bool = False) -> None:
+    def __init__(
+        self,
+        plain: TorchEngine,
+        weights: StageWeights,
+        page_size: int,
+        deterministic: bool = False,
+        kv: KvDtype = "auto",
+    ) -> None:
         """weights: of the plain engine, as gpu/stage_weights.py's read_weights has checked them.
 
         deterministic: tiles and parts are fixed, so a row's bits are the same whatever runs beside it.
         """
         self._fixed = deterministic
         profile = plain.profile
-        self.logits_of = plain.logits_of
         self._weights, self._page_size = weights, page_size
         self.timings: dict[str, float] = {}  # parts of the start-up, seconds
         self._device, self._dtype = weights.device, TORCH_DTYPES[profile.dtype]
         self._row_bytes = 4 if weights.embedding is not None else profile.hidden_size * self._dtype.itemsize
         self._hidden_size = profile.hidden_size
-        item = self._dtype.itemsize
-        self.profile = replace(
-            profile,
-            description=f"{profile.description}, llmd_triton {triton.__version__}{', fixed tiles' * deterministic}",
-            kv_page_bytes=sum(2 * b.kv_heads * page_size * b.dim * item for b in weights.blocks),
-        )
+        self._kv_dtype = kv_dtype(self._dtype, kv)
+        self.profile = profile_of(profile, weights, page_size, deterministic, kv)
         self._cuda = self._device.type == "cuda"
-        self._stream = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
-        self._beside = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
+        self._streams = Streams(self._device)
         self._hashers: tuple[RowHasher, RowHasher] | None = None
-        self._hand_on = True
+        self._port = RowPort(self._device)
         self._spaces: Space | None = None
         self._controls: ControlTable | None = None  # where tokens are drawn
         # By rows. None: the device has no graphs, the same calls are made one by one.
@@ -79,7 +81,7 @@ class GpuEngine:
     def reserve(self, n_pages: int, max_sequences: int) -> None:
         weights, device = self._weights, self._device
         self._max_rows, self._n_pages = max_sequences, n_pages
-        self._pages = Pages(weights.blocks, n_pages, self._page_size, device, self._dtype)
+        self._pages = Pages(weights.blocks, n_pages, self._page_size, device, self._kv_dtype)
         # Sequences that end are closed by a later plan, and new ones may open before that.
         n_slots = 2 * max_sequences + 16
         self._table = RequestTable(n_slots, n_pages, self._page_size, weights.context_length, device)
@@ -94,24 +96,24 @@ class GpuEngine:
             weights.blocks, max_sequences, device, weights.context_length if self._fixed else None
         )
         if weights.head is not None:
-            self._logits = torch.zeros((max_sequences, len(weights.head)), dtype=self._dtype, device=device)
-            self._sampler = SamplerSpace(max_sequences, len(weights.head), device)
+            self._logits = torch.zeros((max_sequences, weights.head.n_out), dtype=self._dtype, device=device)
+            self._sampler = SamplerSpace(max_sequences, weights.head.n_out, device)
             self._controls = ControlTable(
-                self._table, n_slots, n_pages, self._page_size, (max_sequences, len(weights.head)), device
+                self._table, n_slots, n_pages, self._page_size, (max_sequences, weights.head.n_out), device
             )
         self._replays = {}
         self._sizes = batch_sizes(max_sequences)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, rows: memoryview) -> Flight:
-        if len(rows) != plan.rows * self._row_bytes:
+        if not self._port.holds(rows, plan.rows * self._row_bytes):
             raise ProtocolError(f"{len(rows)} bytes for {plan.rows} rows of {self._row_bytes}")
         if not self._replays:  # only now is it known whether rows are hashed
             self._make_replays()
         ids = token_ids(rows, self._weights.vocab_size) if self._weights.embedding is not None else _NO_IDS
         spans = self._table.begin(plan)
         try:
-            with self._on_stream():
+            with self._streams.on_main():
                 if self._controls is not None:
                     self._controls.open(plan)
                 if (ids < 0).any():
@@ -135,15 +137,30 @@ class GpuEngine:
             RowHasher(inlet, self._row_bytes, self._device),
             RowHasher(outlet, self._hidden_size * self._dtype.itemsize, self._device),
         )
-        self._hand_on = hand_on
+        self._port.hand_on = hand_on
         if self._cuda:  # now, not when the first request waits
             self._make_replays()
             self._run_first_steps()
         return True
 
+    def offer_rows(self, places: int) -> bytes | None:
+        return self._port.offer(places) if self._hashers is not None else None
+
+    def can_read_rows(self, reference: bytes) -> bool:
+        return self._port.can_read(reference)
+
+    def lend_rows(self) -> None:
+        self._port.lend()
+
     def run(self, plan: StepPlan, rows: memoryview) -> StepOutput:
         """The step, waited for."""
         return self.launch(plan, rows).result()
+
+    @torch.inference_mode()
+    def logits_of(self, hidden: memoryview) -> Tensor:
+        """float32 [rows, vocab] of rows that left the last layer: for whoever checks this engine's arithmetic."""
+        rows = torch.frombuffer(bytearray(hidden), dtype=self._dtype).view(-1, self._hidden_size)
+        return logits_of(rows.to(self._device), self._weights, self._fixed)
 
     def _is_decode(self, spans: PlannedSpans) -> bool:
         """Whether each row is the next of a sequence, takes a page only where one begins and, with a head, draws."""
@@ -168,7 +185,7 @@ class GpuEngine:
         fields[3, :n][spans.new_pages == 1] = spans.pages
         upload(fields, self._fields[: N_FIELDS * size])
         if self._weights.embedding is None:
-            upload_rows(rows, self._arrived[:n])
+            self._port.bring(rows, self._arrived[:n])
         replay = self._replays[size]
         if replay is not None:
             replay.replay()
@@ -209,18 +226,18 @@ class GpuEngine:
             final=weights.final,
             fixed=self._fixed,
         )
-        with self._fork():
+        with self._streams.fork():
             came = report[0] if weights.embedding is not None else self._arrived[:rows]
             self._hash(came, self._space.residual[:rows], positions, whole[2 * rows :])
         if weights.head is not None:
             self._draw(self._space.x[:rows], slots, positions, report[1])
-        self._join()
+        self._streams.join()
 
     def _run_mixed(self, plan: StepPlan, spans: PlannedSpans, ids: Ints, rows: memoryview) -> Flight:
         """A step with prompts in it: the rows of one-row spans at its start attend as decode rows do."""
         weights, table, n = self._weights, self._table, plan.rows
         if n == 0:
-            return Flight(None, 0, 0, 0, None, torch.empty(0, dtype=torch.int32), None, False)
+            return Flight(None, 0, 0, 0, None, None, torch.empty(0, dtype=torch.int32), None, False)
         first = np.cumsum(spans.counts) - spans.counts
         n_decode = int(np.argmax(spans.counts > 1)) if (spans.counts > 1).any() else len(spans.counts)
         n_decode = len(spans.counts) if self._fixed else min(n_decode, self._max_rows)
@@ -246,7 +263,7 @@ class GpuEngine:
         arrived = torch.empty((0, self._hidden_size), device=self._device, dtype=self._dtype)
         if weights.embedding is None:
             arrived = torch.empty((n, self._hidden_size), device=self._device, dtype=self._dtype)
-            upload_rows(rows, arrived)
+            self._port.bring(rows, arrived)
         self._enter(d_ids, arrived, space.residual[:n])
         attend: Attend
         if self._fixed:
@@ -288,33 +305,17 @@ class GpuEngine:
         weights = self._weights
         if weights.embedding is None:
             out.copy_(arrived)
-            return
-        torch.index_select(weights.embedding, 0, ids, out=out)
-        if weights.embedding_scale != 1.0:
-            out.mul_(weights.embedding_scale)
+        else:
+            embed(ids, weights.embedding, weights.embedding_scale, out)
 
     def _draw(self, x: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
-        weights, table = self._weights, self._table
+        weights = self._weights
         assert weights.head is not None and self._controls is not None
-        logits = part(self._logits, len(x), len(weights.head))
+        logits = part(self._logits, len(x), weights.head.n_out)
         head_product(x, weights.head, logits, self._fixed)
         if weights.logit_cap is not None:
             torch.tanh(logits.div_(weights.logit_cap), out=logits).mul_(weights.logit_cap)
-        self._controls.apply(logits, slots, positions)
-        temperature, top_k, top_p = table.draws
-        sample(
-            logits,
-            slots,
-            positions,
-            temperature_micro=temperature,
-            top_k=top_k,
-            top_p_micro=top_p,
-            keys=table.keys,
-            tokens=tokens,
-            last_tokens=table.last_tokens,
-            space=self._sampler,
-            controlled=self._controls.controlled,
-        )
+        self._controls.draw(logits, slots, positions, tokens, self._sampler)
 
     def _run_first_steps(self) -> None:
         began, plans = time.perf_counter(), prompt_beside_a_row(self._page_size)
@@ -326,7 +327,7 @@ class GpuEngine:
 
     def _make_replays(self) -> None:
         began = time.perf_counter()
-        with self._on_stream():
+        with self._streams.on_main():
             self._capture()
         self.timings["graphs_s"] = time.perf_counter() - began
 
@@ -339,7 +340,7 @@ class GpuEngine:
                 self._decode_step(size)  # compiles what is new, and lets libraries choose
                 torch.cuda.synchronize(self._device)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=pool, stream=self._streams.main, capture_error_mode="thread_local"):
                     self._decode_step(size)
                 pool = graph.pool()
             self._replays[size] = graph
@@ -347,25 +348,21 @@ class GpuEngine:
     def _space_for(self, rows: int) -> Space:
         if self._spaces is None or self._spaces.rows < rows:
             self._spaces = None  # first, so that both are never held
-            self._spaces = Space(
-                -(-rows // 256) * 256, self._weights.blocks, self._hidden_size, self._device, self._dtype
-            )
+            room = -(-rows // 256) * 256
+            self._spaces = Space(room, self._weights.blocks, self._hidden_size, self._device, self._dtype)
         return self._spaces
 
     def _download(self, rows: memoryview, report: Tensor, n: int, size: int, n_tokens: int, hidden: Tensor) -> Flight:
         """Start the copies to the host."""
         to_host = torch.empty(len(report), dtype=torch.int32, pin_memory=self._cuda)
         to_host.copy_(report, non_blocking=True)
-        hidden_host = None
-        if self._hand_on:
-            hidden_host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=self._cuda)
-            hidden_host.copy_(hidden, non_blocking=True)
+        hidden_host, lent = self._port.give(hidden)
         ended = None
         if self._cuda:
             ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ended.record()
         received = None if self._weights.embedding is not None else rows
-        return Flight(received, n, size, n_tokens, hidden_host, to_host, ended, self._hashers is not None)
+        return Flight(received, n, size, n_tokens, hidden_host, lent, to_host, ended, self._hashers is not None)
 
     def _hash(self, came: Tensor, hidden: Tensor, positions: Tensor, out: Tensor) -> None:
         """out [2 * rows * 8]: digests of the rows that came in, then of those that leave."""
@@ -373,25 +370,3 @@ class GpuEngine:
             return
         for hasher, rows, digests in zip(self._hashers, (came, hidden), out.view(2, len(positions), 8), strict=True):
             hasher.hash(rows.view(torch.int32), positions, digests)
-
-    @contextlib.contextmanager
-    def _fork(self) -> Iterator[None]:
-        """Inside: work beside what follows, until _join. One row is hashed by one lane, which leaves the GPU idle."""
-        if self._beside is None:
-            yield
-            return
-        self._beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._beside):
-            yield
-
-    def _join(self) -> None:
-        if self._beside is not None:
-            torch.cuda.current_stream().wait_stream(self._beside)
-
-    @contextlib.contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            yield

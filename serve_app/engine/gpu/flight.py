@@ -37,6 +37,7 @@ class Flight:
     size: int  # rows the report has room for
     n_tokens: int
     hidden: Tensor | None
+    lent: bytes | None  # in place of hidden: the reference to it
     report: Tensor
     ended: torch.cuda.Event | None
     hashed: bool
@@ -51,7 +52,7 @@ class Flight:
         received = self.received
         if received is None:
             received = report[:rows].data.cast("B")
-        hidden, digests = memoryview(b""), None
+        hidden, digests = memoryview(self.lent or b""), None
         if self.hidden is not None:
             hidden = self.hidden.view(torch.uint8).numpy().reshape(-1).data
         if self.hashed:

@@ -1,25 +1,36 @@
 """One pass of rows through decoder layers, into buffers made beforehand: nothing is allocated, so a graph may hold it.
 
-Products of few rows take our kernel where it is faster than cuBLAS (benchmarks/gpu_kernels.py has the figures), all
-others cuBLAS; with `fixed` all take one kernel of fixed tiles, so that a row's bits do not depend on the other rows.
-How rows attend is given: decode and prefill differ in nothing else.
+Which kernel takes a product is in products.py. How rows attend is given: decode and prefill differ in nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from serve_app.engine.block import Block, Linear, Norm
-from serve_app.engine.gpu.kernels.activation import gate
-from serve_app.engine.gpu.kernels.fixed_product import fixed_product
+from serve_app.engine.block import Block, Norm
+from serve_app.engine.gpu.experts import ExpertSpace, experts_product
 from serve_app.engine.gpu.kernels.norm import rms_norm
 from serve_app.engine.gpu.kernels.rope import rotate_and_write
-from serve_app.engine.gpu.kernels.skinny_product import MAX_ROWS, skinny_product
+from serve_app.engine.gpu.products import gated_product, product
 
-Attend = Callable[[Block, Tensor, Tensor, Tensor, Tensor], None]  # block, q, keys, values, out [rows, heads, dim]
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Keys and values of one layer [pages, kv_heads, page, dim].
+
+    scales [2, pages, kv_heads, page] float32, of keys and of values, where these are 8-bit floats.
+    """
+
+    keys: Tensor
+    values: Tensor
+    scales: Tensor | None
+
+
+Attend = Callable[[Block, Tensor, Kept, Tensor], None]  # block, q, kept, out; q and out [rows, heads, dim]
 
 
 class Space:
@@ -33,11 +44,12 @@ class Space:
 
         self.rows = rows
         self.residual, self.x, self.y = buffer(hidden), buffer(hidden), buffer(hidden)
-        self.qkv = buffer(max(len(b.qkv.weight) for b in blocks))
+        self.qkv = buffer(max(b.qkv.n_out for b in blocks))
         self.q = buffer(max(b.heads * b.dim for b in blocks))
         self.attended = buffer(max(b.heads * b.dim for b in blocks))
-        self.gate_up = buffer(max(len(b.gate_up.weight) for b in blocks))
-        self.gated = buffer(max(len(b.gate_up.weight) // 2 for b in blocks))
+        wide = max((b.gate_up.n_out for b in blocks if b.router is None), default=0)
+        self.gate_up, self.gated = buffer(wide), buffer(wide // 2)
+        self.experts = ExpertSpace(rows, blocks, hidden, device, dtype)
 
 
 def part(buffer: Tensor, rows: int, width: int) -> Tensor:
@@ -46,15 +58,20 @@ def part(buffer: Tensor, rows: int, width: int) -> Tensor:
 
 
 class Pages:
-    """Keys and values of each layer [pages, kv_heads, page, dim], and what says whose they are."""
+    """Keys and values of each layer."""
 
     def __init__(
         self, blocks: Sequence[Block], n_pages: int, page_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         # Zeros: a page's unused positions are read with weight 0, and 0 times what is not a number is not 0.
-        self.layers = [
-            torch.zeros((2, n_pages, b.kv_heads, page_size, b.dim), device=device, dtype=dtype) for b in blocks
-        ]
+        self.layers: list[Kept] = []
+        for b in blocks:
+            shape = (2, n_pages, b.kv_heads, page_size)
+            both, scales = torch.zeros((*shape, b.dim * dtype.itemsize), device=device, dtype=torch.uint8), None
+            if dtype == torch.float8_e4m3fn:
+                scales = torch.zeros(shape, device=device)
+            keys, values = both.view(dtype)
+            self.layers.append(Kept(keys, values, scales))
 
 
 def run_layers(
@@ -75,16 +92,16 @@ def run_layers(
     residual, x, y = space.residual[:rows], space.x[:rows], space.y[:rows]
     norm(residual, blocks[0].norm_in, x)
     for i, block in enumerate(blocks):
-        keys, values = pages.layers[i]
+        kept = pages.layers[i]
         width = block.heads * block.dim
-        qkv = part(space.qkv, rows, len(block.qkv.weight))
+        qkv = part(space.qkv, rows, block.qkv.n_out)
         q, attended = part(space.q, rows, width), part(space.attended, rows, width)
         product(x, block.qkv, qkv, fixed)
         rotate_and_write(
             qkv,
             q.view(rows, block.heads, block.dim),
-            keys,
-            values,
+            kept.keys,
+            kept.values,
             block.cos,
             block.sin,
             page_table,
@@ -95,16 +112,20 @@ def run_layers(
             eps=block.q_norm.eps if block.q_norm else 0.0,
             gemma=block.q_norm.offset if block.q_norm else False,
             fixed=fixed,
+            scales=kept.scales,
         )
         shape = (rows, block.heads, block.dim)
-        attend(block, q.view(shape), keys, values, attended.view(shape))
+        attend(block, q.view(shape), kept, attended.view(shape))
         product(attended, block.out, y, fixed)
         if block.after_attention is not None:
             norm(y, block.after_attention, y)
         norm(y, block.norm_mid, x, residual)
-        gated = part(space.gated, rows, len(block.gate_up.weight) // 2)
-        gated_product(x, block, part(space.gate_up, rows, len(block.gate_up.weight)), gated, fixed)
-        product(gated, block.down, y, fixed)
+        if block.router is not None:
+            experts_product(x, block, space.experts, y, fixed)
+        else:
+            gated = part(space.gated, rows, block.gate_up.n_out // 2)
+            gated_product(x, block, part(space.gate_up, rows, block.gate_up.n_out), gated, fixed)
+            product(gated, block.down, y, fixed)
         if block.after_mlp is not None:
             norm(y, block.after_mlp, y)
         following = blocks[i + 1].norm_in if i + 1 < len(blocks) else final
@@ -118,66 +139,3 @@ def run_layers(
 def norm(x: Tensor, of: Norm, out: Tensor, residual: Tensor | None = None) -> None:
     """out = norm(x); with residual: residual += x, out = norm(residual)."""
     rms_norm(x, of.weight, of.eps, out, residual, gemma=of.offset)
-
-
-def product(x: Tensor, linear: Linear, out: Tensor, fixed: bool = False) -> None:
-    """out = x @ weight.T + bias."""
-    rows, (n_out, width) = len(x), linear.weight.shape
-    if fixed:
-        fixed_product(x, linear.weight, out, linear.bias)
-    elif rows == 1:
-        skinny_product(
-            x, linear.weight, out, bias=linear.bias, block_n=2, block_k=_one_row_block(width), warps=4, stages=2
-        )
-    elif 1 < rows <= MAX_ROWS and _long(n_out, width) and linear.bias is None and _on_matrix_units(x):
-        skinny_product(x, linear.weight, out, block_n=16, block_k=256, warps=4, stages=4)
-    elif linear.bias is not None:
-        torch.addmm(linear.bias, x, linear.weight.t(), out=out)
-    else:
-        torch.mm(x, linear.weight.t(), out=out)
-
-
-def head_product(x: Tensor, weight: Tensor, out: Tensor, fixed: bool = False) -> None:
-    """out = x @ weight.T for a weight with very many rows."""
-    rows, width = len(x), weight.shape[1]
-    if fixed:
-        fixed_product(x, weight, out)
-    elif rows == 1:
-        skinny_product(x, weight, out, block_n=2, block_k=_one_row_block(width), warps=4, stages=2)
-    elif rows <= MAX_ROWS and _on_matrix_units(x):
-        skinny_product(x, weight, out, block_n=64, block_k=128, warps=4, stages=4)
-    else:
-        torch.mm(x, weight.t(), out=out)
-
-
-def gated_product(x: Tensor, block: Block, both: Tensor, out: Tensor, fixed: bool = False) -> None:
-    """out = act(x @ gate.T) * (x @ up.T)."""
-    rows, linear = len(x), block.gate_up
-    if fixed:
-        fixed_product(x, linear.weight, both, linear.bias)
-        gate(both, out, block.activation)
-    elif rows == 1 and linear.bias is None:
-        width = _one_row_block(linear.weight.shape[1])
-        skinny_product(
-            x, linear.weight, out, gated=True, activation=block.activation, block_n=2, block_k=width, warps=4, stages=2
-        )
-    elif rows <= MAX_ROWS and linear.bias is None and _on_matrix_units(x):
-        skinny_product(
-            x, linear.weight, out, gated=True, activation=block.activation, block_n=64, block_k=128, warps=4, stages=4
-        )
-    else:
-        product(x, linear, both)
-        gate(both, out, block.activation)
-
-
-def _one_row_block(width: int) -> int:
-    return 2048 if width >= 2048 else 1024
-
-
-def _long(n_out: int, width: int) -> bool:
-    """Far more to sum than to give, as in an MLP's way down: cuBLAS then leaves most of the machine idle."""
-    return width >= 3 * n_out
-
-
-def _on_matrix_units(x: Tensor) -> bool:
-    return x.dtype != torch.float32  # which they would round to tf32

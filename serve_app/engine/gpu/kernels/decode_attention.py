@@ -1,10 +1,11 @@
 """One new row per sequence attends to all keys and values of its sequence, in pages.
 
 Equals softmax(q k^T * scale) v over the positions the row may see, softmax in float32. Sequences are as unequal as
-their users, so they are cut into chunks of one length, and a fixed number of programs take the chunks in turn: all
-multiprocessors end together, however the lengths lie. A program takes one chunk for the query heads that share one KV
-head, so that keys are read once; a second launch joins the chunks of a row. List, lengths and chunk length are made and
-read on the device, so that a CUDA graph may hold it all.
+their users, so they are cut into chunks of one length, and a fixed number of programs take the next chunk when they are
+done with one: all multiprocessors end together, however the lengths lie. Many small programs hide each other's waiting
+for the first bytes of a chunk (3 to 12 % faster than few large ones, benchmarks/gpu_kernels.py). A program takes one
+chunk for the query heads that share one KV head, so that keys are read once; a second launch joins the chunks of a row.
+List, lengths and chunk length are made and read on the device, so that a CUDA graph may hold it all.
 Source: the split-KV scheme of Dao et al. 2023, "Flash-Decoding for long-context inference"; work lists as in Ye et al.
 2024, "FlashInfer", section 3.3.
 """
@@ -21,14 +22,18 @@ from torch import Tensor
 from serve_app.engine.gpu.kernels.early_launch import starts_early, wait_for_inputs
 
 LOG2E = tl.constexpr(1.4426950408889634)
-SHORTEST_CHUNK = 256  # positions: a shorter one costs more to start and to join than it saves
+SHORTEST_CHUNK = 128  # positions: a shorter one costs more to start and to join than it saves
 _FIXED_CHUNKS = 8  # of a row at most, where all must be cut alike: long ones stay fast
 _TURNS = 8  # chunks for each program at most, unless the rows alone are more: enough to even out their lengths
+_SHORT_TURNS = 3  # and of the shortest ones: with more to do, chunks of twice the length are faster
+_PROGRAMS = 6  # on each multiprocessor: as many as find room with two blocks of keys and values each, at dim 128
 
 
-@triton.jit(do_not_specialize=["n_rows", "most"])
-def _list_chunks(slots, lengths, n_rows, most, items, first_items, meta, SHORTEST: tl.constexpr, ROWS: tl.constexpr):
-    """One program. items: row, chunk, slot, length of each chunk in row order; meta: how many, and their length."""
+@triton.jit(do_not_specialize=["n_rows", "few", "most"])
+def _list_chunks(
+    slots, lengths, n_rows, few, most, items, first_items, meta, SHORTEST: tl.constexpr, ROWS: tl.constexpr
+):
+    """One program. items: row, chunk, slot, length of each chunk in row order; meta: see ChunkSpace."""
     offs = tl.arange(0, ROWS)
     longest = 0
     for n in range(0, n_rows, ROWS):
@@ -38,7 +43,7 @@ def _list_chunks(slots, lengths, n_rows, most, items, first_items, meta, SHORTES
     for n in range(0, n_rows, ROWS):
         length = tl.load(lengths + n + offs, mask=n + offs < n_rows, other=0)
         total += tl.sum((length + chunk - 1) // chunk, 0)
-    while (total > most) & (chunk < longest):
+    while (total > tl.where(chunk == SHORTEST, few, most)) & (chunk < longest):
         chunk = chunk * 2
         total = 0
         for n in range(0, n_rows, ROWS):
@@ -61,6 +66,7 @@ def _list_chunks(slots, lengths, n_rows, most, items, first_items, meta, SHORTES
         before += tl.sum(chunks, 0)
     tl.store(meta, total)
     tl.store(meta + 1, chunk)
+    tl.store(meta + 2, 0)
 
 
 @triton.jit
@@ -68,6 +74,7 @@ def _attend_chunks(
     q,
     keys,
     values,
+    scales,
     out,
     part_out,
     part_stat,
@@ -78,6 +85,7 @@ def _attend_chunks(
     scale,
     softcap,
     window,
+    value_scales,
     table_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -89,6 +97,7 @@ def _attend_chunks(
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    EIGHT: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     wait_for_inputs(EARLY)
@@ -98,7 +107,8 @@ def _attend_chunks(
     offs_d = tl.arange(0, DIM)
     offs_n = tl.arange(0, BLOCK)
     real = offs_g < GROUP
-    for turn in range(tl.program_id(0), total, PROGRAMS):
+    turn = tl.program_id(0)
+    while turn < total:
         item = turn // KV_HEADS
         head = turn % KV_HEADS
         row = tl.load(items + item * 4)
@@ -126,17 +136,21 @@ def _attend_chunks(
             if HAS_WINDOW:
                 seen = seen & (at >= length - window)
             page = tl.load(table + at // PAGE, mask=at < end, other=0).to(tl.int64)
-            base = (page * KV_HEADS + head) * (PAGE * DIM) + (at % PAGE) * DIM
-            k = tl.load(keys + base[None, :] + offs_d[:, None])
-            scores = tl.dot(query, k, input_precision="ieee") * scale
+            cell = (page * KV_HEADS + head) * PAGE + at % PAGE
+            k = tl.load(keys + cell[None, :] * DIM + offs_d[:, None])
+            scores = tl.dot(query, k.to(query.dtype), input_precision="ieee") * scale
+            if EIGHT:
+                scores *= tl.load(scales + cell)[None, :]
             if HAS_SOFTCAP:
                 scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E) / softcap) + 1.0))
             scores = tl.where(seen[None, :], scores * LOG2E, -1e30)
             new_top = tl.maximum(top, tl.max(scores, 1))
             shrink = tl.exp2(top - new_top)
             weights = tl.where(seen[None, :], tl.exp2(scores - new_top[:, None]), 0.0)
-            v = tl.load(values + base[:, None] + offs_d[None, :], mask=seen[:, None], other=0.0)
+            v = tl.load(values + cell[:, None] * DIM + offs_d[None, :], mask=seen[:, None], other=0.0).to(query.dtype)
             sum_ = sum_ * shrink + tl.sum(weights, 1)
+            if EIGHT:
+                weights *= tl.load(scales + value_scales + cell, mask=seen, other=0.0)[None, :]
             acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
             top = new_top
         alone = (length + chunk - 1) // chunk - first == 1
@@ -150,6 +164,7 @@ def _attend_chunks(
             tl.store(part_out + at[:, None] * DIM + offs_d[None, :], acc, mask=real[:, None])
             tl.store(part_stat + at * 2, top, mask=real)
             tl.store(part_stat + at * 2 + 1, sum_, mask=real)
+        turn = PROGRAMS + tl.atomic_add(meta + 2, 1, sem="relaxed")
 
 
 @triton.jit
@@ -172,6 +187,8 @@ def _join_chunks(
     row = tl.program_id(0)
     head = tl.program_id(1)
     wait_for_inputs(EARLY)
+    if (row == 0) & (head == 0):
+        tl.store(meta + 2, 0)  # for the next layer
     length = tl.load(lengths + row)
     chunk = tl.load(meta + 1)
     n_chunks = (length + chunk - 1) // chunk
@@ -209,10 +226,11 @@ class ChunkSpace:
 
     programs: int
     most: int  # chunks at most, unless the rows alone are more
-    shortest: int  # positions of a chunk, if they are not too many
+    few: int  # of the shortest chunks at most
+    shortest: int  # positions of these
     items: Tensor  # [chunks, 4] int32: row, number of the chunk, slot, length of the row
     first_items: Tensor  # [rows] int32
-    meta: Tensor  # [2] int32: how many chunks, and their length in positions
+    meta: Tensor  # [3] int32: how many chunks, their length in positions, turns taken beyond each program's first
     part_out: Tensor  # [chunks * heads * dim] float32
     part_stat: Tensor  # [chunks * heads * 2] float32
 
@@ -225,12 +243,16 @@ class ChunkSpace:
         fixed_for: positions that a row may have. All chunks are then of one length in every step, and a row's bits do
         not depend on what runs beside it.
         """
-        # Three programs on each multiprocessor hide each other's starts. A CPU, in the interpreter, takes a few.
-        programs = 3 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-        most, shortest = max(_TURNS * programs // kv_heads, 1), SHORTEST_CHUNK
+        # A CPU, in the interpreter, takes a few.
+        programs = (
+            _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+        )
+        most, few = (max(turns * programs // kv_heads, 1) for turns in (_TURNS, _SHORT_TURNS))
+        shortest = SHORTEST_CHUNK
         if fixed_for is not None:
             chunk = triton.next_power_of_2(-(-fixed_for // _FIXED_CHUNKS))
-            most, shortest = _FIXED_CHUNKS * max_rows, max(chunk, SHORTEST_CHUNK)
+            most = few = _FIXED_CHUNKS * max_rows
+            shortest = max(chunk, SHORTEST_CHUNK)
         chunks = max(most, max_rows)
 
         def ints(*shape: int) -> Tensor:
@@ -239,10 +261,11 @@ class ChunkSpace:
         return cls(
             programs=programs,
             most=most,
+            few=few,
             shortest=shortest,
             items=ints(chunks, 4),
             first_items=ints(max_rows),
-            meta=ints(2),
+            meta=ints(3),
             part_out=torch.zeros(chunks * heads * dim, dtype=torch.float32, device=device),
             part_stat=torch.zeros(chunks * heads * 2, dtype=torch.float32, device=device),
         )
@@ -254,6 +277,7 @@ def list_chunks(slots: Tensor, lengths: Tensor, space: ChunkSpace) -> None:
         slots,
         lengths,
         len(lengths),
+        space.few,
         space.most,
         space.items,
         space.first_items,
@@ -277,23 +301,28 @@ def decode_attention(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Tensor | None = None,
-    block: int = 64,
-    warps: int = 4,
+    scales: Tensor | None = None,
+    block: int | None = None,
+    warps: int | None = None,
     stages: int = 2,
 ) -> None:
     """Write to out [rows, heads, dim]; row i is the last position of a sequence.
 
     q [rows, heads, dim]; keys, values [pages, kv_heads, page, dim]; page_table [slots, pages of a sequence] int32;
     lengths [rows] int32, the new row counted, as list_chunks has seen them, and the slots with them. dim and block are
-    powers of two.
+    powers of two. scales: of 8-bit pages, as rope.py has them.
     """
     rows, heads, dim = q.shape
     kv_heads, page = keys.shape[1], keys.shape[2]
     group, early = heads // kv_heads, starts_early(rows)
+    group_pad = max(16, triton.next_power_of_2(group))
+    warps = warps or min(max(group_pad * dim // 2048, 1), 4)  # the sums of a program then fit into its registers
+    block = block or max(4096 // dim, 16)
     _attend_chunks[(space.programs,)](
         q,
         keys,
         values,
+        scales,
         out,
         space.part_out,
         space.part_stat,
@@ -304,10 +333,11 @@ def decode_attention(
         scale,
         softcap or 0.0,
         window or 0,
+        scales.stride(0) if scales is not None else 0,
         page_table.stride(0),
         KV_HEADS=kv_heads,
         GROUP=group,
-        GROUP_PAD=max(16, triton.next_power_of_2(group)),
+        GROUP_PAD=group_pad,
         DIM=dim,
         PAGE=page,
         PROGRAMS=space.programs,
@@ -315,6 +345,7 @@ def decode_attention(
         HAS_SOFTCAP=softcap is not None,
         HAS_WINDOW=window is not None,
         HAS_SINKS=sinks is not None,
+        EIGHT=scales is not None,
         num_warps=warps,
         num_stages=stages,
         EARLY=early,

@@ -21,6 +21,7 @@ def _attend_rows(
     q,
     keys,
     values,
+    scales,
     out,
     page_table,
     tiles,
@@ -28,6 +29,7 @@ def _attend_rows(
     scale,
     softcap,
     window,
+    value_scales,
     table_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -38,6 +40,7 @@ def _attend_rows(
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    EIGHT: tl.constexpr,
 ):
     head = tl.program_id(0)
     tile = tiles + tl.program_id(1) * 4
@@ -67,9 +70,11 @@ def _attend_rows(
     for n in range(begin, end, BLOCK_N):
         at = n + offs_n
         page = tl.load(table + at // PAGE, mask=at < end, other=0).to(tl.int64)
-        base = (page * KV_HEADS + head) * (PAGE * DIM) + (at % PAGE) * DIM
-        k = tl.load(keys + base[None, :] + offs_d[:, None])
-        scores = tl.dot(query, k, input_precision="ieee") * scale
+        cell = (page * KV_HEADS + head) * PAGE + at % PAGE
+        k = tl.load(keys + cell[None, :] * DIM + offs_d[:, None])
+        scores = tl.dot(query, k.to(query.dtype), input_precision="ieee") * scale
+        if EIGHT:
+            scores *= tl.load(scales + cell)[None, :]
         if HAS_SOFTCAP:
             scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E) / softcap) + 1.0))
         seen = at[None, :] <= mine[:, None]
@@ -79,8 +84,10 @@ def _attend_rows(
         new_top = tl.maximum(top, tl.max(scores, 1))
         shrink = tl.exp2(top - new_top)
         weights = tl.where(seen, tl.exp2(scores - new_top[:, None]), 0.0)
-        v = tl.load(values + base[:, None] + offs_d[None, :], mask=(at < end)[:, None], other=0.0)
+        v = tl.load(values + cell[:, None] * DIM + offs_d[None, :], mask=(at < end)[:, None], other=0.0).to(query.dtype)
         total = total * shrink + tl.sum(weights, 1)
+        if EIGHT:
+            weights *= tl.load(scales + value_scales + cell, mask=at < end, other=0.0)[None, :]
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         top = new_top
     if HAS_SINKS:
@@ -106,6 +113,7 @@ def prefill_attention(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Tensor | None = None,
+    scales: Tensor | None = None,
     block: int = 64,
     warps: int = 8,
     stages: int = 2,
@@ -120,6 +128,7 @@ def prefill_attention(
         q,
         keys,
         values,
+        scales,
         out,
         page_table,
         tiles,
@@ -127,6 +136,7 @@ def prefill_attention(
         scale,
         softcap or 0.0,
         window or 0,
+        scales.stride(0) if scales is not None else 0,
         page_table.stride(0),
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
@@ -137,6 +147,7 @@ def prefill_attention(
         HAS_SOFTCAP=softcap is not None,
         HAS_WINDOW=window is not None,
         HAS_SINKS=sinks is not None,
+        EIGHT=scales is not None,
         num_warps=warps,
         num_stages=stages,
     )

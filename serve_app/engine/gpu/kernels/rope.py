@@ -1,7 +1,9 @@
 """Between the QKV product and attention: norm of each head if the model has one, rotation, and the write into pages.
 
 Equals, per head: q or k = norm(x) if weights are given, then x cos + rotate_half(x) sin on the first ROTARY dims;
-v as it is. Keys and values go to their page at once, queries to `q_out`.
+v as it is. Keys and values go to their page at once, queries to `q_out`. Pages of 8-bit floats (e4m3) have a scale for
+each position and head, of which the largest element comes to 448: a row is its numbers times its scale. The rounding
+is written out, so that it has the same bits on every device; what is below 2^-6 of 448 becomes 0.
 Source: Su et al. 2021, "RoFormer", in the half-split form that transformers uses.
 """
 
@@ -14,12 +16,26 @@ from torch import Tensor
 from serve_app.engine.gpu.kernels.early_launch import starts_early, wait_for_inputs
 
 
+@triton.jit
+def _eight_bits(x):
+    """e4m3 numbers, still as float32, and scales of rows [rows, dim]; to nearest, ties to even."""
+    top = tl.max(tl.abs(x), 1)
+    scale = tl.where(top == 0.0, 1.0, top / 448.0)
+    number = x / scale[:, None]
+    bits = number.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+    rounded = bits.to(tl.float32, bitcast=True)
+    rounded = tl.where(tl.abs(rounded) < 0.015625, 0.0, rounded)
+    return tl.where(number == number, rounded, number), scale  # what is no number stays none
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def _rotate_and_write(
     qkv,
     q_out,
     keys,
     values,
+    scales,
     cos,
     sin,
     q_weight,
@@ -27,6 +43,7 @@ def _rotate_and_write(
     page_table,
     slots,
     positions,
+    value_scales,
     table_stride,
     eps,
     n_rows,
@@ -38,6 +55,7 @@ def _rotate_and_write(
     HAS_NORM: tl.constexpr,
     GEMMA: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    EIGHT: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     # One program: one row and BLOCK_H heads of it. Heads are numbered through q, k, v.
@@ -89,10 +107,19 @@ def _rotate_and_write(
     q_at = row * (HEADS * DIM) + heads[:, None] * DIM + offs[None, :]
     tl.store(q_out + q_at, turned.to(kind), mask=is_q[:, None])
     kv_head = tl.where(is_v, heads - HEADS - KV_HEADS, heads - HEADS)
-    cell = ((page * KV_HEADS + kv_head) * PAGE + position % PAGE)[:, None] * DIM + offs[None, :]
+    cell = (page * KV_HEADS + kv_head) * PAGE + position % PAGE
+    at_cell = cell[:, None] * DIM + offs[None, :]
     is_k = (heads >= HEADS) & (heads < HEADS + KV_HEADS)
-    tl.store(keys + cell, turned.to(kind), mask=is_k[:, None])
-    tl.store(values + cell, x.to(kind), mask=(is_v & here)[:, None])
+    is_v = is_v & here
+    if EIGHT:
+        kept, scale = _eight_bits(tl.where(is_v[:, None], x, turned))
+        tl.store(keys + at_cell, kept.to(keys.dtype.element_ty), mask=is_k[:, None])
+        tl.store(values + at_cell, kept.to(values.dtype.element_ty), mask=is_v[:, None])
+        tl.store(scales + cell, scale, mask=is_k)
+        tl.store(scales + value_scales + cell, scale, mask=is_v)
+    else:
+        tl.store(keys + at_cell, turned.to(kind), mask=is_k[:, None])
+        tl.store(values + at_cell, x.to(kind), mask=is_v[:, None])
 
 
 def rotate_and_write(
@@ -110,12 +137,13 @@ def rotate_and_write(
     eps: float = 0.0,
     gemma: bool = False,
     fixed: bool = False,
+    scales: Tensor | None = None,
 ) -> None:
     """qkv [rows, (heads + 2 kv_heads) * dim] -> q_out [rows, heads, dim] and the rows' places in keys and values.
 
     cos, sin [positions, rotary / 2] float32; slots, positions [rows] int32; a row whose slot is negative is left out.
     q_weight, k_weight [dim]: RMS norms of each head (Qwen3, Gemma 3). fixed: programs of one shape for any number
-    of rows.
+    of rows. scales [2, pages, kv_heads, page] float32, of keys and of values, where these are 8-bit floats.
     """
     rows, heads, dim = q_out.shape
     kv_heads, page = keys.shape[1], keys.shape[2]
@@ -125,6 +153,7 @@ def rotate_and_write(
         q_out,
         keys,
         values,
+        scales,
         cos,
         sin,
         q_weight,
@@ -132,6 +161,7 @@ def rotate_and_write(
         page_table,
         slots,
         positions,
+        scales.stride(0) if scales is not None else 0,
         page_table.stride(0),
         eps,
         rows,
@@ -143,6 +173,7 @@ def rotate_and_write(
         HAS_NORM=q_weight is not None,
         GEMMA=gemma,
         BLOCK_H=block,
+        EIGHT=scales is not None,
         num_warps=1 if block == 1 else 4,
         EARLY=early,
         launch_pdl=early,

@@ -31,6 +31,8 @@ def load_numpy(store: BlockStore, manifest: Manifest, start: int, stop: int, opt
         raise ConfigError("the NumPy engine computes plain Llama models only")
     if options.device != "cpu" or options.dtype != "float32" or manifest.dtype != "float32":
         raise ConfigError("the NumPy engine computes float32 shards on a CPU: set pipeline.dtype to float32")
+    if options.kv_dtype != "auto":
+        raise ConfigError("the NumPy engine keeps keys and values in float32 only: set pipeline.kv_dtype to auto")
     weights: dict[str, Floats] = {}
     for unit in manifest.units_of(start, stop):
         for ref in unit.tensors:

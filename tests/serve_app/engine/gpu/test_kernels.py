@@ -93,7 +93,7 @@ def test_decode_attention_equals_plain_attention(
     sinks = tensor(heads, seed=5) if has_sinks else None
     out = torch.full((5, heads, DIM), 7.0, device=DEVICE)
     lengths = ints([*(cache.lengths[i] for i in order), 0])
-    space = replace(ChunkSpace.of(5, heads, kv_heads, DIM, DEVICE), most=most)
+    space = replace(ChunkSpace.of(100, heads, kv_heads, DIM, DEVICE), few=most, most=most)
     space.part_out.fill_(float("nan"))
     space.part_stat.fill_(float("nan"))
     list_chunks(ints([*order, 0]), lengths, space)
@@ -110,6 +110,7 @@ def test_decode_attention_equals_plain_attention(
         window=window,
         sinks=sinks,
     )
+    assert space.meta.tolist()[2] == 0, "the next layer takes its turns from the first"
     for row, i in enumerate(order):
         k, v = cache.plain(cache.keys, i), cache.plain(cache.values, i)
         close(out[row : row + 1], attend(q[row : row + 1], k, v, cache.lengths[i] - 1, window, softcap, sinks))
@@ -119,12 +120,20 @@ def test_decode_attention_equals_plain_attention(
 def test_chunks_cover_every_position_once() -> None:
     """As short as may be for how many there may be, in the order of rows."""
     lengths = [700, 0, 1, 256, 257, *[5] * 300, 1024]
-    for most, length in ((10_000, 256), (311, 256), (310, 512), (307, 512), (306, 1024), (1, 1024)):
-        space = replace(ChunkSpace.of(1000, 1, 1, DIM, DEVICE), most=most)
+    for few, most, length in (
+        (320, 10_000, 128),
+        (319, 10_000, 256),
+        (319, 311, 256),
+        (319, 310, 512),
+        (319, 307, 512),
+        (319, 306, 1024),
+        (1, 1, 1024),
+    ):
+        space = replace(ChunkSpace.of(1000, 1, 1, DIM, DEVICE), few=few, most=most)
         slots = [1000 - row for row in range(len(lengths))]
         list_chunks(ints(slots), ints(lengths), space)
         wanted = [(row, c, slots[row], n) for row, n in enumerate(lengths) for c in range(-(-n // length))]
-        assert space.meta.tolist() == [len(wanted), length]
+        assert space.meta.tolist() == [len(wanted), length, 0]
         assert [tuple(item) for item in space.items[: len(wanted)].tolist()] == wanted
         firsts = [sum(-(-n // length) for n in lengths[:row]) for row in range(len(lengths))]
         assert space.first_items[: len(lengths)].tolist() == firsts

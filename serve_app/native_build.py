@@ -1,8 +1,8 @@
-"""The compiled step as a library for this very processor, made when it is first asked for and kept for the next start.
+"""C++ of this project as libraries for this very processor, made when first asked for and kept for the next start.
 
-Nothing needs it: without a compiler, or if anything here fails, the same steps are computed by torch's operators.
-The library's name says what it was made from, so a new source, compiler or processor makes a new one. It is code that
-runs here, so it is taken only from where nobody but this user (and root) can have put it.
+Nothing needs them: without a compiler, or if anything here fails, slower code does the same. A library's name says
+what it was made from, so a new source, compiler or processor makes a new one. It is code that runs here, so it is
+taken only from where nobody but this user (and root) can have put it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
-_SOURCE = Path(__file__).with_name("native.cpp")
 _COMPILERS = ("g++", "c++", "clang++")
 # Sums may be reordered, or the compiler could not make vectors of them; infinities and NaNs keep their meaning.
 _FLAGS = [
@@ -38,47 +38,60 @@ _FLAGS = [
 _TIMEOUT_S = 180.0  # about 10 s on a core of 2023
 
 
-def native_library(folder: Path | None = None) -> Path | None:
+@dataclass(frozen=True, slots=True)
+class NativeSource:
+    """One source file that becomes a library. without: what happens where it cannot, as a log line says it."""
+
+    path: Path
+    without: str
+
+
+CPU_STEP = NativeSource(
+    Path(__file__).parent / "engine" / "cpu" / "native.cpp",
+    "decode steps are computed by torch's operators, 2 to 4 times slower",
+)
+ROW_HASHES = NativeSource(Path(__file__).parent / "receipts" / "rows.cpp", "rows are hashed one by one, in Python")
+
+
+def native_library(source: NativeSource, folder: Path | None = None) -> Path | None:
     """The library, compiled into folder (None: the user's cache) unless it is there; None if it cannot be made.
 
     Where that folder cannot be trusted or written, one of this process's own takes its place.
     """
     compiler = next((path for path in map(shutil.which, _COMPILERS) if path is not None), None)
     if compiler is None:
-        _log.warning("no C++ compiler here, so decode steps are computed by torch's operators, 2 to 4 times slower")
+        _log.warning("no C++ compiler here, so %s", source.without)
         return None
     try:
         try:
-            return _made(compiler, (folder or Path.home() / ".cache" / "llmd").absolute())
+            return _made(source.path, compiler, (folder or Path.home() / ".cache" / "llmd").absolute())
         except (OSError, RuntimeError) as e:  # RuntimeError: a user without a home
-            _log.warning("the compiled step cannot be kept, so it is made anew at every start: %s", e)
-        private = Path(tempfile.mkdtemp(prefix="llmd-step-"))
+            _log.warning("%s is compiled anew at every start, for it cannot be kept: %s", source.path.name, e)
+        private = Path(tempfile.mkdtemp(prefix="llmd-native-"))
         atexit.register(shutil.rmtree, private, ignore_errors=True)
-        return _made(compiler, private)
+        return _made(source.path, compiler, private)
     except (OSError, subprocess.SubprocessError) as e:
         said = (getattr(e, "stderr", None) or b"").decode(errors="replace")[-500:]
-        _log.warning(
-            "the compiled step could not be made, so torch's operators serve, 2 to 4 times slower: %s %s", e, said
-        )
+        _log.warning("%s could not be made a library, so %s: %s %s", source.path.name, source.without, e, said)
         return None
 
 
-def _made(compiler: str, folder: Path) -> Path:
+def _made(source: Path, compiler: str, folder: Path) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_TIMEOUT_S, check=True).stdout
-    name = hashlib.sha256(b"\0".join((_SOURCE.read_bytes(), version, " ".join(_FLAGS).encode(), _processor())))
-    library = folder / f"step-{name.hexdigest()[:24]}.so"
+    name = hashlib.sha256(b"\0".join((source.read_bytes(), version, " ".join(_FLAGS).encode(), _processor())))
+    library = folder / f"{source.stem}-{name.hexdigest()[:24]}.so"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _require_ours(folder, 0o022)
     for above in folder.resolve().parents:
         _require_ours(above, 0 if above.stat().st_mode & stat.S_ISVTX else 0o002)  # sticky: as /tmp is
     if _is_ours(library):  # before the lock: a folder that was filled once may be read-only now
         return library
-    with (folder / "step.lock").open("w") as lock:
+    with (folder / "native.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the stages of one host start together
         if not _is_ours(library):
             with tempfile.TemporaryDirectory(dir=folder) as part:
                 made = Path(part) / library.name
-                command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCE)]
+                command = [compiler, *_FLAGS, "-o", str(made), str(source)]
                 subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, check=True)
                 made.chmod(0o755)
                 os.replace(made, library)
