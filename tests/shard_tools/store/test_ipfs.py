@@ -78,7 +78,7 @@ def kubo(answers: Answers, asked: list[tuple[str, dict[str, list[str]]]] | None 
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield f"/ip4/127.0.0.1/tcp/{server.server_port}/http"
