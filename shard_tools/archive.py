@@ -52,29 +52,23 @@ def export_model(
 
 
 def import_model(stream: BinaryIO, label: str, store: BlockStore) -> Imported:
-    """The store holds the whole model that the CAR file's first root names, and nothing else of that file.
+    """The store holds the whole model that the CAR file's first root names.
 
     Every block is hashed. Blocks of a file that turns out to be cut short, or no whole model, stay: the next import
-    finds them. Blocks that the model does not link are dropped again, so nobody fills a disk with what was not asked
-    for. Raises FormatError, CorruptBlockError, ManifestError, NotFoundError naming the first block that is missing.
+    finds them, or a garbage collection takes them, as it does what the model does not link. Raises FormatError,
+    CorruptBlockError, ManifestError, and NotFoundError naming the first block that is missing.
     """
     roots, blocks = read_car(stream, label)
-    seen: set[Cid] = set()
-    fresh: set[Cid] = set()
+    read: set[Cid] = set()
     for cid, block in blocks:
-        if not store.has(cid):
-            fresh.add(cid)
         store.put(cid.codec, block)
-        seen.add(cid)
+        read.add(cid)
     try:
         model = load_manifest(store, roots[0])
-        linked = set(model_blocks(model, store.get)) | set(roots)
-        for cid in linked - seen:
+        for cid in {*model_blocks(model, store.get), *roots} - read:
             store.get(cid)
     except LlmdError as e:
         raise FormatError(f"{label} holds no whole model of the manifest {roots[0]}: {e}") from e
-    for cid in fresh - linked:
-        store.delete(cid)
     if len(roots) < 2:
         return Imported(model, None)
     return Imported(model, ModelRecord(roots[0], roots[1]))

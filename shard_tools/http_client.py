@@ -48,7 +48,7 @@ class Answer:
 
     def problem(self) -> str:
         """What an error says of an answer that is no use."""
-        return f"answers with HTTP {self.status}" + (f": {self.said}" if self.said and self.said.isprintable() else "")
+        return f"answers with HTTP {self.status}" + (f": {self.said}" if self.said else "")
 
 
 class HttpClient:
@@ -114,7 +114,7 @@ class HttpClient:
 
     def _read(self, response: http.client.HTTPResponse, method: str, max_bytes: int) -> tuple[bytes, str]:
         if response.status != 200:
-            return b"", response.read(300).decode("ascii", "replace").strip()
+            return b"", printable(response.read(300).decode("ascii", "replace"))
         if response.length is not None and response.length > max_bytes:
             raise ValueError(f"it answers with {response.length} bytes where at most {max_bytes} can be right")
         if method == "HEAD":
@@ -203,6 +203,11 @@ class _TimedReads(io.RawIOBase):
         if not self.closed and self.last:
             self._sock.close()
         super().close()
+
+
+def printable(text: str, most: int = 300) -> str:
+    """What a stranger said, fit for a terminal and a log: no control characters, and not long."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:most]).split())
 
 
 def parse_url(url: str) -> tuple[str, str, int, str]:

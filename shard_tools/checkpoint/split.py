@@ -97,8 +97,11 @@ class _Writer:
         self._pair: tuple[str, tuple[torch.Tensor, torch.Tensor]] | None = None  # integers and scales made last
         self._progress, self._total, self._done = progress, total, 0
         self._pool = ThreadPoolExecutor(THREADS)
+        # Tensors are read outside the main thread: Ctrl-C inside torch comes out as some ValueError of torch's.
+        self._reader = ThreadPoolExecutor(1)
 
     def close(self) -> None:
+        self._reader.shutdown(cancel_futures=True)
         self._pool.shutdown(cancel_futures=True)
 
     def write(self, label: str, tensors: list[_Stored]) -> Shard:
@@ -126,7 +129,7 @@ class _Writer:
     def _begin(self, stored: _Stored) -> list[Future[tuple[Cid, int]]]:
         """The tensor's leaves are being hashed and written."""
         dtype = stored.dtype
-        flat = self._values(stored).contiguous().view(-1)
+        flat = self._reader.submit(lambda: self._values(stored).contiguous().view(-1)).result()
         step = unixfs.LEAF_BYTES // shard_file.ITEM_BYTES[dtype]
 
         def put(start: int) -> tuple[Cid, int]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from shard_tools.cid import Cid
 from shard_tools.errors import InputError, NotFoundError, UnreachableError
-from shard_tools.http_client import HttpClient, Patience
+from shard_tools.http_client import HttpClient, Patience, printable
 from shard_tools.store.block_store import MAX_BLOCK_BYTES, check_block
 from shard_tools.store.car import write_car
 
@@ -97,7 +97,7 @@ class IpfsNode:
                     str(line["Root"]["PinErrorMsg"]) for line in said if line.get("Root", {}).get("PinErrorMsg")
                 ]
         if problems:
-            raise UnreachableError(self.label, f"has the blocks and cannot pin them: {problems[0][:300]}")
+            raise UnreachableError(self.label, f"has the blocks and cannot pin them: {printable(problems[0])}")
         for cid in roots if pin else ():  # js-ipfs pins roots only if it is told so twice
             self.pin(cid)
 
@@ -154,14 +154,14 @@ class IpfsNode:
                 path = str(said["Path"])
         except ErrorResponse as e:
             raise NotFoundError(
-                f"the IPNS name {name}", f"reach of the {self.label}", f"It says: {str(e)[:300]}"
+                f"the IPNS name {name}", f"reach of the {self.label}", f"It says: {printable(str(e))}"
             ) from e
         return Cid.parse(path.removeprefix("/ipfs/"))
 
     def version(self) -> str:
         """What the node says it is. Raises UnreachableError."""
         with self._asking(refused=True):
-            return str(self._client.version()["Version"])[:100]
+            return printable(str(self._client.version()["Version"]), 100)
 
     def _timeout(self, seconds: float) -> tuple[float, float]:
         """To connect, and between two reads: past what the node was given, so its own answer comes first."""
@@ -179,7 +179,7 @@ class IpfsNode:
         except ErrorResponse as e:
             if not refused:
                 raise
-            raise UnreachableError(self.label, f"refuses: {str(e)[:300]}") from e
+            raise UnreachableError(self.label, f"refuses: {printable(str(e))}") from e
         except ipfshttpclient.exceptions.TimeoutError as e:
             raise UnreachableError(self.label, "did not answer in time") from e
         except (ClientError, RequestException, HTTPError, OSError, *_ITS_MISTAKES) as e:
@@ -201,6 +201,6 @@ def _no_address(api: str) -> InputError:
 def _message(said: str) -> str:
     """What stands in `{"Message": ...}`, or all of it."""
     try:
-        return str(json.loads(said)["Message"])[:300]
+        return printable(str(json.loads(said)["Message"]))
     except (ValueError, LookupError, TypeError):
-        return said[:300]
+        return said

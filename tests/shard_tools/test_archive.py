@@ -52,19 +52,6 @@ def test_a_model_without_signature_is_imported_and_has_no_record(published: tupl
     assert verify(target, load_manifest(target, published[1].manifest)) == []
 
 
-def test_blocks_that_the_model_does_not_link_are_dropped(
-    published: tuple[MemoryStore, ModelRecord], whole: bytes
-) -> None:
-    extra = [(Cid.of(Codec.RAW, bytes([i])), bytes([i])) for i in range(9)]
-    roots, blocks = read_car(io.BytesIO(whole), "m.car")
-    out, target = io.BytesIO(), MemoryStore()
-    write_car(out, roots, [*extra, *blocks])
-    target.put(Codec.RAW, b"\0")  # it was there before, for a reason of its own
-    out.seek(0)
-    import_model(out, "m.car", target)
-    assert target.blocks.keys() - published[0].blocks.keys() == {extra[0][0]}
-
-
 def test_a_file_cut_between_two_blocks_is_no_whole_model_and_a_second_import_goes_on(
     published: tuple[MemoryStore, ModelRecord], whole: bytes
 ) -> None:

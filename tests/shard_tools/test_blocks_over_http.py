@@ -65,7 +65,7 @@ def test_a_gateway_that_lies_is_found_out(answer: bytes) -> None:
         (b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 200 + b"\r\n", "cannot be asked"),
         (b"HTTP/1.1 200 OK\r\nx: " + b"y" * 100_000, "cannot be asked"),
         (b"HTTP/1.1 301 Moved\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n", "HTTP 301"),
-        (b"HTTP/1.1 429 Slow Down\r\nContent-Length: 9\r\n\r\nslow down", "HTTP 429: slow down"),
+        (b"HTTP/1.1 429 Slow Down\r\nContent-Length: 14\r\n\r\nslow\x1b[2J\r\ndown", r"HTTP 429: slow \[2J down"),
     ],
     ids=["1GiB", "endless", "long-chunk", "cut", "nothing", "ssh", "headers", "header", "redirect", "429"],
 )
