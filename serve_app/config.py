@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
@@ -27,7 +28,9 @@ from serve_app.known_keys import refuse_unknown
 from serve_app.serve_keys import Keys
 from shard_tools.choice import Choice, absolute_path
 from shard_tools.errors import InputError
-from shard_tools.signing import PublicKey, parse_key, read_public_key
+from shard_tools.signing import parse_key
+from shard_tools.trust import TrustPolicy
+from shard_tools.trust_root import read_trust
 
 _CLOSED = ConfigDict(extra="forbid")
 _KEY_TEXT = "llmd-ed25519:"
@@ -100,11 +103,9 @@ class ModelConfig:
     trust: Annotated[tuple[Trusted, ...], Field(min_length=1, max_length=64)]  # publishers: key text, or file of one
     index: FolderOrChoice | None = None  # whose names/ leads from names to manifests; null: the folder of the store
 
-    def publishers(self) -> frozenset[PublicKey]:
-        """The keys of `trust`. Reads the files; raises InputError for one that cannot be read."""
-        return frozenset(
-            parse_key(text) if text.startswith(_KEY_TEXT) else read_public_key(Path(text)) for text in self.trust
-        )
+    def publishers(self) -> TrustPolicy:
+        """What `trust` means now. Reads its files; raises InputError for one that cannot be read or does not hold."""
+        return read_trust(self.trust, int(time.time()))
 
 
 @dataclass(frozen=True, slots=True, config=_CLOSED)
@@ -170,6 +171,11 @@ class IdentityConfig:
     operator_key: AbsolutePath | None = None  # null: state_dir/operator.key, made at first use; for one machine
     registry: AbsolutePath | None = None  # signed list of node keys; null: made with operator_key
     session_lifetime_s: Annotated[int, Field(ge=60, le=30 * 86_400)] = 86_400  # a day: a leaked session key dies soon
+
+    @property
+    def seen(self) -> Path:
+        """Where the newest releases that were ever seen here are noted."""
+        return self.state_dir / "seen"
 
 
 @dataclass(frozen=True, slots=True, config=_CLOSED)

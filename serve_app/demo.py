@@ -21,7 +21,10 @@ from serve_app.choices import index_of, store_folder
 from serve_app.config import config_path
 from serve_app.errors import ConfigError
 from serve_app.serve_file import ServeFile, load_config
+from shard_tools.catalog import find_model
 from shard_tools.errors import InputError, LlmdError
+from shard_tools.index.seen import SeenVersions
+from shard_tools.store.directory import DirectoryStore
 
 _START_S = 300.0  # a first start compiles nothing, but two cold cores import torch three times
 _STOP_S = 60.0
@@ -51,9 +54,13 @@ def run_demo(question: str, *, keep: bool) -> int:
 def _publish(file: ServeFile) -> None:
     model = file.app.model
     folder = store_folder(model)
-    if model.name in index_of(model).names():
+    try:
+        store, seen = DirectoryStore(folder), SeenVersions(file.app.identity.seen)
+        find_model(model.name, index_of(model), store, model.publishers(), int(time.time()), seen)
         _step(f"{model.name} is published already in {folder}")
         return
+    except LlmdError:
+        pass  # not there, or not as it can be served: published by an older llm-d, or expired
     _step(f"Publishing {model.name}: dequantised, cut into layers, named by content, signed")
     args = ("publish", str(demo_model()), "--name", model.name, "--store", str(folder), "--dtype", "bfloat16")
     _run(args, "publishing failed")

@@ -7,8 +7,12 @@
     │   ├── CorruptBlockError  bytes that do not hash to the name asked for
     │   ├── FormatError        bytes that are not the one canonical form of anything
     │   ├── ManifestError      a manifest that describes no whole model
-    │   └── SignatureError     nobody trusted signed this
-    └── NotFoundError          a block or a name that the store does not hold
+    │   ├── SignatureError     nobody trusted signed this
+    │   ├── ExpiredError       it was signed for a time that is over
+    │   └── RollbackError      a newer one was seen before
+    ├── NotFoundError          a block or a name that the store does not hold
+    │   └── UnavailableError   a block that none of several sources gave; says what each of them said
+    └── UnreachableError       a source does not answer, or not in time, or in another language
 
 Messages say what was asked, what came, who said it and what to do.
 """
@@ -55,9 +59,35 @@ class SignatureError(IntegrityError):
     """A signature is absent, wrong, or made by a key that is not trusted."""
 
 
+class ExpiredError(IntegrityError):
+    """A release was signed for a time that is over."""
+
+
+class RollbackError(IntegrityError):
+    """A release is older than one that was seen before, or contradicts it."""
+
+
 class NotFoundError(LlmdError):
     """A block or a name is not there."""
 
     def __init__(self, what: str, where: str, hint: str = "") -> None:
         super().__init__(f"{what} is not in {where}." + (f" {hint}" if hint else ""))
         self.what, self.where = what, where
+
+
+class UnavailableError(NotFoundError):
+    """None of several sources gave a block."""
+
+    def __init__(self, what: str, answers: tuple[tuple[str, str], ...], hint: str = "") -> None:
+        """answers: of each source asked, its label and what it said."""
+        said = "; ".join(f"{label}: {text}" for label, text in answers) or "no source is configured"
+        super().__init__(what, f"any of {len(answers)} sources ({said})", hint)
+        self.answers = answers
+
+
+class UnreachableError(LlmdError):
+    """A source did not answer as it should; what it holds is unknown."""
+
+    def __init__(self, source: str, said: str) -> None:
+        super().__init__(f"{source} {said}")
+        self.source, self.said = source, said

@@ -16,8 +16,9 @@ from shard_tools.cid import Cid, Codec
 from shard_tools.errors import CorruptBlockError, FormatError, LlmdError
 from shard_tools.manifest import File, Leaf, Manifest, Shard, Tensor
 from shard_tools.progress import Progress, silent
-from shard_tools.store.block_store import BlockStore
+from shard_tools.store.block_store import BlockSource, BlockStore
 
+_SERIAL_LEAVES = 4  # a tensor of fewer is read before threads have started
 THREADS = 8  # enough to hide the latency of a peer; hashing releases the interpreter's lock
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ class BadBlock:
     error: LlmdError
 
 
-def load_manifest(store: BlockStore, cid: Cid) -> Manifest:
+def load_manifest(store: BlockSource, cid: Cid) -> Manifest:
     """The manifest of this CID, with the indexes of all its shards. Nothing is said of who signed it.
 
     Raises NotFoundError, CorruptBlockError, FormatError, ManifestError.
@@ -42,7 +43,7 @@ def load_manifest(store: BlockStore, cid: Cid) -> Manifest:
     return Manifest.decode(store.get(cid), store.get)
 
 
-def read_tensor(store: BlockStore, tensor: Tensor, into: memoryview) -> None:
+def read_tensor(store: BlockSource, tensor: Tensor, into: memoryview) -> None:
     """`into` holds the tensor's bytes, each leaf verified before it was copied.
 
     into: writable, contiguous, exactly tensor.size bytes; on error its content is undefined and must not be used.
@@ -50,19 +51,28 @@ def read_tensor(store: BlockStore, tensor: Tensor, into: memoryview) -> None:
     """
     target = into.cast("B")
     assert target.nbytes == tensor.size, (target.nbytes, tensor.size)
-    at = 0
-    for leaf in tensor.leaves:
+
+    def read(i: int) -> None:
+        at = i * unixfs.LEAF_BYTES  # all leaves of a tensor but the last are full
+        leaf = tensor.leaves[i]
         target[at : at + leaf.size] = _leaf(store, leaf)
-        at += leaf.size
+
+    if len(tensor.leaves) < _SERIAL_LEAVES:
+        for i in range(len(tensor.leaves)):
+            read(i)
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(read, range(len(tensor.leaves))):
+            pass
 
 
-def read_file(store: BlockStore, file: File) -> bytes:
+def read_file(store: BlockSource, file: File) -> bytes:
     """The bytes of a small file, verified; never more than file.size of them."""
     return unixfs.read_file(file.cid, file.size, store.get)
 
 
 def fetch(
-    source: BlockStore,
+    source: BlockSource,
     target: BlockStore,
     manifest: Cid,
     *,
@@ -95,7 +105,7 @@ def fetch(
     return model
 
 
-def verify(store: BlockStore, model: Manifest, progress: Progress = silent, threads: int = THREADS) -> list[BadBlock]:
+def verify(store: BlockSource, model: Manifest, progress: Progress = silent, threads: int = THREADS) -> list[BadBlock]:
     """Every block of the model that the store lacks or holds altered; an empty list means: whole."""
     wanted = list(_wanted(model, None))
     total = sum(leaf.size for _, leaf in wanted) + sum(file.size for file in model.files)
@@ -139,14 +149,14 @@ def _wanted(model: Manifest, layers: tuple[int, int] | None) -> list[tuple[str, 
     return list(out.values())
 
 
-def _copy_leaf(source: BlockStore, target: BlockStore, item: tuple[str, Leaf]) -> tuple[str, int]:
+def _copy_leaf(source: BlockSource, target: BlockStore, item: tuple[str, Leaf]) -> tuple[str, int]:
     label, leaf = item
     if not _held(target, leaf.cid):
         _put(target, leaf.cid, _leaf(source, leaf))
     return label, leaf.size
 
 
-def _copy_file(source: BlockStore, target: BlockStore, file: File) -> None:
+def _copy_file(source: BlockSource, target: BlockStore, file: File) -> None:
     def get(cid: Cid) -> bytes:
         if _held(target, cid):
             return target.get(cid)
@@ -174,14 +184,14 @@ def _put(target: BlockStore, cid: Cid, block: bytes) -> None:
         raise CorruptBlockError(cid, got, "the source")
 
 
-def _leaf(store: BlockStore, leaf: Leaf) -> bytes:
+def _leaf(store: BlockSource, leaf: Leaf) -> bytes:
     block = store.get(leaf.cid)
     if len(block) != leaf.size:
         raise FormatError(f"{store.label}: leaf {leaf.cid} has {len(block)} bytes, its manifest says {leaf.size}")
     return block
 
 
-def _check(store: BlockStore, leaf: Leaf) -> LlmdError | None:
+def _check(store: BlockSource, leaf: Leaf) -> LlmdError | None:
     try:
         _leaf(store, leaf)
     except LlmdError as e:
@@ -189,7 +199,7 @@ def _check(store: BlockStore, leaf: Leaf) -> LlmdError | None:
     return None
 
 
-def _bad_structure(store: BlockStore, model: Manifest) -> list[BadBlock]:
+def _bad_structure(store: BlockSource, model: Manifest) -> list[BadBlock]:
     wanted = [(model.cid, "manifest")]
     for i, shard in enumerate(model.shards):
         wanted.append((Cid.of(Codec.DAG_CBOR, shard.index()), f"index of shard {i}"))

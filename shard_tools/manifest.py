@@ -63,7 +63,6 @@ MAX_SHARDS = MAX_LAYERS + 2
 MAX_FILES = 64
 MAX_WIDTH = 1 << 24  # of hidden size and vocabulary
 MAX_CONTEXT = 1 << 30  # tokens
-PAYLOAD_TYPE = "application/vnd.llmd.manifest.v1+dag-cbor"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from shard_tools.checkpoint.source import open_checkpoint
 from shard_tools.checkpoint.split import TargetDtype, split
-from shard_tools.cid import Codec
 from shard_tools.index.model_index import ModelIndex, ModelRecord
-from shard_tools.manifest import Manifest, check_model_name
-from shard_tools.manifest_signature import ManifestSignature
+from shard_tools.manifest import check_model_name
+from shard_tools.naming import sign_and_name
 from shard_tools.progress import Progress, silent
 from shard_tools.quantised import Scheme
+from shard_tools.release import LIFETIME_S
 from shard_tools.signing import Signer
 from shard_tools.store.block_store import BlockStore
 
@@ -25,6 +26,7 @@ def publish(
     dtype: TargetDtype = "keep",
     progress: Progress = silent,
     scheme: Scheme | None = None,
+    lifetime_s: int = LIFETIME_S,
 ) -> ModelRecord:
     """The model is in the store, signed, and `name` means it.
 
@@ -33,12 +35,4 @@ def publish(
     """
     check_model_name(name)
     manifest = split(open_checkpoint(checkpoint), store, name, dtype, progress, scheme)
-    return sign_and_name(manifest, store, index, signer)
-
-
-def sign_and_name(manifest: Manifest, store: BlockStore, index: ModelIndex, signer: Signer) -> ModelRecord:
-    """The manifest, whose blocks are in the store, is signed, and its name means it."""
-    signature = ManifestSignature.sign(manifest.encode(), signer)
-    record = ModelRecord(manifest.cid, store.put(Codec.DAG_CBOR, signature.encode()))
-    index.publish(manifest.name, record, store.has)
-    return record
+    return sign_and_name(manifest, store, index, signer, int(time.time()), lifetime_s)

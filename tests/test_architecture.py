@@ -23,6 +23,7 @@ HOMES = {
     "cryptography": ("shard_tools/signing.py",),
     "tokenizers": ("serve_app/api/text.py",),
     "jinja2": ("serve_app/api/text.py",),
+    "ipfshttpclient": ("shard_tools/store/ipfs.py",),
 }
 NOWHERE = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}  # they run what they read
 LONGEST = 400  # lines: past it a file holds two ideas

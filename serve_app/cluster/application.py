@@ -33,6 +33,7 @@ from serve_app.serve_file import refuse_exposure
 from serve_app.transport.link import LinkAddress
 from shard_tools.catalog import open_model
 from shard_tools.fetch import read_file
+from shard_tools.index.seen import SeenVersions
 
 _log = logging.getLogger("ray.serve")
 _RENEW_S = 1.0
@@ -76,7 +77,14 @@ class _Ingress:
         self._client.start()
         model = self._config.model
         store = store_of(model.store)
-        manifest = open_model(model.name, index_of(model), store, model.publishers())
+        manifest = open_model(
+            model.name,
+            index_of(model),
+            store,
+            model.publishers(),
+            int(time.time()),
+            SeenVersions(self._config.identity.seen),
+        )
         self._model = ServedModel(
             name=manifest.name,
             manifest=manifest.cid,

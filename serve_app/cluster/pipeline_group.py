@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ from serve_app.config import AppConfig
 from serve_app.engine.engine import ActivationDtype, DeviceName
 from serve_app.errors import PipelineError
 from serve_app.transport.link import LinkAddress
-from shard_tools.catalog import open_record
+from shard_tools.catalog import find_model
+from shard_tools.index.seen import SeenVersions
 from shard_tools.manifest import Manifest
 from shard_tools.placement.even import plan as plan_evenly
 from shard_tools.placement.min_max import plan as plan_by_weight
@@ -117,8 +119,8 @@ def known_epochs() -> set[int]:
 async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
     store = store_of(config.model.store)
     trusted = config.model.publishers()
-    record = index_of(config.model).resolve(config.model.name)
-    manifest = open_record(record, store, trusted)
+    seen = SeenVersions(config.identity.seen)
+    record, manifest = find_model(config.model.name, index_of(config.model), store, trusted, int(time.time()), seen)
     n_stages = config.pipeline.stages
     wants = _resources(config)
     # Stages on the cores of one host take turns: then only the sum of what they cost matters.

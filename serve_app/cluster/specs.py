@@ -9,7 +9,8 @@ from serve_app.cluster.wiring import Party
 from serve_app.engine.engine import DeviceName, EngineProfile, KvDtype
 from shard_tools.choice import Choice
 from shard_tools.cid import Cid
-from shard_tools.signing import Envelope, PublicKey
+from shard_tools.signing import Envelope
+from shard_tools.trust import TrustPolicy
 
 NAMESPACE = "llmd"
 SUPERVISOR = "llmd-supervisor"
@@ -26,7 +27,7 @@ class StageSpec:
     stop: int
     manifest: Cid
     signature: Cid
-    trusted: frozenset[PublicKey]  # publishers
+    trusted: TrustPolicy
     store: Path | Choice
     engine: Choice
     deterministic: bool

@@ -8,9 +8,8 @@ Law: equal checkpoints, name and dtype give equal manifests, whatever the store,
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -31,6 +30,7 @@ from shard_tools.store.block_store import BlockStore
 
 TargetDtype = Literal["keep", "float32", "bfloat16", "float16"]
 
+AHEAD_BYTES = 16 << 20  # of tensors begun before the first of them is finished: small ones keep all threads busy
 THREADS = 4  # hashing and writing leaves; more gain nothing on one disk
 
 
@@ -97,13 +97,28 @@ class _Writer:
         self._pair: tuple[str, tuple[torch.Tensor, torch.Tensor]] | None = None  # integers and scales made last
         self._progress, self._total, self._done = progress, total, 0
         self._pool = ThreadPoolExecutor(THREADS)
+        # Tensors are read outside the main thread: Ctrl-C inside torch comes out as some ValueError of torch's.
+        self._reader = ThreadPoolExecutor(1)
 
     def close(self) -> None:
+        self._reader.shutdown(cancel_futures=True)
         self._pool.shutdown(cancel_futures=True)
 
     def write(self, label: str, tensors: list[_Stored]) -> Shard:
         """Every block of the unit's shard is in the store."""
-        rows = [(t.name, t.dtype, t.shape, list(self._leaves(label, t))) for t in tensors]
+        rows: list[tuple[str, Dtype, tuple[int, ...], list[Cid]]] = []
+        begun: deque[tuple[_Stored, list[Future[tuple[Cid, int]]]]] = deque()
+
+        def finish() -> None:
+            stored, leaves = begun.popleft()
+            rows.append((stored.name, stored.dtype, stored.shape, [self._finished(label, leaf) for leaf in leaves]))
+
+        for stored in tensors:
+            begun.append((stored, self._begin(stored)))
+            while sum(shard_file.tensor_bytes(s.dtype, s.shape) for s, _ in begun) > AHEAD_BYTES:
+                finish()
+        while begun:
+            finish()
         shard = Shard.build(rows)
         head = self._store.put(Codec.RAW, shard_file.header([(n, d, s) for n, d, s, _ in rows]))
         root = unixfs.put_tree([(leaf.cid, leaf.size) for leaf in shard.leaves], self._store.put)
@@ -111,19 +126,23 @@ class _Writer:
         self._store.put(Codec.DAG_CBOR, shard.index())
         return shard
 
-    def _leaves(self, label: str, stored: _Stored) -> Iterator[Cid]:
+    def _begin(self, stored: _Stored) -> list[Future[tuple[Cid, int]]]:
+        """The tensor's leaves are being hashed and written."""
         dtype = stored.dtype
-        flat = self._values(stored).contiguous().view(-1)
+        flat = self._reader.submit(lambda: self._values(stored).contiguous().view(-1)).result()
         step = unixfs.LEAF_BYTES // shard_file.ITEM_BYTES[dtype]
 
         def put(start: int) -> tuple[Cid, int]:
             block = _bytes(flat[start : start + step], dtype, stored.name)
             return self._store.put(Codec.RAW, block), len(block)
 
-        for cid, size in self._pool.map(put, range(0, flat.numel(), step)):
-            self._done += size
-            self._progress(label, self._done, self._total)
-            yield cid
+        return [self._pool.submit(put, start) for start in range(0, flat.numel(), step)]
+
+    def _finished(self, label: str, leaf: Future[tuple[Cid, int]]) -> Cid:
+        cid, size = leaf.result()
+        self._done += size
+        self._progress(label, self._done, self._total)
+        return cid
 
     def _values(self, stored: _Stored) -> torch.Tensor:
         parameter = stored.parameter

@@ -8,7 +8,9 @@ from __future__ import annotations
 from shard_tools.choice import Choice, Table
 from shard_tools.index.model_index import ModelIndex
 
-INDEXES = Table("model index", "llmd.indexes", ModelIndex, {"directory": "shard_tools.index.directory:open_directory"})
+_OURS = {kind: f"shard_tools.index.{kind}:open_{kind}" for kind in ("directory", "http", "ipns")}
+
+INDEXES = Table("model index", "llmd.indexes", ModelIndex, _OURS)
 
 
 def open_index(choice: Choice) -> ModelIndex:

@@ -37,6 +37,17 @@ class ModelRecord:
             return cls(f.link("manifest"), f.link("signature"))
 
 
+class NameSource(Protocol):
+    """Leads from names to records: what opening a model needs. Every ModelIndex is one."""
+
+    @property
+    def label(self) -> str:
+        """What errors call this index."""
+
+    def resolve(self, name: str) -> ModelRecord:
+        """The record of this name. Raises NotFoundError, FormatError, UnreachableError."""
+
+
 class ModelIndex(Protocol):
     """Keeps records under names."""
 

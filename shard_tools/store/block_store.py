@@ -17,6 +17,20 @@ from shard_tools.errors import CorruptBlockError, InputError
 MAX_BLOCK_BYTES = 2 << 20  # what bitswap and the public gateways carry (IPFS block limit)
 
 
+class BlockSource(Protocol):
+    """Gives blocks and keeps none: what reading a model needs. Every BlockStore is one."""
+
+    @property
+    def label(self) -> str:
+        """What errors call this source, such as `peer http://10.0.0.7:8190`."""
+
+    def get(self, cid: Cid) -> bytes:
+        """The block of this name, hashed. Raises NotFoundError, CorruptBlockError, UnreachableError."""
+
+    def has(self, cid: Cid) -> bool:
+        """Whether the source says that it has the block. Raises UnreachableError."""
+
+
 class BlockStore(Protocol):
     """Keeps blocks under the names their bytes have."""
 
@@ -43,15 +57,30 @@ class BlockStore(Protocol):
         """Every block held, in no promised order."""
 
 
+class CheckedBlock(bytes):
+    """Bytes that were hashed and found to be those of `cid`; made by check_block alone, so that nobody hashes twice."""
+
+    cid: Cid
+
+
+def name_of(codec: Codec, block: bytes) -> Cid:
+    """The name of a block: hashed, unless it is known to be right."""
+    if isinstance(block, CheckedBlock) and block.cid.codec is codec:
+        return block.cid
+    return Cid.of(codec, block)
+
+
 def check_size(block: bytes) -> None:
     """Returns if a store may keep the block. Raises InputError past MAX_BLOCK_BYTES."""
     if len(block) > MAX_BLOCK_BYTES:
         raise InputError(f"a block of {len(block)} bytes is not kept: at most {MAX_BLOCK_BYTES} travel in one piece")
 
 
-def check_block(cid: Cid, block: bytes, label: str) -> bytes:
+def check_block(cid: Cid, block: bytes, label: str) -> CheckedBlock:
     """The block, if it hashes to the name asked for. Raises CorruptBlockError naming the store."""
     got = Cid.of(cid.codec, block)
     if got != cid:
         raise CorruptBlockError(cid, got, label)
-    return block
+    checked = CheckedBlock(block)
+    checked.cid = cid
+    return checked

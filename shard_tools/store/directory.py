@@ -8,17 +8,19 @@ DirectoryIndex.publish flushes to disk before it names a model, so a *name* surv
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from shard_tools.choice import absolute_path
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import FormatError, InputError, NotFoundError
-from shard_tools.store.block_store import MAX_BLOCK_BYTES, check_block, check_size
+from shard_tools.store.block_store import MAX_BLOCK_BYTES, check_block, check_size, name_of
 
 _ABANDONED_S = 3600  # a temporary file this old has no writer left: one block takes milliseconds
 
@@ -26,6 +28,15 @@ _ABANDONED_S = 3600  # a temporary file this old has no writer left: one block t
 def open_directory(*, path: str) -> DirectoryStore:
     """The store `{kind: directory, path: ...}` of a config. Raises InputError for a relative path."""
     return DirectoryStore(absolute_path(path))
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBlock:
+    """A block of a directory. used_s: when it was put, or touched as used, in seconds since 1970."""
+
+    cid: Cid
+    size: int
+    used_s: float
 
 
 class DirectoryStore:
@@ -44,13 +55,21 @@ class DirectoryStore:
             raise InputError(f"cannot keep blocks in {root}: {e.strerror}. Choose another directory.") from e
         self._forget_abandoned()
 
+    @classmethod
+    def mirror(cls, root: Path) -> DirectoryStore:
+        """A store of somebody else's: nothing is made or cleaned up there; it may come and go, as a network folder."""
+        store = cls.__new__(cls)
+        store._root, store._blocks, store._tmp = root, root / "blocks", root / "tmp"
+        store._serial = itertools.count()
+        return store
+
     @property
     def label(self) -> str:
         return f"directory {self._root}"
 
     def put(self, codec: Codec, block: bytes) -> Cid:
         check_size(block)
-        cid = Cid.of(codec, block)
+        cid = name_of(codec, block)
         path = self._path(cid)
         with suppress(OSError):
             if path.stat().st_size == len(block):  # a torn block, which has another length, is written again
@@ -69,14 +88,21 @@ class DirectoryStore:
         return cid
 
     def get(self, cid: Cid) -> bytes:
-        try:
-            with self._path(cid).open("rb") as f:
+        with self.open_block(cid) as f:
+            try:
                 block = f.read(MAX_BLOCK_BYTES + 1)
+            except OSError as e:
+                raise NotFoundError(f"block {cid}", self.label, f"It cannot be read: {e.strerror}.") from e
+        return check_block(cid, block, self.label)
+
+    def open_block(self, cid: Cid) -> io.FileIO:
+        """The file of this block, open for reading; its bytes are not checked. Raises NotFoundError."""
+        try:
+            return self._path(cid).open("rb", buffering=0)
         except FileNotFoundError:
             raise NotFoundError(f"block {cid}", self.label) from None
         except OSError as e:
             raise NotFoundError(f"block {cid}", self.label, f"It cannot be read: {e.strerror}.") from e
-        return check_block(cid, block, self.label)
 
     def has(self, cid: Cid) -> bool:
         return self._path(cid).exists()
@@ -89,6 +115,20 @@ class DirectoryStore:
             for path in sorted(directory.iterdir()):
                 with suppress(FormatError):  # somebody else's file
                     yield Cid.parse(path.name)
+
+    def held(self) -> Iterator[HeldBlock]:
+        """Every block held, with size and age, in no promised order."""
+        for directory in os.scandir(self._blocks):
+            with os.scandir(directory.path) as entries:
+                for entry in entries:
+                    with suppress(FormatError, OSError):  # somebody else's file, or one that has just gone
+                        stat = entry.stat()
+                        yield HeldBlock(Cid.parse(entry.name), stat.st_size, stat.st_mtime)
+
+    def touch(self, cid: Cid) -> None:
+        """The block, if it is here, counts as used now."""
+        with suppress(OSError):
+            os.utime(self._path(cid))
 
     def _path(self, cid: Cid) -> Path:
         name = str(cid)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import NotFoundError
-from shard_tools.store.block_store import check_block, check_size
+from shard_tools.store.block_store import check_block, check_size, name_of
 
 
 class MemoryStore:
@@ -21,7 +21,7 @@ class MemoryStore:
 
     def put(self, codec: Codec, block: bytes) -> Cid:
         check_size(block)
-        cid = Cid.of(codec, block)
+        cid = name_of(codec, block)
         self.blocks[cid] = bytes(block)
         return cid
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 from shard_tools.choice import Choice, Table
 from shard_tools.store.block_store import BlockStore
 
-STORES = Table("block store", "llmd.stores", BlockStore, {"directory": "shard_tools.store.directory:open_directory"})
+_OURS = {"directory": "shard_tools.store.directory:open_directory"}
+_OURS |= {kind: f"shard_tools.sources:open_{kind}" for kind in ("tiered", "peers", "gateway", "ipfs")}
+
+STORES = Table("block store", "llmd.stores", BlockStore, _OURS)
 
 
 def open_store(choice: Choice) -> BlockStore:

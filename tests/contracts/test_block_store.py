@@ -17,14 +17,18 @@ from shard_tools.errors import CorruptBlockError, InputError, NotFoundError
 from shard_tools.store.block_store import MAX_BLOCK_BYTES, BlockStore
 from shard_tools.store.directory import DirectoryStore
 from shard_tools.store.memory import MemoryStore
+from shard_tools.store.tiered import TieredStore
 
 Damage = Callable[[Cid, bytes], None]
 
 
-@pytest.fixture(params=["memory", "directory"])
+@pytest.fixture(params=["memory", "directory", "tiered"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlockStore:
     """An empty store."""
-    return MemoryStore() if request.param == "memory" else DirectoryStore(tmp_path)
+    if request.param == "memory":
+        return MemoryStore()
+    near = DirectoryStore(tmp_path)
+    return near if request.param == "directory" else TieredStore(near, tmp_path / "lock", lambda _: (MemoryStore(),))
 
 
 @pytest.fixture

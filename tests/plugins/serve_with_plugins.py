@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
     check_choices(app)
     store, index = store_of(app.model.store), index_of(app.model)
     publish(write_tiny_checkpoint(folder / "checkpoint"), store, index, "tiny", signer)
-    manifest = open_model("tiny", index, store, app.model.publishers())
+    manifest = open_model("tiny", index, store, app.model.publishers(), int(time.time()), None)
     found = [asyncio.run(tokens_of(store, manifest, engine)) for engine in (app.pipeline.engine, TORCH)]
     print(json.dumps(found))
 

@@ -187,7 +187,7 @@ def test_publishers_are_keys_or_files_of_one(tmp_path: Path) -> None:
     one, two = Signer.fresh().public, Signer.fresh().public
     (tmp_path / "two.pub").write_text(key_text(two) + "\n")
     app = AppConfig.parse({"model": MODEL | {"trust": [key_text(one), str(tmp_path / "two.pub")]}})
-    assert app.model.publishers() == {one, two}
+    assert app.model.publishers().publishers_of("any") == {one, two}
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.5", "example.org", None])

@@ -66,9 +66,9 @@ def test_a_stage_fetches_its_layers_and_names_nothing(desk: Desk, folder: Path, 
     desk.run("publish", folder, "--name", "tiny")
     part = tmp_path / "part"
     fetched = desk.run("fetch", "tiny", "--from", desk.store, "--store", part, "--layers", "0:1")
-    assert fetched.exit_code == 0 and "not named" in fetched.stdout
+    assert fetched.exit_code == 0 and "pinned, not named" in fetched.stdout
     assert len(list(DirectoryStore(part).cids())) < len(list(DirectoryStore(desk.store).cids()))
-    assert "No model is named" in desk.run("ls", "--store", part).stdout
+    assert desk.run("ls", "--store", part).stdout.split()[0] == "pinned"
 
 
 def refusal(result: Result) -> str:
@@ -141,3 +141,26 @@ def test_ctrl_c_names_nothing_and_says_how_to_go_on(tmp_path: Path) -> None:
 def hear_ctrl_c() -> None:
     """A job that a shell started in the background is deaf to SIGINT, and so would be what it starts."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_a_model_travels_in_one_file(desk: Desk, folder: Path, tmp_path: Path) -> None:
+    """Out of one store, into another that trusts the publisher; a stranger's file is kept, and named by nobody."""
+    desk.run("publish", folder, "--name", "org/tiny")
+    car, other = tmp_path / "tiny.car", Desk(tmp_path / "other")
+    exported = desk.run("car", "export", "org/tiny", car)
+    assert exported.exit_code == 0 and [path.name for path in tmp_path.glob("*.car*")] == ["tiny.car"]
+    assert "trusted publisher" in refusal(other.run("car", "import", car, "--trust", "llmd-ed25519:" + "00" * 32))
+    assert "No model is named" in other.run("ls").stdout
+    imported = other.run("car", "import", car, "--trust", desk.key.with_suffix(".pub"))
+    assert imported.exit_code == 0 and cid_of(imported.stdout) == cid_of(exported.stdout)
+    assert other.run("verify", "org/tiny", "--trust", desk.key.with_suffix(".pub")).exit_code == 0
+    assert "cannot write" in refusal(desk.run("car", "export", "org/tiny", tmp_path / "no" / "x.car"))
+    assert "cut short" in refusal(other.run("car", "import", truncated(car), "--trust", desk.key.with_suffix(".pub")))
+    assert "cannot read" in refusal(other.run("car", "import", tmp_path / "absent.car"))
+    assert "Known: org/tiny" in refusal(desk.run("car", "export", "tiny", tmp_path / "x.car"))
+
+
+def truncated(car: Path) -> Path:
+    short = car.with_suffix(".short")
+    short.write_bytes(car.read_bytes()[:-7])
+    return short

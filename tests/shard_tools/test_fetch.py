@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,16 @@ from shard_tools.index.directory import DirectoryIndex
 from shard_tools.index.memory import MemoryIndex
 from shard_tools.index.model_index import ModelRecord
 from shard_tools.manifest import Manifest
-from shard_tools.manifest_signature import ManifestSignature
-from shard_tools.publish import publish, sign_and_name
-from shard_tools.signing import PublicKey, Signer
+from shard_tools.naming import sign_and_name
+from shard_tools.publish import publish
+from shard_tools.release import Release, SignedRelease
+from shard_tools.signing import Signer
 from shard_tools.store.directory import DirectoryStore
 from shard_tools.store.memory import MemoryStore
+from shard_tools.trust import TrustPolicy
 from tests.tiny_models import write_tiny_checkpoint
+
+NOW = int(time.time())
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +54,8 @@ def copy_of(store: MemoryStore) -> MemoryStore:
     return copy
 
 
-def keys(*signers: Signer) -> frozenset[PublicKey]:
-    return frozenset(signer.public for signer in signers)
+def keys(*signers: Signer) -> TrustPolicy:
+    return TrustPolicy.any_of(signer.public for signer in signers)
 
 
 def test_the_same_checkpoint_has_the_same_cid_whoever_publishes_it_wherever(folder: Path, tmp_path: Path) -> None:
@@ -67,14 +72,15 @@ def test_the_same_checkpoint_has_the_same_cid_whoever_publishes_it_wherever(fold
 def test_a_published_model_opens_by_name_for_those_who_trust_its_publisher(folder: Path, signer: Signer) -> None:
     store, index = MemoryStore(), MemoryIndex()
     record = publish(folder, store, index, "tiny", signer)
-    assert open_model("tiny", index, store, keys(signer)).cid == record.manifest == open_cid(record.manifest, store).cid
+    found = open_model("tiny", index, store, keys(signer), NOW, None)
+    assert found.cid == record.manifest == open_cid(record.manifest, store).cid
 
 
 def test_an_unknown_publisher_is_refused(published: tuple[MemoryStore, ModelRecord, Manifest], tmp_path: Path) -> None:
     store, record, _ = published
     stranger = Signer.load_or_create(tmp_path / "other.pem")
-    for trusted in (keys(stranger), frozenset[PublicKey]()):
-        with pytest.raises(SignatureError, match="none of whom is a trusted publisher"):
+    for trusted in (keys(stranger), keys()):
+        with pytest.raises(SignatureError, match="not by a trusted publisher"):
             open_record(record, store, trusted)
 
 
@@ -82,7 +88,9 @@ def test_a_signature_over_another_manifest_is_refused(
     published: tuple[MemoryStore, ModelRecord, Manifest], signer: Signer
 ) -> None:
     store, record = copy_of(published[0]), published[1]
-    other = store.put(Codec.DAG_CBOR, ManifestSignature.sign(b"another", signer).encode())
+    other = store.put(
+        Codec.DAG_CBOR, SignedRelease.sign(Release("tiny", 1, NOW, Cid.of(Codec.DAG_CBOR, b"another")), signer).encode()
+    )
     with pytest.raises(SignatureError, match="not the one it came with"):
         open_record(ModelRecord(record.manifest, other), store, keys(signer))
 
@@ -92,11 +100,11 @@ def test_a_signature_over_another_manifest_is_refused(
 def test_a_signature_with_one_changed_byte_is_refused(
     published: tuple[MemoryStore, ModelRecord, Manifest], signer: Signer, data: st.DataObject
 ) -> None:
-    store, record, manifest = published
+    store, record, _ = published
     block = bytearray(store.get(record.signature))
     block[data.draw(st.integers(0, len(block) - 1))] ^= data.draw(st.integers(1, 255))
     with pytest.raises((SignatureError, FormatError)):
-        ManifestSignature.decode(bytes(block)).check(manifest.encode(), keys(signer))
+        SignedRelease.decode(bytes(block)).check(keys(signer))
 
 
 def test_a_name_that_points_at_another_signed_model_is_refused(
@@ -106,7 +114,7 @@ def test_a_name_that_points_at_another_signed_model_is_refused(
     index = MemoryIndex()
     index.publish("other", record, store.has)
     with pytest.raises(FormatError, match="re-pointed"):
-        open_model("other", index, store, keys(signer))
+        open_model("other", index, store, keys(signer), NOW, None)
 
 
 class Interrupted:
@@ -273,5 +281,5 @@ def test_a_name_is_not_given_to_a_manifest_that_is_not_there(
     _, _, manifest = published
     index = MemoryIndex()
     with pytest.raises(LlmdError):
-        sign_and_name(manifest, MemoryStore(), index, signer)
+        sign_and_name(manifest, MemoryStore(), index, signer, NOW)
     assert index.names() == ()

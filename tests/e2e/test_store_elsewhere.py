@@ -1,0 +1,46 @@
+"""An application whose nodes hold nothing: names come over HTTP, and each stage's blocks from a node of the cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from shard_tools.block_server import BlockServer
+from shard_tools.cluster_key import create_key, load_key
+from shard_tools.index.directory import DirectoryIndex
+from shard_tools.store.directory import DirectoryStore
+from tests.e2e.cluster import NAME, Cluster
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+
+def test_a_model_is_served_from_blocks_that_are_fetched_when_they_are_needed(tmp_path: Path) -> None:
+    """And the newest release that was seen is noted."""
+    key, cache, servers = tmp_path / "cluster.key", tmp_path / "cache", list[BlockServer]()
+    create_key(key)
+
+    def elsewhere(document: dict[str, Any]) -> None:
+        model = document["applications"][0]["args"]["model"]
+        published = Path(model["store"])
+        servers.append(
+            BlockServer(DirectoryStore(published), "127.0.0.1", 0, load_key(key), names=DirectoryIndex(published))
+        )
+        url = f"http://127.0.0.1:{servers[0].port}"
+        model["store"] = {"kind": "peers", "cache": str(cache), "addresses": url, "cluster_key": str(key)}
+        model["index"] = {"kind": "http", "url": url, "cluster_key": str(key)}
+
+    cluster = Cluster(elsewhere)
+    try:
+        cluster.start("llmd", "serve", str(cluster.config), "--new-ray")
+        cluster.wait_until_ready()
+        request = {"model": NAME, "prompt": "a", "max_tokens": 5}
+        assert httpx.post(f"{cluster.url}/v1/completions", json=request, timeout=60).json()["llmd"]["receipt"]
+        assert len(list(DirectoryStore(cache).cids())) > 30
+        assert (cluster.root / "state" / "seen" / NAME).exists()
+    finally:
+        cluster.close()
+        for server in servers:
+            server.close()
