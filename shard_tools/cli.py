@@ -42,7 +42,7 @@ KeyOption = Annotated[Path, typer.Option("--key", envvar="LLMD_KEY", help="Priva
 TrustOption = Annotated[
     list[str], typer.Option("--trust", help="Publisher's public key, as text or a .pub file. Default: your own.")
 ]
-QuantiseOption = Annotated[str, typer.Option("--quantise", help="none, int8 or int4.")]
+QuantiseOption = Annotated[str, typer.Option("--quantise", help="none, int8, int4 or fp8.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="keep, float32, bfloat16 or float16.")]
 NameOption = Annotated[str, typer.Option("--name", help="The model's name, such as smollm2-135m.")]
 
@@ -222,7 +222,7 @@ def _dtype(text: str) -> str:
 
 
 def _scheme(text: str) -> Scheme | None:
-    known: dict[str, Scheme | None] = {"none": None, "int8": "int8", "int4": "int4"}
+    known: dict[str, Scheme | None] = {"none": None, "int8": "int8", "int4": "int4", "fp8": "fp8"}
     if text not in known:
         raise InputError(f"--quantise {text!r} is unknown: choose one of {', '.join(known)}")
     return known[text]

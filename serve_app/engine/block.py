@@ -35,7 +35,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Integers:
-    """A quantised weight as its shard holds it (shard_tools/quantised.py)."""
+    """A quantised weight as its shard holds it (shard_tools/quantised.py): integers, or 8-bit floats."""
 
     stored: Tensor
     scales: Tensor

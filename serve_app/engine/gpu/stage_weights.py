@@ -98,7 +98,7 @@ def _with_integers(weights: StageWeights) -> StageWeights:
         return Linear(linear.weight.new_empty(0), linear.bias, done[id(found)])
 
     def looked_up(table: Linear) -> Linear:
-        is_rows = table.integers is not None and table.integers.stored.dtype == torch.int8
+        is_rows = table.integers is not None and table.integers.stored.dtype != torch.uint8
         return laid_out(table) if is_rows else replace(table, integers=None)
 
     blocks = tuple(

@@ -1,10 +1,11 @@
-"""Products with a weight of small integers: they are widened in registers, so that memory gives 8 or 4 bits a weight.
+"""Products with a weight of small numbers: they are widened in registers, so that memory gives 8 or 4 bits a weight.
 
-Equals x @ w.T + bias, accumulated in float32, w being the shard's values: int8 rows are multiplied with their scale
-after they are summed up, groups of four-bit inputs before, which is exact in bfloat16 (shard_tools/quantised.py). So
-every number of rows computes with the same weights. Four-bit rows are laid out anew when they are loaded (`halved`):
-byte j holds input j in its low half and input j + width / 2 in its high one, so that each half of a tile of bytes
-meets inputs that lie side by side. With `gated` the weight holds gate rows, then up rows, and out = act(gate) * up.
+Equals x @ w.T + bias, accumulated in float32, w being the shard's values: rows of int8 or e4m3 are multiplied with
+their scale after they are summed up, groups of four-bit inputs before, which is exact in bfloat16
+(shard_tools/quantised.py). So every number of rows computes with the same weights. Four-bit rows are laid out anew when
+they are loaded (`halved`): byte j holds input j in its low half and input j + width / 2 in its high one, so that each
+half of a tile of bytes meets inputs that lie side by side. With `gated` the weight holds gate rows, then up rows, and
+out = act(gate) * up.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def _add_row(
     at_g = k // 32 + tl.arange(0, GROUPS)
     at_k = at_g[:, None] * 32 + tl.arange(0, 32)[None, :]
     both = real[:, None, None] & (at_k < N_BYTES)[None, :, :]
-    w = tl.load(weight + at_n.to(tl.int64)[:, None, None] * N_BYTES + at_k[None, :, :], mask=both, other=0)
+    w = tl.load(weight + at_n.to(tl.int64)[:, None, None] * N_BYTES + at_k[None, :, :], mask=both, other=0.0)
     if FOUR:
         groups: tl.constexpr = N_BYTES // 32  # of each half
         s_at = scales + at_n.to(tl.int64)[:, None] * (2 * groups) + at_g[None, :]
@@ -192,7 +193,7 @@ def _add_tile(
     """acc [BLOCK_N, rows] with the products of bytes k ... of each output's weights added."""
     at_k = k + tl.arange(0, BLOCK_K)
     both = real[:, None] & (at_k < N_BYTES)[None, :]
-    w = tl.load(weight + at_n.to(tl.int64)[:, None] * N_BYTES + at_k[None, :], mask=both, other=0)
+    w = tl.load(weight + at_n.to(tl.int64)[:, None] * N_BYTES + at_k[None, :], mask=both, other=0.0)
     if FOUR:
         groups: tl.constexpr = N_BYTES // 32  # of each half
         at_g = k // 32 + tl.arange(0, BLOCK_K // 32)
@@ -219,13 +220,13 @@ def _scaled(integers, scales, kind: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K
 
 @triton.jit
 def _widen(weight, scales, out, n_out, WIDTH: tl.constexpr, FOUR: tl.constexpr, BLOCK: tl.constexpr):
-    # Four bits: with their scales. int8: the integers alone.
+    # Four bits: with their scales. Eight: the numbers alone.
     n_bytes: tl.constexpr = WIDTH // 2 if FOUR else WIDTH
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = at < n_bytes
     kind = out.dtype.element_ty
-    w = tl.load(weight + row * n_bytes + at, mask=real, other=0)
+    w = tl.load(weight + row * n_bytes + at, mask=real, other=0.0)
     to = out + row * WIDTH + at
     if FOUR:
         s_at = scales + row * (WIDTH // 32) + at // 32
@@ -242,7 +243,7 @@ def _look_up(ids, weight, scales, out, WIDTH: tl.constexpr, PAD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, PAD)
     id = tl.load(ids + row).to(tl.int64)
-    w = tl.load(weight + id * WIDTH + at, mask=at < WIDTH, other=0).to(tl.float32)
+    w = tl.load(weight + id * WIDTH + at, mask=at < WIDTH, other=0.0).to(tl.float32)
     tl.store(
         out + row * WIDTH + at, (w * tl.load(scales + id).to(tl.float32)).to(out.dtype.element_ty), mask=at < WIDTH
     )
@@ -296,7 +297,7 @@ def quantised_product(
 
 
 def widen(weight: Integers, out: Tensor) -> None:
-    """out [n, width]: four-bit weights, or int8 integers without their scales, in the dtype of `out`, exact in it."""
+    """out [n, width]: four-bit weights, or 8-bit numbers without their scales, in the dtype of `out`, exact in it."""
     (n_out, width), four = weight.shape, weight.stored.dtype == torch.uint8
     block = 1024
     _widen[(n_out, triton.cdiv(weight.stored.shape[1], block))](
@@ -305,7 +306,7 @@ def widen(weight: Integers, out: Tensor) -> None:
 
 
 def look_up(ids: Tensor, weight: Integers, out: Tensor) -> None:
-    """out [rows, width]: rows `ids` [rows] of an int8 weight, times their scales."""
+    """out [rows, width]: rows `ids` [rows] of an 8-bit weight, times their scales."""
     width = weight.shape[1]
     _look_up[(len(ids),)](
         ids, weight.stored, weight.scales, out, WIDTH=width, PAD=triton.next_power_of_2(width), num_warps=4

@@ -53,6 +53,7 @@ def wide_products() -> None:
             x, out = (torch.empty((rows, size), dtype=torch.bfloat16) for size in (width, n))
             for stored, groups in (
                 (torch.empty((n, width), dtype=torch.int8), 1),
+                (torch.empty((n, width), dtype=torch.float8_e4m3fn), 1),
                 (torch.empty((n, width // 2), dtype=torch.uint8), width // 32),
             ):
                 scales = torch.empty((n, groups), dtype=torch.bfloat16)
@@ -117,4 +118,9 @@ def main(families: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or ["qwen3", "gemma2", "llama", "qwen3:int8", "llama:int4", "qwen3::fp8", "qwen3_moe"]))
+    sys.exit(
+        main(
+            sys.argv[1:]
+            or ["qwen3", "gemma2", "llama", "qwen3:int8", "llama:int4", "qwen3:fp8", "qwen3::fp8", "qwen3_moe"]
+        )
+    )
