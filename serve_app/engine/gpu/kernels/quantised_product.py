@@ -129,7 +129,8 @@ def _rows(
     GELU: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    # Weights stand as the left operand, which the matrix units take from registers, where they were widened.
+    # No weight should be widened by several warps. Of few rows these share out the outputs, weights being the right
+    # operand; from 64 rows on weights are the left one, which the matrix units take from registers.
     n_bytes: tl.constexpr = WIDTH // 2 if FOUR else WIDTH
     pid_n, pid_m = _place(tl.program_id(0), tl.cdiv(n_out, BLOCK_N), tl.cdiv(n_rows, BLOCK_M))
     at_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -138,31 +139,35 @@ def _rows(
     real_m = at_m < n_rows
     real_n = at_n < n_out
     kind = out.dtype.element_ty
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    acc_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    few: tl.constexpr = BLOCK_M < 64
+    acc = tl.zeros([BLOCK_M, BLOCK_N] if few else [BLOCK_N, BLOCK_M], tl.float32)
+    acc_up = acc
     for k in range(0, n_bytes, BLOCK_K):
         at_k = k + offs_k
-        x_at = x + at_m[None, :] * WIDTH + at_k[:, None]
-        both = real_m[None, :] & (at_k < n_bytes)[:, None]
+        x_at = x + at_m[:, None] * WIDTH + at_k[None, :]
+        both = real_m[:, None] & (at_k < n_bytes)[None, :]
         xv = tl.load(x_at, mask=both, other=0.0)
         x_high = xv
         if FOUR:
             x_high = tl.load(x_at + n_bytes, mask=both, other=0.0)
-        acc = _add_tile(acc, xv, x_high, weight, scales, at_n, real_n, k, kind, n_bytes, FOUR, BLOCK_N, BLOCK_K)
+        acc = _add_tile(acc, xv, x_high, weight, scales, at_n, real_n, k, kind, n_bytes, FOUR, few, BLOCK_N, BLOCK_K)
         if GATED:
             acc_up = _add_tile(
-                acc_up, xv, x_high, weight, scales, at_n + n_out, real_n, k, kind, n_bytes, FOUR, BLOCK_N, BLOCK_K
+                acc_up, xv, x_high, weight, scales, at_n + n_out, real_n, k, kind, n_bytes, FOUR, few, BLOCK_N, BLOCK_K
             )
+    if not few:
+        acc = tl.trans(acc)
+        acc_up = tl.trans(acc_up)
     if not FOUR:
-        acc *= tl.load(scales + at_n, mask=real_n, other=0.0).to(tl.float32)[:, None]
+        acc *= tl.load(scales + at_n, mask=real_n, other=0.0).to(tl.float32)[None, :]
         if GATED:
-            acc_up *= tl.load(scales + n_out + at_n, mask=real_n, other=0.0).to(tl.float32)[:, None]
+            acc_up *= tl.load(scales + n_out + at_n, mask=real_n, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
-        acc += tl.load(bias + at_n, mask=real_n, other=0.0).to(tl.float32)[:, None]
+        acc += tl.load(bias + at_n, mask=real_n, other=0.0).to(tl.float32)[None, :]
     if GATED:
         acc = activate(acc.to(kind).to(tl.float32), GELU).to(kind).to(tl.float32) * acc_up.to(kind).to(tl.float32)
-    at = at_m[None, :] * n_out + at_n[:, None]
-    tl.store(out + at, acc.to(kind), mask=real_n[:, None] & real_m[None, :])
+    at = at_m[:, None] * n_out + at_n[None, :]
+    tl.store(out + at, acc.to(kind), mask=real_m[:, None] & real_n[None, :])
 
 
 @triton.jit
@@ -187,10 +192,11 @@ def _add_tile(
     kind: tl.constexpr,
     N_BYTES: tl.constexpr,
     FOUR: tl.constexpr,
+    FEW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc [BLOCK_N, rows] with the products of bytes k ... of each output's weights added."""
+    """acc [rows, BLOCK_N] if few, else [BLOCK_N, rows], with the products of bytes k ... of each output's row added."""
     at_k = k + tl.arange(0, BLOCK_K)
     both = real[:, None] & (at_k < N_BYTES)[None, :]
     w = tl.load(weight + at_n.to(tl.int64)[:, None] * N_BYTES + at_k[None, :], mask=both, other=0.0)
@@ -199,13 +205,22 @@ def _add_tile(
         at_g = k // 32 + tl.arange(0, BLOCK_K // 32)
         s_at = scales + at_n.to(tl.int64)[:, None] * (2 * groups) + at_g[None, :]
         s_real = real[:, None] & (at_g < groups)[None, :]
-        low = _scaled(((w & 15).to(tl.int8) - 8), tl.load(s_at, mask=s_real, other=0.0), kind, BLOCK_N, BLOCK_K)
-        acc = tl.dot(low, x_low, acc, input_precision="ieee")
-        high = _scaled(
-            ((w >> 4).to(tl.int8) - 8), tl.load(s_at + groups, mask=s_real, other=0.0), kind, BLOCK_N, BLOCK_K
-        )
-        return tl.dot(high, x_high, acc, input_precision="ieee")
-    return tl.dot(w.to(kind), x_low, acc, input_precision="ieee")
+        low = _scaled((w & 15).to(tl.int8) - 8, tl.load(s_at, mask=s_real, other=0.0), kind, BLOCK_N, BLOCK_K)
+        acc = _dot(low, x_low, acc, FEW)
+        high = _scaled((w >> 4).to(tl.int8) - 8, tl.load(s_at + groups, mask=s_real, other=0.0), kind, BLOCK_N, BLOCK_K)
+        acc = _dot(high, x_high, acc, FEW)
+    else:
+        acc = _dot(w.to(kind), x_low, acc, FEW)
+    return acc
+
+
+@triton.jit
+def _dot(w, x, acc, FEW: tl.constexpr):
+    if FEW:
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
