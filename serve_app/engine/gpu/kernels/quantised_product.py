@@ -51,19 +51,28 @@ def _one_row(
     offs_g = tl.arange(0, GROUPS)
     offs_k = offs_g[:, None] * 32 + tl.arange(0, 32)[None, :]
     real = at_n < n_out
+    # The first weights are on their way before the row they are multiplied with is there.
+    w = _row_bytes(weight, at_n, real, 0, n_bytes, GROUPS)
+    w_up = w
+    if GATED:
+        w_up = _row_bytes(weight, at_n + n_out, real, 0, n_bytes, GROUPS)
     wait_for_inputs(EARLY)
     acc = tl.zeros([BLOCK_N, GROUPS, 32], tl.float32)
     acc_up = tl.zeros([BLOCK_N, GROUPS, 32], tl.float32)
     for k in tl.static_range(0, n_bytes, GROUPS * 32):
         at_k = k + offs_k
         inside = at_k < n_bytes
+        if k > 0:
+            w = _row_bytes(weight, at_n, real, k, n_bytes, GROUPS)
+            if GATED:
+                w_up = _row_bytes(weight, at_n + n_out, real, k, n_bytes, GROUPS)
         xv = tl.load(x + at_k, mask=inside, other=0.0).to(tl.float32)[None, :, :]
         x_high = xv
         if FOUR:
             x_high = tl.load(x + n_bytes + at_k, mask=inside, other=0.0).to(tl.float32)[None, :, :]
-        acc = _add_row(acc, xv, x_high, weight, scales, at_n, real, k, n_bytes, FOUR, BLOCK_N, GROUPS)
+        acc = _add_row(acc, w, xv, x_high, scales, at_n, real, k, n_bytes, FOUR, GROUPS)
         if GATED:
-            acc_up = _add_row(acc_up, xv, x_high, weight, scales, at_n + n_out, real, k, n_bytes, FOUR, BLOCK_N, GROUPS)
+            acc_up = _add_row(acc_up, w_up, xv, x_high, scales, at_n + n_out, real, k, n_bytes, FOUR, GROUPS)
     y = tl.sum(tl.sum(acc, 2), 1)
     up_y = tl.sum(tl.sum(acc_up, 2), 1)
     if not FOUR:
@@ -79,26 +88,20 @@ def _one_row(
 
 
 @triton.jit
-def _add_row(
-    acc,
-    x_low,
-    x_high,
-    weight,
-    scales,
-    at_n,
-    real,
-    k,
-    N_BYTES: tl.constexpr,
-    FOUR: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    """acc [BLOCK_N, GROUPS, 32] with the products of bytes k ... of each row added."""
-    at_g = k // 32 + tl.arange(0, GROUPS)
-    at_k = at_g[:, None] * 32 + tl.arange(0, 32)[None, :]
+def _row_bytes(weight, at_n, real, k, N_BYTES: tl.constexpr, GROUPS: tl.constexpr):
+    """[outputs, GROUPS, 32]: bytes k ... of each output's row."""
+    at_k = k + tl.arange(0, GROUPS)[:, None] * 32 + tl.arange(0, 32)[None, :]
     both = real[:, None, None] & (at_k < N_BYTES)[None, :, :]
-    w = tl.load(weight + at_n.to(tl.int64)[:, None, None] * N_BYTES + at_k[None, :, :], mask=both, other=0.0)
+    return tl.load(weight + at_n.to(tl.int64)[:, None, None] * N_BYTES + at_k[None, :, :], mask=both, other=0.0)
+
+
+@triton.jit
+def _add_row(
+    acc, w, x_low, x_high, scales, at_n, real, k, N_BYTES: tl.constexpr, FOUR: tl.constexpr, GROUPS: tl.constexpr
+):
+    """acc [outputs, GROUPS, 32] with the products of those bytes added."""
     if FOUR:
+        at_g = k // 32 + tl.arange(0, GROUPS)
         groups: tl.constexpr = N_BYTES // 32  # of each half
         s_at = scales + at_n.to(tl.int64)[:, None] * (2 * groups) + at_g[None, :]
         s_real = real[:, None] & (at_g < groups)[None, :]
