@@ -7,6 +7,8 @@ The weight keeps its name and holds the numbers; its scales lie beside it under 
                          four bits less 8, times the scale of its 32 inputs
     float8_e4m3fn [out, in]  and scales [out, 1]: a weight is its number times its row's scale
 
+Stacked experts have one dimension more, in front, and so have their scales.
+
 A scale of four-bit weights has five significant bits at most, of 8-bit floats four, so that the product is exact in
 bfloat16 and whoever multiplies, in whatever order, computes with the same values. Knows nothing of torch.
 """
@@ -29,8 +31,9 @@ def scale_of(name: str) -> str:
 
 def scale_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """The shape of the scales of small numbers of this dtype and shape; None if these are no quantised weight."""
-    if len(shape) != 2:
+    if len(shape) not in (2, 3):
         return None
+    *rows, stored = shape
     if dtype in ("int8", "float8_e4m3fn"):
-        return shape[0], 1
-    return (shape[0], 2 * shape[1] // GROUP) if dtype == "uint8" and 2 * shape[1] % GROUP == 0 else None
+        return *rows, 1
+    return (*rows, 2 * stored // GROUP) if dtype == "uint8" and 2 * stored % GROUP == 0 else None

@@ -42,8 +42,8 @@ class Integers:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight that they stand for: [out, in]."""
-        n_out, n_stored = self.stored.shape
+        """Of the weight that they stand for, or of one expert's: [out, in]."""
+        n_out, n_stored = self.stored.shape[-2:]
         return n_out, 2 * n_stored if self.stored.dtype == torch.uint8 else n_stored
 
 

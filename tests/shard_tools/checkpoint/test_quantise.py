@@ -64,6 +64,25 @@ def test_a_quantised_model_says_so_and_survives_its_bytes(scheme: Scheme, tied: 
     assert found["model.norm.weight"].dtype == "bfloat16" and manifest.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
+def test_stacked_experts_are_small_too_and_their_router_is_not(scheme: Scheme, tmp_path: Path) -> None:
+    """One dimension more, in front; what is read back is close."""
+    checkpoint = open_checkpoint(write_tiny_checkpoint(tmp_path, "qwen3_moe"))
+    store = MemoryStore()
+    manifest = split(checkpoint, store, "tiny", "bfloat16", scheme=scheme)
+    assert Manifest.decode(manifest.encode(), store.get) == manifest
+    found = {ref.name: manifest.tensor(ref) for unit in manifest.units for ref in unit.tensors}
+    name = "model.layers.0.mlp.experts.down_proj"
+    four = scheme == "int4"
+    assert found[name].shape == (4, 64, 32 if four else 64) and found[name].dtype != "bfloat16"
+    assert found[scale_of(name)].shape == (4, 64, 2 if four else 1)
+    assert found["model.layers.0.mlp.gate.weight"].dtype == "bfloat16"
+    w = torch.randn((3, 48, 96), generator=torch.Generator().manual_seed(2))
+    stored, scales = quantised(w, found[name].dtype)
+    assert stored.ndim == scales.ndim == 3
+    assert float((dequantised(stored, scales) - w).norm() / w.norm()) < 0.1
+
+
 def test_the_bytes_of_a_model_of_floats_do_not_mention_it(tmp_path: Path) -> None:
     manifest = split(open_checkpoint(write_tiny_checkpoint(tmp_path)), MemoryStore(), "tiny")
     assert manifest.quantised is None and b"quantised" not in manifest.encode()

@@ -22,10 +22,10 @@ from shard_tools.quantised import GROUP
 
 
 def halved(stored: Tensor) -> Tensor:
-    """uint8 [out, in / 2] as a shard holds it, in the layout of these kernels. in / 2: a multiple of GROUP."""
-    assert stored.shape[1] % GROUP == 0
-    inputs = torch.stack((stored & 15, stored >> 4), -1).view(len(stored), 2, -1)
-    return (inputs[:, 0] | inputs[:, 1] << 4).contiguous()
+    """uint8 [..., in / 2] as a shard holds it, in the layout of these kernels. in / 2: a multiple of GROUP."""
+    assert stored.shape[-1] % GROUP == 0
+    inputs = torch.stack((stored & 15, stored >> 4), -1).view(*stored.shape[:-1], 2, -1)
+    return (inputs[..., 0, :] | inputs[..., 1, :] << 4).contiguous()
 
 
 @triton.jit
@@ -52,10 +52,10 @@ def _one_row(
     offs_k = offs_g[:, None] * 32 + tl.arange(0, 32)[None, :]
     real = at_n < n_out
     # The first weights are on their way before the row they are multiplied with is there.
-    w = _row_bytes(weight, at_n, real, 0, n_bytes, GROUPS)
+    w = row_bytes(weight, at_n, real, 0, n_bytes, GROUPS)
     w_up = w
     if GATED:
-        w_up = _row_bytes(weight, at_n + n_out, real, 0, n_bytes, GROUPS)
+        w_up = row_bytes(weight, at_n + n_out, real, 0, n_bytes, GROUPS)
     wait_for_inputs(EARLY)
     acc = tl.zeros([BLOCK_N, GROUPS, 32], tl.float32)
     acc_up = tl.zeros([BLOCK_N, GROUPS, 32], tl.float32)
@@ -63,16 +63,16 @@ def _one_row(
         at_k = k + offs_k
         inside = at_k < n_bytes
         if k > 0:
-            w = _row_bytes(weight, at_n, real, k, n_bytes, GROUPS)
+            w = row_bytes(weight, at_n, real, k, n_bytes, GROUPS)
             if GATED:
-                w_up = _row_bytes(weight, at_n + n_out, real, k, n_bytes, GROUPS)
+                w_up = row_bytes(weight, at_n + n_out, real, k, n_bytes, GROUPS)
         xv = tl.load(x + at_k, mask=inside, other=0.0).to(tl.float32)[None, :, :]
         x_high = xv
         if FOUR:
             x_high = tl.load(x + n_bytes + at_k, mask=inside, other=0.0).to(tl.float32)[None, :, :]
-        acc = _add_row(acc, w, xv, x_high, scales, at_n, real, k, n_bytes, FOUR, GROUPS)
+        acc = add_row(acc, w, xv, x_high, scales, at_n, real, k, n_bytes, FOUR, GROUPS)
         if GATED:
-            acc_up = _add_row(acc_up, w_up, xv, x_high, scales, at_n + n_out, real, k, n_bytes, FOUR, GROUPS)
+            acc_up = add_row(acc_up, w_up, xv, x_high, scales, at_n + n_out, real, k, n_bytes, FOUR, GROUPS)
     y = tl.sum(tl.sum(acc, 2), 1)
     up_y = tl.sum(tl.sum(acc_up, 2), 1)
     if not FOUR:
@@ -88,7 +88,7 @@ def _one_row(
 
 
 @triton.jit
-def _row_bytes(weight, at_n, real, k, N_BYTES: tl.constexpr, GROUPS: tl.constexpr):
+def row_bytes(weight, at_n, real, k, N_BYTES: tl.constexpr, GROUPS: tl.constexpr):
     """[outputs, GROUPS, 32]: bytes k ... of each output's row."""
     at_k = k + tl.arange(0, GROUPS)[:, None] * 32 + tl.arange(0, 32)[None, :]
     both = real[:, None, None] & (at_k < N_BYTES)[None, :, :]
@@ -96,7 +96,7 @@ def _row_bytes(weight, at_n, real, k, N_BYTES: tl.constexpr, GROUPS: tl.constexp
 
 
 @triton.jit
-def _add_row(
+def add_row(
     acc, w, x_low, x_high, scales, at_n, real, k, N_BYTES: tl.constexpr, FOUR: tl.constexpr, GROUPS: tl.constexpr
 ):
     """acc [outputs, GROUPS, 32] with the products of those bytes added."""
@@ -153,9 +153,9 @@ def _rows(
         x_high = xv
         if FOUR:
             x_high = tl.load(x_at + n_bytes, mask=both, other=0.0)
-        acc = _add_tile(acc, xv, x_high, weight, scales, at_n, real_n, k, kind, n_bytes, FOUR, few, BLOCK_N, BLOCK_K)
+        acc = add_tile(acc, xv, x_high, weight, scales, at_n, real_n, k, kind, n_bytes, FOUR, few, BLOCK_N, BLOCK_K)
         if GATED:
-            acc_up = _add_tile(
+            acc_up = add_tile(
                 acc_up, xv, x_high, weight, scales, at_n + n_out, real_n, k, kind, n_bytes, FOUR, few, BLOCK_N, BLOCK_K
             )
     if not few:
@@ -183,7 +183,7 @@ def _place(program, n_tiles, m_tiles):
 
 
 @triton.jit
-def _add_tile(
+def add_tile(
     acc,
     x_low,
     x_high,
