@@ -84,7 +84,9 @@ def small(weight: Tensor, dtype: Dtype) -> tuple[Linear, Tensor]:
 
 
 @pytest.mark.parametrize(("rows", "fixed"), [(1, False), (1, True), (5, False), (5, True), (70, False)])
-@pytest.mark.parametrize("dtype", [None, "int8", "uint8", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    "dtype", [None, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("int8", "uint8", "float8_e4m3fn"))]
+)
 def test_rows_are_the_mixture_of_their_experts(layer: Block, dtype: Dtype | None, rows: int, fixed: bool) -> None:
     """Whichever kernels take them; a row's bits do not depend on the others where tiles are fixed."""
     hidden, inner = (48, 40) if dtype is None else (128, 64)

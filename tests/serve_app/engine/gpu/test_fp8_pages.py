@@ -110,6 +110,7 @@ def test_decode_rows_and_prompts_read_the_same_values(written: Written, window: 
     assert (one[0].double() - wanted[-1]).norm() < 2e-3 * wanted[-1].norm()
 
 
+@pytest.mark.slow
 def test_an_engine_says_so_and_stays_close(tmp_path: Path) -> None:
     """What is signed names it; a page takes less; a prompt, then a decode row, are near the plain engine's."""
     store, manifest = published(tmp_path, "qwen3")

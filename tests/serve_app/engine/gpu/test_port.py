@@ -175,6 +175,7 @@ def halves(model: tuple[MemoryStore, Manifest]) -> tuple[GpuEngine, GpuEngine]:
     return engines[0], engines[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the driver of plain memory has no GPU")
 def test_two_engines_pass_rows_down_and_tokens_back(model: tuple[MemoryStore, Manifest]) -> None:
     """The first runs rows of tokens that the last has not drawn yet, and the tokens are those of one engine."""
@@ -215,6 +216,7 @@ def test_two_engines_pass_rows_down_and_tokens_back(model: tuple[MemoryStore, Ma
     ahead.join(10)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the driver of plain memory has no GPU")
 def test_a_step_that_failed_leaves_nobody_waiting(model: tuple[MemoryStore, Manifest]) -> None:
     """The last stage is told of its ending only; the first stage goes on with what it needs of later ones."""
@@ -228,6 +230,7 @@ def test_a_step_that_failed_leaves_nobody_waiting(model: tuple[MemoryStore, Mani
     assert first.launch(following, ids(DRAWN_LAST)).lent is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the driver of plain memory has no GPU")
 def test_a_reference_to_rows_of_before_or_of_another_size_is_refused(model: tuple[MemoryStore, Manifest]) -> None:
     first, last = halves(model)

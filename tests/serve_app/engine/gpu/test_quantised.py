@@ -90,7 +90,6 @@ def test_an_embedding_s_rows_are_looked_up(dtype: Dtype) -> None:
 @pytest.mark.parametrize(
     ("scheme", "deterministic", "steps"),
     [
-        ("int8", False, STEPS[:1]),
         *(pytest.param("int8", fixed, STEPS[:4], marks=pytest.mark.slow) for fixed in (False, True)),
         pytest.param("fp8", False, STEPS[:4], marks=pytest.mark.slow),
         *(pytest.param("int4", fixed, STEPS[:4], marks=pytest.mark.slow) for fixed in (False, True)),
