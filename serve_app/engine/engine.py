@@ -44,7 +44,8 @@ class StepOutput:
     received: the rows as they were computed from, which differ from those sent only where an id was DRAWN_LAST.
     hidden: the rows leaving the last layer, little-endian, in row order, or a reference to them (LendsRows); empty if
     `hash_rows` said that nobody needs them. tokens: what was drawn, as many as each span asked for, in the order of
-    rows (StepPlan.drawn_rows); empty on a stage without the head. Nobody writes to either buffer any more. digests: None unless `hash_rows` was agreed to.
+    rows (StepPlan.drawn_rows); empty on a stage without the head. Nobody writes to either buffer any more.
+    digests: None unless `hash_rows` was agreed to.
     """
 
     received: memoryview
