@@ -58,6 +58,7 @@ class Answer:
 
     tokens: tuple[int, ...]
     seconds: float  # after the first token
+    cpu_s: float  # processor time after the first token
     guesses: int
     right: int
 
@@ -107,6 +108,12 @@ async def measure(model: PublishedModel, stages: int, guesses: int, pairs: int, 
             "answer_tokens": len(last.tokens),
             "without_tokens_per_s": [round(a.rate, 2) for a in told["without"]],
             "with_tokens_per_s": [round(a.rate, 2) for a in told["with"]],
+            **{
+                f"{way}_processor_ms_per_token": round(
+                    statistics.median(1e3 * a.cpu_s / (len(a.tokens) - 1) for a in answers), 1
+                )
+                for way, answers in told.items()
+            },
             "ratio": round(rates["with"] / rates["without"], 3),
             "guesses": last.guesses,
             "right_percent": round(100 * last.right / last.guesses, 1) if last.guesses else None,
@@ -118,17 +125,18 @@ async def measure(model: PublishedModel, stages: int, guesses: int, pairs: int, 
 
 
 async def _ask(pipeline: LocalPipeline, model: PublishedModel, prompt: tuple[int, ...], tokens: int) -> Answer:
-    before, answer, began = pipeline.head.status(), list[int](), 0.0
+    before, answer, began, cpu = pipeline.head.status(), list[int](), 0.0, 0.0
     async for event in pipeline.generate(greedy(model.manifest, prompt, tokens, model.text.stop_ids)):
         if isinstance(event, TokensEvent):
-            began = began or time.perf_counter()
+            if not answer:
+                began, cpu = time.perf_counter(), time.process_time()
             answer += event.tokens
-            ended = time.perf_counter()
+            ended, cpu_ended = time.perf_counter(), time.process_time()
         elif isinstance(event, FailedEvent):
             raise SystemExit(f"a request failed: {event.message}")
     after = pipeline.head.status()
     guesses, right = (int(str(after[k])) - int(str(before[k])) for k in ("guesses", "guesses_right"))
-    return Answer(tuple(answer), ended - began, guesses, right)
+    return Answer(tuple(answer), ended - began, cpu_ended - cpu, guesses, right)
 
 
 if __name__ == "__main__":

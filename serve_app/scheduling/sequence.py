@@ -96,7 +96,7 @@ class Sequence:
         if not self.guessing or self.length > len(self.tokens):
             return []
         assert self.guesser is not None
-        return self.guesser.guesses(self.tokens, min(most, self.limit - len(self.tokens) - 1))
+        return self.guesser.guesses(self.tokens, min(most, self.guesser.run, self.limit - len(self.tokens) - 1))
 
     @property
     def guessing(self) -> bool:

@@ -10,6 +10,7 @@ have been guessed?
 from __future__ import annotations
 
 import collections.abc
+import math
 
 from serve_app.messages.step import MAX_GUESSES
 
@@ -19,7 +20,8 @@ MAX_GUESSED_ROWS = 32
 
 _LONGEST, _SHORTEST = 4, 2  # tokens that must have stood there before; one alone is followed by anything
 _PLACES = 8  # looked at, the latest first
-_STEP, _ENOUGH = 0.25, 0.5  # three right in a row begin the guessing, three wrong ones end it
+_START, _STEP, _ENOUGH = 0.0, 0.25, 0.5  # three right in a row begin the guessing, three wrong ones end it
+_DOUBT = 0.1  # the least chance of being wrong that is reckoned with
 
 Tokens = collections.abc.Sequence[int]
 
@@ -32,12 +34,17 @@ class Guesser:
         self._known = 0
         self._latest: dict[int, int] = {}  # two tokens -> where the one behind them stands, the last time
         self._earlier: list[int] = []  # by that place: where it was the time before; 0: nowhere
-        self._score = 0.0
+        self._score = _START  # how often it was right of late
 
     @property
     def pays(self) -> bool:
         """Whether most guesses were right of late."""
         return self._score >= _ENOUGH
+
+    @property
+    def run(self) -> int:
+        """How many guesses are right at that rate before one is wrong: further ones would cost more than they gain."""
+        return max(1, math.ceil(self._score / max(1 - self._score, _DOUBT)))
 
     def learn(self, tokens: Tokens) -> None:
         """tokens: all so far. Constant work for each that is new."""

@@ -45,6 +45,7 @@ class Answer:
     tokens: tuple[int, ...]
     reason: FinishReason
     attempt: int
+    out_root: bytes  # over the rows that left the last layer
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,9 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Guesses are made whether they pay or not: many must be wrong here."""
-    monkeypatch.setattr("serve_app.scheduling.speculation._ENOUGH", 0.0)
+    """As many guesses as there may be are made, whether they pay or not: many must be wrong here."""
+    monkeypatch.setattr("serve_app.scheduling.speculation._START", 1.0)
+    monkeypatch.setattr("serve_app.scheduling.speculation._STEP", 0.0)
     yield
 
 
@@ -74,7 +76,7 @@ async def answer(pipeline: LocalPipeline, asked: GenerationRequest, stop_after: 
     checked = check(event.receipt, pipeline.operator.public, now_s=int(time.time()))
     check_against_manifest(checked, pipeline.manifest)
     assert list(checked.receipt.out_ids) == tokens
-    return Answer(tuple(tokens), event.reason, checked.receipt.attempt)
+    return Answer(tuple(tokens), event.reason, checked.receipt.attempt, checked.statements[-1].out_root)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ class Served:
     rows_hashed: list[int]
 
 
+def said(served: Served) -> list[tuple[tuple[int, ...], FinishReason]]:
+    """Tokens and endings; which bits the rows had is between engine and batch."""
+    return [(a.tokens, a.reason) for a in served.answers]
+
+
 def serve(
     published: Published,
     engine: str,
@@ -95,11 +102,12 @@ def serve(
     *,
     page_size: int = 4,
     one_by_one: bool = False,
+    deterministic: bool = False,
     **limits: int,
 ) -> Served:
     async def main() -> Served:
         store, manifest = published
-        options = LoadOptions("cpu", "float32", page_size, None, Choice(engine))
+        options = LoadOptions("cpu", "float32", page_size, None, Choice(engine), deterministic)
         sizes = LocalLimits(**({"n_pages": 200, "max_step_tokens": 16} | limits))
         pipeline = LocalPipeline(store, manifest, stages=stages, options=options, limits=sizes)
         try:
@@ -132,7 +140,7 @@ def test_answers_are_the_same_with_guesses(published: Published, engine: str, st
     asked = requests(published)
     plain = serve(published, engine, stages, asked, one_by_one=one_by_one)
     guessed = serve(published, engine, stages, asked, one_by_one=one_by_one, speculate=8)
-    assert guessed.answers == plain.answers
+    assert said(guessed) == said(plain)
     assert 0 < guessed.status["guesses_right"] < guessed.status["guesses"]
     assert set(guessed.rows_hashed) == {guessed.status["rows_run"]} == {plain.status["rows_run"]}
 
@@ -153,7 +161,7 @@ def test_scarce_pages_and_found_ones_change_nothing(published: Published, stages
     cached = serve(
         published, "torch", stages, asked + turns, page_size=16, one_by_one=True, prefix_cache=True, speculate=8
     )
-    assert cached.answers == plain.answers
+    assert said(cached) == said(plain)
     assert cached.status["cached_tokens"] > 0 < cached.status["guesses_right"]
 
 
@@ -166,7 +174,14 @@ def test_a_stop_token_or_max_tokens_inside_a_run_of_right_guesses_ends_the_answe
         stop_ids = (whole[0].tokens[i],)
         for asked in (requests(published, stop_ids=stop_ids), requests(published, i)):
             plain = serve(published, "cpu", stages, asked)
-            assert serve(published, "cpu", stages, asked, speculate=8).answers == plain.answers
+            assert said(serve(published, "cpu", stages, asked, speculate=8)) == said(plain)
+
+
+def test_where_a_rows_bits_are_fixed_the_whole_receipt_is_that_without_guesses(published: Published) -> None:
+    """Roots over the rows of every layer boundary included: no void row is in them, and none was read."""
+    plain = serve(published, "torch", 2, requests(published), deterministic=True)
+    guessed = serve(published, "torch", 2, requests(published), deterministic=True, speculate=8)
+    assert guessed.answers == plain.answers and 0 < guessed.status["guesses_right"] < guessed.status["guesses"]
 
 
 def test_an_answer_that_is_stopped_is_the_beginning_of_the_whole(published: Published) -> None:
