@@ -57,6 +57,7 @@ bench: $(READY)
 	$(BENCH).prefill --lengths 64 256 --budgets 128 512 --repeats 1 --out build/bench
 	$(BENCH).receipts_cost --pairs 3 --requests 4 --tokens 16 --out build/bench
 	$(BENCH).prefix_cache --users 4 --turns 2 --out build/bench
+	$(BENCH).speculate --pairs 1 --tokens 96 --out build/bench
 	$(BENCH).serving --rates 1 inf --requests 8 --out build/bench
 	$(BENCH).cold_start --repeats 1 --out build/bench
 	$(BENCH).content_network --parts directory http join --blocks 100 --nodes 4 --out build/bench

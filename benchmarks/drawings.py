@@ -224,6 +224,18 @@ def gpu_serving(figure: Figure, f: Figures) -> None:
     ax.legend(loc="upper left")
 
 
+def speculate(figure: Figure, f: Figures) -> None:
+    """The rate with and without guesses, for each prompt."""
+    prompts = [name for name, of in f.items() if isinstance(of, Mapping) and "ratio" in of]
+    for ax, name in zip(figure.subplots(1, len(prompts), squeeze=False)[0], prompts, strict=True):
+        rates = [sorted(f[name][f"{way}_tokens_per_s"]) for way in ("without", "with")]
+        middle = [(r[(len(r) - 1) // 2] + r[len(r) // 2]) / 2 for r in rates]
+        bars(ax, ["no guesses", f"up to {f['guesses_at_most']}"], middle, "answer tokens/s", (GREY, BLUE))
+        right = f[name]["right_percent"]
+        said = "none made" if right is None else f"{f[name]['guesses']} made, {right} % right"
+        ax.set_title(f"{name.replace('_', ' ')}: {f[name]['ratio']} times ({said})", fontsize=9)
+
+
 def plain(figure: Figure, f: Figures) -> None:
     """Of a benchmark without a drawing of its own: its numbers as bars, by unit, of the commonest two units."""
     by_unit: dict[str, list[tuple[str, float]]] = {}
@@ -267,4 +279,5 @@ DRAWINGS: Mapping[str, tuple[str, Callable[[Figure, Figures], None]]] = {
     "receipts_cost": ("What receipts cost", receipts_cost),
     "prefill": ("How fast a prompt is read", prefill),
     "prefix_cache": ("What a cache of prefixes saves", prefix_cache),
+    "speculate": ("What guessed tokens gain", speculate),
 }

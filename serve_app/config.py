@@ -132,6 +132,9 @@ class PipelineConfig:
     max_requests: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"] = "auto"
     max_waiting: Annotated[int, Field(ge=0, le=1 << 20)] = 256  # admitted, not yet running; beyond it clients get 429
     prefix_cache: bool = True  # beginnings that pages hold are not computed again; page_size must be a multiple of 16
+    # tokens that a sequence may guess in a step, out of what it said before; answers stay the same. Off: it gains only
+    # where answers repeat (code that is edited, quotes) and few run at a time, and guesses that are wrong cost rows
+    speculate: Annotated[int, Field(ge=0, le=8)] = 0  # 8: messages/step.py
     threads_per_stage: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"  # auto: a fair share
     gpus_per_stage: Annotated[float, Field(gt=0, le=1)] = 1.0  # only on cuda; less than 1 shares a GPU, as in tests
     # how rows go from stage to stage. auto: shared memory on one host, TLS between hosts; tcp: TLS everywhere; ray:

@@ -47,6 +47,7 @@ class LocalLimits:
     max_waiting: int = 256
     take_turns: bool = False  # one step at a time: for stages that have the same cores
     prefix_cache: bool = False  # off, so that whoever counts rows or seconds counts what was asked for
+    speculate: int = 0  # tokens guessed at most per step and sequence
 
 
 class LocalPipeline:
@@ -102,6 +103,7 @@ class LocalPipeline:
             micro_batches=min(stages, max_flights(stages, limits.take_turns)),
             lookahead=lookahead(stages),
             prefix_cache=limits.prefix_cache and can_reuse_pages(options.page_size),
+            speculate=limits.speculate,
         )
         facts = PipelineFacts(
             epoch=_EPOCH,

@@ -78,6 +78,7 @@ class _HeadProcess:
             micro_batches=min(spec.n_stages, max_flights(spec.n_stages, spec.take_turns)),
             lookahead=lookahead(spec.n_stages),
             prefix_cache=spec.prefix_cache and can_reuse_pages(spec.page_size),
+            speculate=spec.speculate,
         )
         facts = PipelineFacts(
             epoch=spec.epoch,

@@ -176,6 +176,7 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
         take_turns=wants.device == "cpu" and len({r.party.ray_node for r in reports}) == 1,
         max_waiting=config.pipeline.max_waiting,
         prefix_cache=config.pipeline.prefix_cache,
+        speculate=config.pipeline.speculate,
         certificates=tuple(r.certificate for r in reports),
         registry=registry,
         state_dir=config.identity.state_dir,

@@ -74,6 +74,7 @@ class HeadSpec:
     take_turns: bool  # all stages compute on the same cores
     max_waiting: int
     prefix_cache: bool
+    speculate: int
     certificates: tuple[Envelope, ...]
     registry: Envelope
     state_dir: Path

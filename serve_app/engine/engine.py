@@ -43,8 +43,9 @@ class StepOutput:
 
     received: the rows as they were computed from, which differ from those sent only where an id was DRAWN_LAST.
     hidden: the rows leaving the last layer, little-endian, in row order, or a reference to them (LendsRows); empty if
-    `hash_rows` said that nobody needs them. tokens: what was drawn, one per span that asked; empty on a stage without
-    the head. Nobody writes to either buffer any more. digests: None unless `hash_rows` was agreed to.
+    `hash_rows` said that nobody needs them. tokens: what was drawn, as many as each span asked for, in the order of
+    rows (StepPlan.drawn_rows); empty on a stage without the head. Nobody writes to either buffer any more.
+    digests: None unless `hash_rows` was agreed to.
     """
 
     received: memoryview
@@ -93,7 +94,8 @@ class Engine(Protocol):
         """Begin one step: open, compute, draw, close, in this order. Steps take effect in the order of launching.
 
         rows: token ids (uint32) if this range holds the embedding, else activations. Raises ProtocolError
-        for a plan that does not fit what is open; the engine is then as before the call.
+        for a plan that does not fit what is open; the engine is then as before the call. A span behind one with guesses
+        (DRAW_EACH) may begin as many rows further back as there were guesses; what it runs replaces what ran there.
         """
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from serve_app.errors import ProtocolError
-from serve_app.messages.step import StepPlan
+from serve_app.messages.step import DRAW_EACH, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,7 @@ class KvPages:
         self._n_pages = 0
         self._tables: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
+        self._guesses: dict[int, int] = {}  # of those rows, how many at their end may turn out void
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [slots, kv_heads, dim]
 
     def reserve(self, n_pages: int) -> None:
@@ -92,7 +93,7 @@ class KvPages:
             table = self._tables[seq]
             table += plan.pages[page : page + new].tolist()
             page += new
-            self._lengths[seq] = start + count
+            self._lengths[seq], self._guesses[seq] = start + count, count - 1 if item["sample"] == DRAW_EACH else 0
             pages = torch.tensor(table, dtype=torch.int64)
             slots = (pages[:, None] * self.page_size + torch.arange(self.page_size)).reshape(-1)[: start + count]
             spans.append(Span(row, start, count, slots.to(self._device)))
@@ -107,6 +108,7 @@ class KvPages:
             for seq in plan.closes["seq"]:
                 self._tables.pop(int(seq), None)
                 self._lengths.pop(int(seq), None)
+                self._guesses.pop(int(seq), None)
 
     @contextmanager
     def window(self, first: int, rows: int, size: int) -> Iterator[None]:
@@ -148,8 +150,8 @@ class KvPages:
             seq, start, count, new = (int(item[k]) for k in ("seq", "start", "count", "new_pages"))
             if seq not in self._tables and seq not in opening:
                 raise ProtocolError(f"sequence {seq} is not open")
-            length = self._lengths.get(seq, opening.get(seq, 0))
-            if start != length:
+            length = opening[seq] if seq in opening else self._lengths[seq]
+            if not length - self._guesses.get(seq, 0) <= start <= length:
                 raise ProtocolError(f"sequence {seq} goes on at {start}, but {length} rows have run")
             if (len(self._tables.get(seq, ())) + new) * self.page_size < start + count:
                 raise ProtocolError(f"sequence {seq} has too few pages for {start + count} rows")

@@ -23,11 +23,11 @@ class Penalties:
 
     def __init__(self, controls: SequenceControls, n_vocab: int) -> None:
         self._presence, self._frequency = controls.presence_micro, controls.frequency_micro
-        self._repetition, self._counts = controls.repetition_micro, controls.counts
+        self._repetition, self.counts = controls.repetition_micro, controls.counts
         self._bias_ids = controls.biases["id"].astype(np.int64)
         self._bias = controls.biases["micro"] / MICRO
         prompt, drawn = controls.ids[: controls.n_prompt], controls.ids[controls.n_prompt :]
-        self._held = np.zeros(n_vocab if self._counts else 0, np.bool_)  # in the prompt, or drawn
+        self._held = np.zeros(n_vocab if self.counts else 0, np.bool_)  # in the prompt, or drawn
         self._drawn = np.zeros(len(self._held), np.int64)  # how often
         self._held[prompt] = True
         for token in drawn.tolist():
@@ -35,7 +35,7 @@ class Penalties:
 
     def add(self, token: int) -> None:
         """It was drawn."""
-        if self._counts:
+        if self.counts:
             self._held[token] = True
             self._drawn[token] += 1
 

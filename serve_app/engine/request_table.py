@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from serve_app.errors import ProtocolError
-from serve_app.messages.step import DRAWN_LAST, StepPlan
+from serve_app.messages.step import DRAW_EACH, DRAWN_LAST, NO_DRAW, StepPlan
 
 Ints = npt.NDArray[np.int32]
 _INT32_MAX = (1 << 31) - 1
@@ -28,6 +28,7 @@ class PlannedSpans:
     starts: Ints
     counts: Ints
     samples: npt.NDArray[np.bool_]
+    each: npt.NDArray[np.bool_]  # whether all of its rows are drawn from, and those after the first are guesses
     page_places: Ints  # [pages]
     pages: Ints  # [pages]
     new_pages: Ints  # how many of these are each span's
@@ -52,6 +53,8 @@ class RequestTable:
         self._slots: dict[int, int] = {}
         self._free = list(range(n_slots - 1, -1, -1))
         self._lengths = np.zeros(n_slots, np.int32)
+        self._guesses = np.zeros(n_slots, np.int32)  # of those rows, how many at their end may turn out void
+        self._before = self._lengths[:0], self._guesses[:0]  # both, of the slots of the step that began last
         self._held = np.zeros(n_slots, np.int32)  # pages
         self.drew = np.zeros(n_slots, np.bool_)
         self.page_table = torch.zeros((n_slots, self._width), dtype=torch.int32, device=device)
@@ -82,12 +85,13 @@ class RequestTable:
         starts, counts = plan.spans["start"].astype(np.int64), plan.spans["count"].astype(np.int64)
         new = plan.spans["new_pages"].astype(np.int64)
         fresh = np.isin(slots, list(slot_of.values())) if opens else np.zeros(len(slots), np.bool_)
-        lengths, held = np.where(fresh, 0, self._lengths[slots]), np.where(fresh, 0, self._held[slots])
+        before = self._lengths[slots], self._guesses[slots]
+        lengths, guesses, held = (np.where(fresh, 0, array) for array in (*before, self._held[slots]))
         if plan.opens["cached"].any():
             lengths = self._behind_cached(plan, seqs, lengths)
         stop, pages = starts + counts, held + new
         for wrong, why in (
-            (starts != lengths, "goes on at another position than it has come to"),
+            ((starts > lengths) | (starts < lengths - guesses), "goes on at another position than it has come to"),
             (pages * self._page_size < stop, "has too few pages for its rows"),
             ((stop > self._limit) | (pages > self._width), f"grows beyond {self._limit} positions"),
         ):
@@ -97,14 +101,17 @@ class RequestTable:
             self._slots[seq] = slot
             self.drew[slot] = False
         del self._free[len(self._free) - len(opens) :]
+        self._before, each = before, plan.spans["sample"] == DRAW_EACH
         self._lengths[slots], self._held[slots] = stop, pages
+        self._guesses[slots] = np.where(each, counts - 1, 0)
         first = np.repeat(slots.astype(np.int64) * self._width + held, new)
         within = np.arange(len(plan.pages)) - np.repeat(np.cumsum(new) - new, new)
         return PlannedSpans(
             slots=slots,
             starts=starts.astype(np.int32),
             counts=counts.astype(np.int32),
-            samples=plan.spans["sample"] != 0,
+            samples=plan.spans["sample"] != NO_DRAW,
+            each=each,
             page_places=(first + within).astype(np.int32),
             pages=plan.pages.astype(np.int32),
             new_pages=new.astype(np.int32),
@@ -119,11 +126,15 @@ class RequestTable:
         return np.array([cached.get(seq, length) for seq, length in zip(seqs, lengths.tolist(), strict=True)])
 
     def undo(self, plan: StepPlan, spans: PlannedSpans) -> None:
-        """A step that began could not run: its sequences are as before it."""
-        self._lengths[spans.slots] = spans.starts
+        """The step that began last could not run: its sequences are as before it."""
+        self._lengths[spans.slots], self._guesses[spans.slots] = self._before
         self._held[spans.slots] -= spans.new_pages
         for seq in plan.opens["seq"].tolist():
             self._free.append(self._slots.pop(seq))
+
+    def drew_in(self, spans: PlannedSpans) -> None:
+        """These have drawn. After guesses it is not known here which token is the last: which were right is not."""
+        self.drew[spans.slots[spans.samples]] = ~spans.each[spans.samples]
 
     def require_drawn(self, spans: PlannedSpans, ids: Ints) -> None:
         """Raises ProtocolError if a row stands for a token drawn last (-1) and its sequence has drawn none here."""
@@ -160,7 +171,7 @@ class RequestTable:
         for seq in plan.closes["seq"].tolist():
             slot = self._slots.pop(seq, None)
             if slot is not None:
-                self._lengths[slot] = self._held[slot] = 0
+                self._lengths[slot] = self._guesses[slot] = self._held[slot] = 0
                 closed.append(slot)
         self._free += closed
         return closed

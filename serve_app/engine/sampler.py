@@ -9,6 +9,7 @@ PROTOCOL.md says how an auditor repeats it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from serve_app.engine.penalties import Penalties
 from serve_app.engine.philox import uniform_bits
 from serve_app.errors import ProtocolError
 from serve_app.messages.request import MICRO
-from serve_app.messages.step import StepPlan
+from serve_app.messages.step import DRAW_EACH, StepPlan
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
@@ -75,6 +76,11 @@ class SequenceDraw:
     def __init__(self, draw: Draw, penalties: Penalties | None) -> None:
         self._draw, self._penalties = draw, penalties
 
+    @property
+    def counts(self) -> bool:
+        """Whether what is drawn here changes what is drawn later."""
+        return self._penalties is not None and self._penalties.counts
+
     def token(self, logits: npt.NDArray[np.float32], position: int) -> int:
         """The token at `position`, which counts from then on. logits: [vocab] float32, finite."""
         if self._penalties is None:
@@ -98,6 +104,17 @@ def opened_draws(plan: StepPlan, n_vocab: int) -> dict[int, SequenceDraw]:
         touched = one is not None and (one.counts or len(one.biases))
         out[int(o["seq"])] = SequenceDraw(draw, Penalties(one, n_vocab) if one is not None and touched else None)
     return out
+
+
+def require_no_counts(plan: StepPlan, draws: Callable[[int], SequenceDraw | None]) -> None:
+    """Raises ProtocolError for guesses of a sequence whose draws count: those that are void would have been counted.
+
+    draws: of a sequence that is open or opens.
+    """
+    for seq in plan.spans["seq"][plan.spans["sample"] == DRAW_EACH].tolist():
+        own = draws(seq)
+        if own is not None and own.counts:
+            raise ProtocolError(f"guesses of sequence {seq}, which is penalised for what it draws")
 
 
 def _best(scaled: Floats, n: int) -> Ids:

@@ -11,10 +11,10 @@ from serve_app.engine.attention import NAME
 from serve_app.engine.engine import ActivationDtype, Done, EngineProfile, StepOutput
 from serve_app.engine.fixed_windows import fitting_size, windows
 from serve_app.engine.kv_pages import KvPages
-from serve_app.engine.sampler import SequenceDraw, opened_draws
+from serve_app.engine.sampler import SequenceDraw, opened_draws, require_no_counts
 from serve_app.engine.stage_model import StageModel
 from serve_app.errors import PipelineError, ProtocolError
-from serve_app.messages.step import CLOSE, DRAWN_LAST, OPEN, SPAN, StepPlan
+from serve_app.messages.step import CLOSE, DRAW_EACH, DRAWN_LAST, OPEN, SPAN, StepPlan
 
 TORCH_DTYPES: dict[ActivationDtype, torch.dtype] = {
     "float32": torch.float32,
@@ -83,6 +83,7 @@ class TorchEngine:
         rows = self._resolve(plan, rows)
         inputs = self._tensor(rows) if plan.rows else None  # before the step begins: it may be refused
         opened = opened_draws(plan, self.vocab_size) if self.has_head else {}
+        require_no_counts(plan, lambda seq: opened.get(seq) or self._draws.get(seq))
         with self._kv.step(plan):
             self._draws |= opened
             if inputs is not None:
@@ -146,15 +147,18 @@ class TorchEngine:
         return torch.cat([torch.arange(s.start, s.length) for s in self._kv.spans]).to(self.device)
 
     def _draw(self, plan: StepPlan, hidden: Tensor) -> tuple[int, ...]:
-        asked = [(s, int(span["seq"])) for s, span in zip(self._kv.spans, plan.spans, strict=True) if span["sample"]]
-        if not asked:
+        at = plan.drawn_rows
+        if not len(at):
             return ()
-        last = torch.tensor([s.row + s.count - 1 for s, _ in asked], device=self.device)
-        logits = self._logits(hidden.index_select(0, last)).cpu().numpy()
+        logits = self._logits(hidden.index_select(0, torch.from_numpy(at).to(self.device))).cpu().numpy()
         if not np.isfinite(logits).all():
             raise PipelineError("the last stage computed logits that are not finite")
-        drawn = tuple(self._draws[seq].token(row, s.length) for row, (s, seq) in zip(logits, asked, strict=True))
-        self._last |= zip((seq for _, seq in asked), drawn, strict=True)
+        seqs = np.repeat(plan.spans["seq"], plan.draws).tolist()
+        positions = (self._positions()[at] + 1).tolist()
+        drawn = tuple(self._draws[s].token(row, p) for s, row, p in zip(seqs, logits, positions, strict=True))
+        self._last |= zip(seqs, drawn, strict=True)
+        for seq in plan.spans["seq"][plan.spans["sample"] == DRAW_EACH].tolist():
+            del self._last[seq]  # which of its tokens count is not known here
         return drawn
 
     def _measure_page(self) -> int:

@@ -41,9 +41,15 @@ SPAN = np.dtype(
         ("start", "<u4"),  # position of the first row
         ("count", "<u4"),  # rows of this sequence in this step
         ("new_pages", "<u4"),  # how many ids of `pages` are this span's
-        ("sample", "u1"),  # 1: draw the token that follows the last row
+        ("sample", "u1"),  # NO_DRAW, DRAW_NEXT or DRAW_EACH
     ]
 )
+# What follows no row, the last one, or each. Of each: rows after the first are guesses, and the sequence goes on behind
+# the last of them that was right (or behind the first row), so that the others are void.
+NO_DRAW, DRAW_NEXT, DRAW_EACH = 0, 1, 2
+# In one span. Nine rows end one page of 16 hashed rows at most, which is what a witness can take back; and guesses
+# beyond the eighth are seldom right.
+MAX_GUESSES = 8
 # rows: those that count; some more may have run before it was known that the sequence ends.
 CLOSE = np.dtype([("seq", "<u8"), ("rows", "<u4"), ("seal", "u1")])
 FORGET, SEAL, ABANDON = 0, 1, 2  # seal: nobody asks; tell the Head both roots; the same request begins anew later
@@ -81,6 +87,20 @@ class StepPlan:
     def rows(self) -> int:
         """Rows that run in this step."""
         return int(self.spans["count"].sum(dtype=np.int64))
+
+    @property
+    def draws(self) -> Array:
+        """How many tokens each span asks for, int64."""
+        sample = self.spans["sample"]
+        return np.where(sample == DRAW_EACH, self.spans["count"], sample).astype(np.int64)
+
+    @property
+    def drawn_rows(self) -> Array:
+        """Which rows tokens are drawn from, int64, in the order of the tokens."""
+        last, draws = np.cumsum(self.spans["count"], dtype=np.int64) - 1, self.draws
+        if not (draws > 1).any():
+            return last[draws > 0]
+        return np.repeat(last + 1 - np.cumsum(draws), draws) + np.arange(draws.sum())
 
     def endings(self) -> StepPlan:
         """The same without rows: what is left of a step that could not run."""
@@ -126,7 +146,17 @@ class StepPlan:
             raise ProtocolError("a step message whose spans do not add up to its rows or pages")
         if not plan.spans["count"].all():
             raise ProtocolError("a step message with an empty span")
+        _check_draws(plan)
         return plan, payload
+
+
+def _check_draws(plan: StepPlan) -> None:
+    sample, count = plan.spans["sample"], plan.spans["count"]
+    each = count[sample == DRAW_EACH]
+    if (sample > DRAW_EACH).any() or (each < 2).any() or (each > 1 + MAX_GUESSES).any():
+        raise ProtocolError(f"a step message that draws in no known way, or from no or over {MAX_GUESSES} guesses")
+    if int(plan.draws.sum()) > MAX_ITEMS:
+        raise ProtocolError(f"a step message that asks for more than {MAX_ITEMS} tokens")
 
 
 def closing_plan(epoch: int, seq: int, rows: int) -> StepPlan:
@@ -137,7 +167,7 @@ def closing_plan(epoch: int, seq: int, rows: int) -> StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The last stage finished a step. tokens: one per span that asked for a sample, in span order."""
+    """The last stage finished a step. tokens: as many as each span asked for, in the order of rows."""
 
     epoch: int
     step: int

@@ -107,8 +107,9 @@ class Head:
 
     @property
     def rows_run(self) -> int:
-        """Rows sent down the stages, without those of attempts that were given up."""
-        return self._rows_sent - self._scheduler.rows_abandoned
+        """Rows sent down the stages, without those of attempts that were given up and of wrong guesses."""
+        s = self._scheduler
+        return self._rows_sent - s.rows_abandoned - (s.guesses - s.guesses_right)
 
     @property
     def failure(self) -> str | None:
@@ -208,6 +209,8 @@ class Head:
             "preemptions": self._scheduler.preemptions,
             "prompt_tokens": self._scheduler.prompt_tokens,
             "cached_tokens": self._scheduler.cached_tokens,
+            "guesses": self._scheduler.guesses,
+            "guesses_right": self._scheduler.guesses_right,
             "tokens_drawn": self.tokens_drawn,
             "receipts_issued": self.receipts_issued,
         }

@@ -2,8 +2,9 @@
 
 A thread of its own works through steps in order, at most BEHIND of them late; then the stage waits. For every open
 sequence it grows two trees, of the bytes as they came in and as they went out, page of rows by page. A close says how
-many rows count, which may be some less than ran, so the last page joins the trees only when it is known to count. A
-close makes it tell the Head both roots; only when the Head says that all stages' roots match does it sign.
+many rows count, which may be some less than ran, so the last page joins the trees only when it is known to count. So
+does a span that begins before rows which ran: these were guesses, and wrong, and it takes their place. A close makes
+it tell the Head both roots; only when the Head says that all stages' roots match does it sign.
 What a KV page holds is remembered by the roots of its rows: a sequence that opens behind pages which an earlier one
 filled begins its trees with their roots. They are of the bytes that this stage itself received and sent at that time.
 """
@@ -22,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve_app.engine.engine import StepOutput
-from serve_app.messages.step import ABANDON, SEAL, Fault, Reply, Roots, Signed, StepPlan
+from serve_app.messages.step import ABANDON, MAX_GUESSES, SEAL, Fault, Reply, Roots, Signed, StepPlan
 from serve_app.receipts import rows_native
 from serve_app.receipts.rows import PAGE_ROWS, Boundary, RowTree, ids_boundary, leaves_of, page_roots
 from serve_app.receipts.statement import StageStatement, StatementChain
@@ -160,6 +161,8 @@ class Witness:
         # One assignment for all single rows, and a turn of Python only for the one in sixteen that fills its page.
         kept = np.array([i for i in np.flatnonzero(counts == 1).tolist() if trees[i] is not None], np.int64)
         slots = np.array([trees[i].slot for i in kept], np.int64)
+        for i in kept[self._seen[slots] > starts[kept]].tolist():
+            self._go_back(trees[i], int(starts[i]))
         assert (self._seen[slots] == starts[kept]).all(), "rows with a gap"
         self._seen[slots] = starts[kept] + 1
         places, rows_kept = starts[kept] % _RING, first[kept]
@@ -203,6 +206,8 @@ class Witness:
 
     def _add(self, trees: _Trees, start: int, leaves_in: Leaves, leaves_out: Leaves) -> None:
         """Several rows of one sequence."""
+        if self._seen[trees.slot] > start:
+            self._go_back(trees, start)
         assert self._seen[trees.slot] == start, "rows with a gap"
         stop = start + len(leaves_in)
         begun = min(stop, -(-start // PAGE_ROWS) * PAGE_ROWS)  # the first whole page begins here
@@ -218,6 +223,15 @@ class Witness:
             self._fill(trees, begun + n * PAGE_ROWS, root_in, root_out)
         self._keep(trees, whole, leaves_in[whole - start :], leaves_out[whole - start :])
         self._seen[trees.slot] = stop
+
+    def _go_back(self, trees: _Trees, rows: int) -> None:
+        """Of the rows seen only the first `rows` count: those behind were guesses, too few to begin and fill a page."""
+        assert self._seen[trees.slot] - rows <= MAX_GUESSES and rows >= len(trees.inlet), "rows that counted are void"
+        self._seen[trees.slot] = rows
+        if trees.last is not None and rows < len(trees.inlet) + PAGE_ROWS:
+            trees.last = None
+            if self._page_blocks:
+                self._roots[trees.table[len(trees.inlet) // PAGE_ROWS // self._page_blocks]].pop()
 
     def _keep(self, trees: _Trees, start: int, leaves_in: Leaves, leaves_out: Leaves) -> None:
         """Leaves of a part of one page."""
@@ -277,7 +291,7 @@ class Witness:
             return
         seen = int(self._seen[trees.slot])
         if seal == ABANDON:
-            self.rows_abandoned += seen - trees.reused
+            self.rows_abandoned += min(rows, seen) - trees.reused
             return
         self.rows_hashed += min(rows, seen) - trees.reused
         self.rows_reused += trees.reused

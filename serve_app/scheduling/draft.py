@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import collections.abc
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from serve_app.messages.controls import Controls
-from serve_app.messages.step import CLOSE, OPEN, SPAN, StepPlan
+from serve_app.messages.step import CLOSE, DRAW_EACH, OPEN, SPAN, StepPlan
 from serve_app.scheduling.sequence import Sequence
 
-Flight = list[tuple[Sequence, bool, int]]  # sequences of a step, sampled or not, rows that have run after it
+Flight = list[tuple[Sequence, int, int]]  # sequences of a step, tokens asked for, rows that have run after it
 
 
 @dataclass(slots=True)
@@ -24,9 +25,17 @@ class Draft:
     page_counts: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
 
-    def add(self, sequence: Sequence, count: int, sample: bool, new: list[int]) -> None:
-        """The next `count` rows of a sequence run; `new`: the pages that it has taken for them."""
-        start = sequence.computed
+    def add(
+        self, sequence: Sequence, count: int, sample: bool, new: list[int], guesses: collections.abc.Sequence[int] = ()
+    ) -> None:
+        """The next `count` rows of a sequence run; `new`: the pages that it has taken for them.
+
+        guesses: run behind the row of its last token; all of these draw.
+        """
+        start, draws = sequence.computed, sample + len(guesses)
+        assert not guesses or (sample and count == 1 and start == len(sequence.tokens) - 1)
+        sequence.guesses = (*guesses,) if guesses else sequence.guesses
+        count += len(guesses)
         if not sequence.opened:
             sequence.opened = True
             self.opens.append(sequence)
@@ -37,9 +46,9 @@ class Draft:
         if new:
             self.pages += new
         sequence.computed = start + count
-        sequence.length += sample
+        sequence.length += draws
         sequence.flights += 1
-        self.flight.append((sequence, sample, start + count))
+        self.flight.append((sequence, draws, start + count))
 
     @property
     def sequences(self) -> set[Sequence]:
@@ -50,7 +59,7 @@ class Draft:
         """What the stages are told."""
         spans = np.zeros(len(self.flight), SPAN)
         spans["seq"] = [sequence.ticket.seq for sequence, _, _ in self.flight]
-        spans["sample"] = [sample for _, sample, _ in self.flight]
+        spans["sample"] = [min(draws, DRAW_EACH) for _, draws, _ in self.flight]
         spans["start"], spans["count"], spans["new_pages"] = self.starts, self.counts, self.page_counts
         return StepPlan(
             epoch,

@@ -5,6 +5,9 @@ stage of a pipeline has work. The chunks of a prompt may be in several steps at 
 for its token, unless tokens find their own way from where they are drawn to where they are embedded: then with
 `lookahead` it also runs the row of the token on its way (DRAWN_LAST), so that no engine waits for the Head; if that
 token ends the sequence, such rows are void.
+With `speculate` a sequence that says again what it said before guesses its next tokens (scheduling/speculation.py) and
+runs their rows at once; it then waits for what is drawn behind each. Rows behind a wrong guess are void, and it goes on
+in their place. Steps with prompts, or of many sequences, have no guesses: what they cost is their rows.
 Requests join and leave between any two steps.
 
 Decoding rows go first, then prefill chunks; a part of the budget is the prompts' own, so neither starves the other.
@@ -20,6 +23,7 @@ then may it be seated. Nobody ranks before the first, so the first always goes o
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Literal
 
@@ -27,11 +31,12 @@ import numpy as np
 
 from serve_app.errors import OverloadedError, ProtocolError, RequestError
 from serve_app.messages.request import FinishReason
-from serve_app.messages.step import DRAWN_LAST, FORGET, MAX_ITEMS, SEAL, StepPlan, StepResult
+from serve_app.messages.step import DRAWN_LAST, FORGET, MAX_GUESSES, MAX_ITEMS, SEAL, StepPlan, StepResult
 from serve_app.scheduling.cohorts import Cohorts
 from serve_app.scheduling.draft import Draft, Flight
 from serve_app.scheduling.seats import Seats
 from serve_app.scheduling.sequence import Committed, Sequence, Ticket
+from serve_app.scheduling.speculation import Guesser, room_for_guesses
 
 __all__ = ["Committed", "Scheduler", "Ticket", "flights_ahead", "lookahead", "max_flights"]
 
@@ -75,12 +80,15 @@ class Scheduler:
         micro_batches: int,
         lookahead: int = 0,
         prefix_cache: bool = False,
+        speculate: int = 0,
     ) -> None:
         """micro_batches: into how many steps rows that could run together are shared out, one for each stage.
 
         lookahead: tokens that may be on their way when a further row is planned; see look_ahead.
         prefix_cache: the rows of a beginning that lies in some pages already do not run again.
+        speculate: how many tokens a sequence may guess in a step, at most MAX_GUESSES; 0: none.
         """
+        assert 0 <= speculate <= MAX_GUESSES
         self._epoch = epoch
         self._seats = Seats(n_pages, page_size, max_running, prefix_cache)
         self._max_step_tokens = max_step_tokens
@@ -89,6 +97,7 @@ class Scheduler:
         self._micro_batches = micro_batches
         self._cohorts: Cohorts | None = None
         self.look_ahead(lookahead)
+        self._speculate = speculate
         self._arrivals = 0
         self._flights: dict[int, Flight] = {}
         self._rows: dict[int, int] = {}  # of each step in flight
@@ -96,6 +105,8 @@ class Scheduler:
         self._next_step = 0
         self.prompt_tokens = 0  # of requests whose rows have begun to run
         self.cached_tokens = 0  # of these, those whose rows did not have to
+        self.guesses = 0  # rows of guesses that ran, but in attempts given up since
+        self.guesses_right = 0  # of these, those that count
 
     @property
     def running(self) -> int:
@@ -145,6 +156,8 @@ class Scheduler:
                 f"{self._seats.pool.n_pages * self._seats.page_size}: ask for fewer tokens or raise pipeline.kv_pages"
             )
         sequence = Sequence.of(ticket, self._arrivals)
+        if self._speculate and not ticket.sampling.penalises:  # those count what they draw, and void draws would count
+            sequence.guesser = Guesser(sequence.n_prompt)
         self._arrivals += 1
         self._seats.wait(sequence)
         self._seats.let_in()  # only what cannot run yet counts as waiting
@@ -180,8 +193,12 @@ class Scheduler:
         self._seats.let_in()
         draft = Draft()
         decoding, prompts = self._ready()
-        drawing = decoding if self._cohorts is None else self._cohorts.choose(decoding, self._seats.order)
-        self._add_decoding(draft, drawing[: self._decoding_share(len(prompts))])
+        ready = decoding if self._cohorts is None else self._cohorts.choose(decoding, self._seats.order)
+        share = self._decoding_share(len(prompts))
+        together = share if self._cohorts is None else len(ready)
+        most = 0 if prompts else room_for_guesses(self._speculate, together, self._max_step_tokens)
+        ready = [s for s in ready if not _waits(s, most)] if self._speculate else ready
+        self._add_decoding(draft, ready[:share], most)
         budget = self._prompt_share(len(draft.flight), len(decoding), prompts)
         for sequence in prompts:
             budget -= self._add_prompt(draft, sequence, budget)
@@ -203,8 +220,9 @@ class Scheduler:
         """The token ids of a plan's rows, uint32 little-endian: stage 0's payload."""
         parts: list[int] = []
         for seq, start, count in zip(*(plan.spans[k].tolist() for k in ("seq", "start", "count")), strict=True):
-            ids = self._seats.running[seq].tokens[start : start + count]
-            parts += ids or (DRAWN_LAST,)
+            sequence = self._seats.running[seq]
+            parts += sequence.tokens[start : start + count] or (DRAWN_LAST,)
+            parts += sequence.guesses
         return np.array(parts, "<u4").tobytes()
 
     def apply(self, result: StepResult) -> list[Committed]:
@@ -216,37 +234,36 @@ class Scheduler:
         flight = self._flights.get(result.step)
         if flight is None:
             raise ProtocolError(f"step {result.step} was answered, which is not in flight")
-        asked = sum(sampled for _, sampled, _ in flight)
+        asked = sum(draws for _, draws, _ in flight)
         if len(result.tokens) != asked:
             raise ProtocolError(f"step {result.step} asked for {asked} tokens and got {len(result.tokens)}")
         del self._flights[result.step], self._rows[result.step]
         tokens = iter(result.tokens)
         out: list[Committed] = []
         page_size = self._seats.page_size
-        for sequence, sampled, stop in flight:
+        for sequence, draws, stop in flight:
             sequence.flights -= 1
             sequence.done = stop
-            token = next(tokens) if sampled else None
+            drawn = list(itertools.islice(tokens, draws))
             if sequence.ended:
                 continue  # while this step ran: its rows are void
             if sequence.final is not None:
-                token = None  # it was known already where the answer ends
-            if token is not None:
-                sequence.tokens.append(token)
-                sequence.final = sequence.ending
-                if sequence.final is None and token in sequence.ticket.stop_ids:
-                    sequence.final = "stop"
-                if sequence.final is None and len(sequence.tokens) >= sequence.limit:
-                    sequence.final = "length"
+                drawn = []  # it was known already where the answer ends
+            if drawn:
+                drawn = sequence.take(drawn)
             elif sequence.ending is not None:
                 sequence.final = sequence.ending
-            if sequence.seated and stop // page_size > sequence.offered:
+            if draws > 1:
+                self._drop_void(sequence)
+            if sequence.seated and sequence.done // page_size > sequence.offered:
                 self._seats.offer(sequence)
             reason = sequence.final
             if reason is not None and not (sequence.seated and (reason == "cancelled" or sequence.is_whole)):
                 reason = None  # preempted, or running anew: its rows must run for the receipt
-            if token is not None or reason is not None:
-                out.append(Committed(sequence.ticket.seq, token, reason, sequence.attempt))
+            out += (Committed(sequence.ticket.seq, token, None) for token in drawn[:-1])
+            if drawn or reason is not None:
+                last = drawn[-1] if drawn else None
+                out.append(Committed(sequence.ticket.seq, last, reason, sequence.attempt))
             if reason is not None:
                 self._finish(sequence, reason)
         return out
@@ -307,8 +324,8 @@ class Scheduler:
         even = math.ceil(rows / self._micro_batches)
         return min(self._max_step_tokens - added, max(even - added, self._least_chunk))
 
-    def _add_decoding(self, draft: Draft, decoding: list[Sequence]) -> None:
-        """One row each. Whoever begins a page and finds none stays out."""
+    def _add_decoding(self, draft: Draft, decoding: list[Sequence], most: int) -> None:
+        """One row each, and up to `most` guesses. Whoever begins a page and finds none stays out."""
         page_size, nothing = self._seats.page_size, list[int]()
         for sequence in decoding:
             if not sequence.seated:
@@ -318,7 +335,24 @@ class Scheduler:
                 if not self._seats.make_room(sequence, 1, draft.sequences):
                     continue
                 new = self._seats.grow(sequence, 1)
-            draft.add(sequence, 1, True, new)
+            guesses = sequence.guessed(most) if most else nothing
+            if guesses:
+                # Never a page that somebody needs for a row that counts: one for each that runs stays free.
+                missing = self._seats.pages_of(sequence.computed + 1 + len(guesses)) - len(sequence.pages)
+                spare = max(self._seats.pool.free - self.running, 0)
+                new = new + self._seats.grow(sequence, max(min(missing, spare), 0))
+                guesses = guesses[: len(sequence.pages) * page_size - sequence.computed - 1]
+            draft.add(sequence, 1, True, new, guesses)
+
+    def _drop_void(self, sequence: Sequence) -> None:
+        """A step with guesses is back: only rows of tokens that it has now count."""
+        guesses, sequence.guesses = sequence.guesses, ()
+        if not sequence.seated:
+            return  # preempted: no row of that attempt counts any more
+        run, sequence.length = sequence.done, len(sequence.tokens)
+        sequence.computed = sequence.done = min(run, sequence.length - 1)
+        self.guesses += len(guesses)
+        self.guesses_right += len(guesses) - (run - sequence.done)
 
     def _add_prompt(self, draft: Draft, sequence: Sequence, budget: int) -> int:
         """Rows of known tokens, as many as budget and pages allow. Returns how many."""
@@ -351,3 +385,8 @@ class Scheduler:
     def _draws(self, sequence: Sequence) -> bool:
         """Whether a token of a running sequence is on its way."""
         return sequence.seated and sequence.length > len(sequence.tokens)
+
+
+def _waits(sequence: Sequence, most: int) -> bool:
+    """Whether one that could run must first know what it drew: it made guesses, or is about to."""
+    return bool(sequence.guesses) or (most > 0 and sequence.length > len(sequence.tokens) and sequence.guessing)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from serve_app.messages.request import FinishReason, Sampling
+from serve_app.scheduling.speculation import Guesser
 
 # One level of priority is worth so many arrivals: per level between them, no more of those that come later overtake a
 # request. So it ages as others arrive, and needs no clock. The order of two never changes, which is why the first in
@@ -51,6 +52,8 @@ class Sequence:
     tokens: list[int]  # prompt, then what was drawn
     fill: int = 0  # rows that run as a prompt does: of the tokens known when it was seated
     length: int = 0  # tokens, those on their way counted
+    guesser: Guesser | None = None  # of one that may guess
+    guesses: tuple[int, ...] = ()  # on their way: rows of tokens that it may not draw
     pages: list[int] = field(default_factory=list)
     computed: int = 0  # rows that have run, or run in a step in flight
     done: int = 0  # rows whose step has come back
@@ -88,6 +91,37 @@ class Sequence:
     def is_whole(self) -> bool:
         """Whether every row that a receipt must account for has run. One that drew nothing gets none."""
         return not self.drew or self.done >= len(self.tokens) - 1
+
+    def guessed(self, most: int) -> list[int]:
+        """What it may draw next, up to so many tokens, if guessing pays and all it drew is known."""
+        if not self.guessing or self.length > len(self.tokens):
+            return []
+        assert self.guesser is not None
+        return self.guesser.guesses(self.tokens, min(most, self.guesser.run, self.limit - len(self.tokens) - 1))
+
+    @property
+    def guessing(self) -> bool:
+        """Whether guessing its next tokens pays."""
+        if self.guesser is None:
+            return False
+        self.guesser.learn(self.tokens)
+        return self.guesser.pays
+
+    def take(self, drawn: list[int]) -> list[int]:
+        """Which of the drawn tokens are its next ones: behind its end, or a guess that was wrong, they are void."""
+        right = 0
+        while right < len(self.guesses) and self.guesses[right] == drawn[right]:
+            right += 1
+        for i, token in enumerate(drawn[: right + 1], 1):
+            self.tokens.append(token)
+            self.final = self.ending
+            if self.final is None and token in self.ticket.stop_ids:
+                self.final = "stop"
+            if self.final is None and len(self.tokens) >= self.limit:
+                self.final = "length"
+            if self.final is not None:
+                return drawn[:i]
+        return drawn[: right + 1]
 
     def seat(self, pages: list[int], cached: int) -> None:
         """It may run, behind the rows that these pages hold already."""

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from benchmarks import cold_start, prefill, prefix_cache, receipts_cost
+from benchmarks import cold_start, prefill, prefix_cache, receipts_cost, speculate
 from benchmarks.models import PublishedModel, published
 from benchmarks.transformers_peer import generate_batch
 from benchmarks.workload import poisson
@@ -44,6 +44,13 @@ def test_prompts_that_miss_are_as_long_as_those_that_are_reused(model: Published
     for load in figures.values():
         assert load["missed"]["prompt_tokens"] == load["reused"]["prompt_tokens"]
         assert load["missed"]["hits"] <= load["reused"]["hits"]
+
+
+def test_guesses_leave_answers_as_they_are(model: PublishedModel) -> None:
+    figures = asyncio.run(speculate.measure(model, 2, guesses=4, pairs=1, tokens=24))
+    assert set(figures) == set(speculate.ASKED)
+    for of_prompt in figures.values():
+        assert of_prompt["same_answer"] and of_prompt["ratio"] > 0 and of_prompt["answer_tokens"] > 1
 
 
 def test_the_parts_of_a_cold_start_add_up(model: PublishedModel) -> None:

@@ -5,6 +5,7 @@ Run from outside: give the fixture `kind` (the Choice of an engine) and import t
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,9 @@ from serve_app.engine.engine import Engine, StepOutput
 from serve_app.engine.engines import ENGINES, TORCH
 from serve_app.engine.load import LoadOptions, load_engine
 from serve_app.errors import ConfigError, ProtocolError
-from serve_app.messages.step import DRAWN_LAST
+from serve_app.messages.controls import Controls
+from serve_app.messages.request import Sampling
+from serve_app.messages.step import DRAW_EACH, DRAW_NEXT, DRAWN_LAST
 from serve_app.receipts.rows import Boundary, ids_boundary, leaves_of
 from shard_tools.choice import Choice
 from shard_tools.manifest import Manifest
@@ -151,6 +154,59 @@ def test_a_plan_that_does_not_fit_is_refused_and_changes_nothing(subject: Subjec
     found, wanted = run(engine, after), run(undisturbed, after)
     assert found.tokens == wanted.tokens
     close(found.hidden, wanted.hidden)
+
+
+@pytest.mark.parametrize("draw", [GREEDY, (900_000, 40, 950_000)])
+def test_right_guesses_give_the_tokens_that_come_one_by_one_and_wrong_ones_leave_no_trace(
+    subject: Subject, draw: tuple[int, int, int]
+) -> None:
+    """Beside a prompt and a row, and across pages; then the sequence goes on where the first wrong guess stood."""
+    plain, guessing, width = subject.engine(), subject.engine(), subject.manifest.hidden_size
+    begin = (plan_of([(1, 0, 5, [3, 9], DRAW_NEXT)], {1: draw}), ids(*range(5, 10)))
+    told, rows = [*run(plain, begin).tokens], []
+    for position in range(5, 12):
+        out = run(plain, (plan_of([(1, position, 1, [4] if position == 8 else [], 1)]), ids(told[-1])))
+        told += out.tokens
+        rows.append(out.hidden)
+    wrong = [(token + 1) % VOCAB for token in told]
+    assert list(run(guessing, begin).tokens) == told[:1]
+    # Two right guesses and two wrong ones, of which the last begins a page.
+    step = plan_of([(2, 0, 3, [0], 1), (1, 5, 5, [4], DRAW_EACH)], {2: GREEDY})
+    first = run(guessing, (step, ids(1, 2, 3, *told[:3], *wrong[3:5])))
+    assert len(first.tokens) == 6 and list(first.tokens[1:4]) == told[1:4]
+    # Only right ones, beside a row of another.
+    second = run(guessing, (plan_of([(1, 8, 3, [], DRAW_EACH), (2, 3, 1, [], 1)]), ids(*told[3:6], first.tokens[0])))
+    assert list(second.tokens[:3]) == told[4:7]
+    third = run(guessing, (plan_of([(1, 11, 1, [], 1)]), ids(told[6])))
+    assert list(third.tokens) == told[7:8]
+    for wanted, out, i in zip(rows, [*[first] * 3, *[second] * 3, third], (3, 4, 5, 0, 1, 2, 0), strict=True):
+        close(row(out, i, width), wanted)
+
+
+def test_only_guesses_are_taken_back_and_nobody_knows_what_was_drawn_last_behind_them(subject: Subject) -> None:
+    engine, undisturbed = subject.engine(), subject.engine()
+    penalised = plan_of([(2, 0, 2, [5], 1)], {2: GREEDY})
+    controls = Controls.of([(2, Sampling(0, presence_micro=1), [1, 2], 2)])
+    for each in (engine, undisturbed):
+        run(each, OPEN_SEVEN)
+        run(each, (dataclasses.replace(penalised, controls=controls), ids(1, 2)))
+        run(each, (plan_of([(7, 3, 4, [1], DRAW_EACH)]), ids(4, 5, 6, 7)))
+    for why, step in {
+        "before the first row": (plan_of([(7, 3, 1, [], 1)]), ids(4)),
+        "with a gap": (plan_of([(7, 8, 1, [2], 1)]), ids(4)),
+        "drawn last": (plan_of([(7, 5, 1, [], 1)]), ids(DRAWN_LAST)),
+        "penalised": (plan_of([(2, 2, 2, [], DRAW_EACH)]), ids(3, 4)),
+    }.items():
+        with pytest.raises(ProtocolError):
+            engine.launch(*step)
+            pytest.fail(f"taken: {why}")
+    after = (plan_of([(7, 5, 2, [], 1), (2, 2, 1, [], 1)]), ids(8, 9, DRAWN_LAST))
+    found, wanted = run(engine, after), run(undisturbed, after)
+    assert found.tokens == wanted.tokens
+    close(found.hidden, wanted.hidden)
+    with pytest.raises(ProtocolError):
+        engine.launch(plan_of([(7, 6, 1, [], 1)]), ids(9))  # these were no guesses
+    assert len(run(engine, (plan_of([(7, 7, 1, [], 1)]), ids(DRAWN_LAST))).tokens) == 1
 
 
 def test_a_sequence_does_not_feel_its_batch_mates_or_its_chunks(subject: Subject) -> None:

@@ -17,7 +17,7 @@ from serve_app.engine.cpu.native import MAX_ROWS, NativeStage
 from serve_app.engine.cpu.stage_weights import CpuWeights
 from serve_app.engine.engine import Done, Launched, StepOutput
 from serve_app.engine.request_table import Ints, PlannedSpans, RequestTable, token_ids
-from serve_app.engine.sampler import SequenceDraw, opened_draws
+from serve_app.engine.sampler import SequenceDraw, opened_draws, require_no_counts
 from serve_app.engine.torch_engine import TORCH_DTYPES, TorchEngine
 from serve_app.errors import PipelineError, ProtocolError
 from serve_app.messages.step import StepPlan
@@ -98,6 +98,7 @@ class CpuEngine:
                 rows = ids.data.cast("B")
             self._pages.reshape(-1)[spans.page_places] = spans.pages
             self._draws |= zip(self._table.slots_of(list(opened)), opened.values(), strict=True)
+            require_no_counts(plan, lambda seq: self._draws.get(self._table.slots_of([seq])[0]))
             launched = self._compute(plan, spans, ids, rows)
         except BaseException:
             self._table.undo(plan, spans)
@@ -121,7 +122,7 @@ class CpuEngine:
             return Done(StepOutput(rows, memoryview(b""), ()))
         x, last = self._enter(ids, rows), _NO_ROWS
         if self._weights.head is not None:
-            last = (np.cumsum(spans.counts) - 1)[spans.samples].astype(np.int32)
+            last = plan.drawn_rows.astype(np.int32)
         if self._native is not None and len(x) <= MAX_ROWS:
             first = np.cumsum(spans.counts) - spans.counts
             positions = (np.repeat(spans.starts - first, spans.counts) + np.arange(len(x))).astype(np.int32)
@@ -137,7 +138,7 @@ class CpuEngine:
             values = logits.numpy()
             if not np.isfinite(values).all():
                 return Spoilt("the last stage computed logits that are not finite")
-            tokens = self._draw(spans, values)
+            tokens = self._draw(plan, spans, values)
         return Done(StepOutput(rows, x.view(torch.uint8).numpy().reshape(-1).data, tokens))
 
     def _enter(self, ids: Ints | None, rows: memoryview) -> Tensor:
@@ -151,12 +152,16 @@ class CpuEngine:
         )  # torch dislikes what it may not write to
         return x if stage.embedding_scale == 1.0 else x.mul_(stage.embedding_scale)
 
-    def _draw(self, spans: PlannedSpans, logits: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> tuple[int, ...]:
-        slots = spans.slots[spans.samples]
-        positions = (spans.starts + spans.counts)[spans.samples].tolist()
+    def _draw(
+        self, plan: StepPlan, spans: PlannedSpans, logits: np.ndarray[tuple[int, int], np.dtype[np.float32]]
+    ) -> tuple[int, ...]:
+        slots, draws = np.repeat(spans.slots, plan.draws), plan.draws
+        behind = np.cumsum(draws)  # the position that a token takes: its row's and one
+        positions = (np.repeat(spans.starts + spans.counts - behind, draws) + np.arange(len(slots)) + 1).tolist()
         drawn = [
             self._draws[slot].token(row, position)
             for slot, row, position in zip(slots.tolist(), logits, positions, strict=True)
         ]
-        self._last_tokens[slots], self._table.drew[slots] = drawn, True
+        self._last_tokens[slots] = drawn
+        self._table.drew_in(spans)
         return tuple(drawn)

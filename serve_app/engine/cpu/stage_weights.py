@@ -116,4 +116,4 @@ def _check_layer(i: int, layer: Layer, seen: Seen, page_size: int) -> None:
 
 def _one_span(start: int, n: int) -> PlannedSpans:
     one = np.ones(1, np.int32)
-    return PlannedSpans(one * 0, one * start, one * n, one != 1, _NONE, _NONE, one * 0)
+    return PlannedSpans(one * 0, one * start, one * n, one != 1, one != 1, _NONE, _NONE, one * 0)

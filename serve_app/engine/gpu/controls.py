@@ -20,7 +20,7 @@ from serve_app.engine.request_table import Ints, PlannedSpans, RequestTable
 from serve_app.errors import ProtocolError
 from serve_app.messages.controls import SequenceControls
 from serve_app.messages.request import MAX_BIASES, MICRO
-from serve_app.messages.step import StepPlan
+from serve_app.messages.step import DRAW_EACH, StepPlan
 
 
 class ControlTable:
@@ -52,11 +52,16 @@ class ControlTable:
     def open(self, plan: StepPlan) -> None:
         """Those that open in this plan have slots by now: the device learns of their controls.
 
-        Raises ProtocolError for a token outside the vocabulary, before anything changed.
+        Raises ProtocolError for a token outside the vocabulary, and for guesses of a sequence whose draws count, before
+        anything changed.
         """
         for ids in (plan.controls.ids, plan.controls.biases["id"]):
             if len(ids) and int(ids.max()) >= self._own_shape[1]:
                 raise ProtocolError(f"token id {int(ids.max())} in a vocabulary of {self._own_shape[1]}")
+        counting = {one.seq for one in plan.controls if one.counts}
+        for seq in plan.spans["seq"][plan.spans["sample"] == DRAW_EACH].tolist():
+            if seq in counting or self._table.slots_of([seq])[0] in self._known:
+                raise ProtocolError(f"guesses of sequence {seq}, which is penalised for what it draws")
         if not len(plan.opens) or not (self._stale or len(plan.controls.rows)):
             return
         controls = {one.seq: one for one in plan.controls}

@@ -1,9 +1,9 @@
 """The engine for GPUs: paged attention and sampling by our kernels, decode steps as CUDA graphs, nothing waited for.
 
-A step of one row per sequence replays a graph of its batch size; every other step launches the same kernels one by
-one. What a step draws stays on the device for the next step (DRAWN_LAST), so `launch` returns as soon as the work is
-queued; results come back in memory that nobody writes again. Weights and their checks are the plain engine's
-(torch_engine.py), whose modules this one reads.
+A step of one row per sequence, or of one and guesses, replays a graph of its number of rows; every other step launches
+the same kernels one by one. What a step draws stays on the device for the next step (DRAWN_LAST), so `launch` returns
+as soon as the work is queued; results come back in memory that nobody writes again. Weights and their checks are the
+plain engine's (torch_engine.py), whose modules this one reads.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from serve_app.engine.engine import BoxKind, KvDtype, StepOutput
 from serve_app.engine.gpu.attend import DecodeAttention, PrefillAttention, RowAttention, tiles_of
 from serve_app.engine.gpu.controls import ControlTable
 from serve_app.engine.gpu.copies import upload, upload_all
+from serve_app.engine.gpu.decode_rows import decode_rows, leading
 from serve_app.engine.gpu.first_steps import N_ROWS, prompt_beside_a_row
 from serve_app.engine.gpu.flight import Flight, report_ints
 from serve_app.engine.gpu.forward import Attend, Pages, Space, norm, part, run_layers
@@ -119,8 +120,9 @@ class GpuEngine:
                 if (ids < 0).any():
                     self._table.require_drawn(spans, ids)
                     self._port.require_tokens(spans, ids, self._table)
-                if not len(plan.opens) and self._is_decode(spans):
-                    flight = self._run_decode(spans, ids, rows)
+                alike = self._decode_rows(spans) if not len(plan.opens) else None
+                if alike is not None:
+                    flight = self._run_decode(spans, alike, ids, rows)
                 else:
                     flight = self._run_mixed(plan, spans, ids, rows)
                 self._port.drew(plan, spans, self._table)
@@ -129,7 +131,7 @@ class GpuEngine:
             raise
         closed = self._table.end(plan)
         if self._controls is not None:
-            self._table.drew[spans.slots[spans.samples]] = True
+            self._table.drew_in(spans)
             self._controls.ran(spans, closed)
         return flight
 
@@ -167,27 +169,25 @@ class GpuEngine:
         rows = torch.frombuffer(bytearray(hidden), dtype=self._dtype).view(-1, self._hidden_size)
         return logits_of(rows.to(self._device), self._weights, self._fixed)
 
-    def _is_decode(self, spans: PlannedSpans) -> bool:
-        """Whether each row is the next of a sequence, takes a page only where one begins and, with a head, draws."""
-        n, starts_page = len(spans.counts), spans.starts % self._page_size == 0
-        return bool(
-            0 < n <= self._max_rows
-            and (spans.counts == 1).all()
-            and (spans.new_pages == starts_page).all()
-            and (self._weights.head is None or spans.samples.all())
-        )
+    def _decode_rows(self, spans: PlannedSpans) -> Ints | None:
+        """The rows, if a graph can take them: each is the next of a sequence or a guess and, with a head, draws."""
+        if not ((spans.counts == 1) | spans.each).all() or not 0 < int(spans.counts.sum()) <= self._max_rows:
+            return None
+        if self._weights.head is not None and not spans.samples.all():
+            return None
+        return decode_rows(spans, self._page_size, self._table.page_table.shape[1])
 
-    def _run_decode(self, spans: PlannedSpans, ids: Ints, rows: memoryview) -> Flight:
-        n = len(spans.slots)
+    def _run_decode(self, spans: PlannedSpans, alike: Ints, ids: Ints, rows: memoryview) -> Flight:
+        """alike: as decode_rows gives them."""
+        n = alike.shape[1]
         size = next(size for size in self._sizes if size >= n)
         fields = np.empty((N_FIELDS, size), np.int32)
         fields[0], fields[1], fields[2], fields[3] = 0, -1, 0, -1
         if len(ids):
             fields[0, :n] = ids
         elif self._controls is not None:
-            fields[0, :n] = self._controls.first_ids(spans)
-        fields[1, :n], fields[2, :n] = spans.slots, spans.starts
-        fields[3, :n][spans.new_pages == 1] = spans.pages
+            fields[0, :n] = np.repeat(self._controls.first_ids(spans), spans.counts)
+        fields[1:, :n] = alike
         upload(fields, self._fields[: N_FIELDS * size])
         if self._weights.embedding is None:
             self._port.bring(rows, self._arrived[:n])
@@ -239,18 +239,17 @@ class GpuEngine:
         self._streams.join()
 
     def _run_mixed(self, plan: StepPlan, spans: PlannedSpans, ids: Ints, rows: memoryview) -> Flight:
-        """A step with prompts in it: the rows of one-row spans at its start attend as decode rows do."""
+        """A step with prompts in it: the rows of one-row spans and of guesses at its start attend as decode rows do."""
         weights, table, n = self._weights, self._table, plan.rows
         if n == 0:
             self._port.give_tokens(plan.step, None)
             return Flight(None, 0, 0, 0, None, None, torch.empty(0, dtype=torch.int32), None, False)
         first = np.cumsum(spans.counts) - spans.counts
-        n_decode = int(np.argmax(spans.counts > 1)) if (spans.counts > 1).any() else len(spans.counts)
-        n_decode = len(spans.counts) if self._fixed else min(n_decode, self._max_rows)
+        n_alike, n_decode = leading(spans, self._max_rows)
         row_slots = np.repeat(spans.slots, spans.counts)
         positions = (np.repeat(spans.starts - first, spans.counts) + np.arange(n)).astype(np.int32)
-        tiles = tiles_of(weights.blocks, spans, first, n_decode)
-        drawn = (first + spans.counts - 1)[spans.samples].astype(np.int32) if weights.head is not None else _NO_IDS
+        tiles = tiles_of(weights.blocks, spans, first, len(first) if self._fixed else n_alike)
+        drawn = plan.drawn_rows.astype(np.int32) if weights.head is not None else _NO_IDS
         opened = table.opened(plan)
         flat = upload_all(
             (ids, row_slots, positions, spans.page_places, spans.pages, *tiles, drawn, opened.reshape(-1)),

@@ -18,7 +18,7 @@ from serve_app.engine.gpu.copies import upload, upload_rows
 from serve_app.engine.gpu.lent_rows import CUDA, ROW_PLACE_BYTES, TOKEN_PLACES, Driver, Inbox, Offer, Outbox, Reference
 from serve_app.engine.request_table import Ints, PlannedSpans, RequestTable
 from serve_app.errors import PipelineError, ProtocolError
-from serve_app.messages.step import StepPlan
+from serve_app.messages.step import MAX_GUESSES, StepPlan
 
 _log = logging.getLogger(__name__)
 _PROBE = 1  # its number: the first step's rows and tokens have larger ones
@@ -51,7 +51,11 @@ class Port:
         torch.zeros(1, device=self._device)  # this thread may not have used the GPU before
         try:
             rows = kind == "rows"
-            box = Inbox(self._driver, places if rows else TOKEN_PLACES, ROW_PLACE_BYTES if rows else 4 * max_rows)
+            box = Inbox(
+                self._driver,
+                places if rows else TOKEN_PLACES,
+                ROW_PLACE_BYTES if rows else 4 * (1 + MAX_GUESSES) * max_rows,
+            )
         except PipelineError as e:
             _log.warning("%s come through the host: %s", kind, e)
             return None
@@ -132,8 +136,11 @@ class Port:
     def give_tokens(self, step: int, tokens: Tensor | None) -> None:
         """Queue what tells the first stage the tokens of a step, in the order of its spans; None: it drew none."""
         if "tokens" in self._used and step > self._stamped:
+            box = self._outboxes["tokens"]
+            if tokens is not None and not box.holds(tokens):
+                raise ProtocolError(f"step {step} draws {len(tokens)} tokens, more than go past the host")
             self._stamped = step
-            self._outboxes["tokens"].put(_number(step), tokens)
+            box.put(_number(step), tokens)
 
     # -- tokens: the first stage
 
@@ -141,12 +148,13 @@ class Port:
         """This step, which has been queued, draws for some of its spans when it has come through all stages."""
         if not self.takes_tokens or not spans.samples.any():
             return
-        slots = spans.slots[spans.samples]
+        # One for each token that will come. Who drew for guesses has several here, and then no row without an id.
+        slots = np.repeat(spans.slots, plan.draws)
         on_device = torch.empty(len(slots), dtype=torch.int32, device=self._device)
         upload(slots, on_device)
         self._late.append((plan.step, on_device))
         self._last_drawn |= dict.fromkeys(slots.tolist(), plan.step)
-        table.drew[slots] = True
+        table.drew_in(spans)
         if len(self._late) > _MAX_LATE:
             self._take_tokens(table)
 

@@ -66,7 +66,7 @@ def _check_layer(i: int, block: Block, seen: Seen, page_size: int, kept: torch.d
 def _one_span(start: int, n: int) -> PlannedSpans:
     one = np.ones(1, np.int32)
     none = np.zeros(0, np.int32)
-    return PlannedSpans(one * 0, one * start, one * n, one != 1, none, none, one * 0)
+    return PlannedSpans(one * 0, one * start, one * n, one != 1, one != 1, none, none, one * 0)
 
 
 def logits_of(rows: Tensor, weights: StageWeights, fixed: bool = False) -> Tensor:

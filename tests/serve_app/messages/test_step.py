@@ -15,6 +15,9 @@ from serve_app.messages.controls import BIAS, CONTROL, Controls
 from serve_app.messages.request import MICRO, Sampling
 from serve_app.messages.step import (
     CLOSE,
+    DRAW_EACH,
+    MAX_GUESSES,
+    MAX_ITEMS,
     OPEN,
     SPAN,
     Fault,
@@ -40,7 +43,11 @@ u32 = st.integers(0, (1 << 32) - 1)
 
 @st.composite
 def plans(draw: st.DrawFn) -> StepPlan:
-    spans = draw(st.lists(st.tuples(u32, u32, st.integers(1, 50), st.integers(0, 5), st.integers(0, 1)), max_size=5))
+    rows = st.one_of(
+        st.tuples(st.integers(1, 50), st.integers(0, 5), st.integers(0, 1)),
+        st.tuples(st.integers(2, 1 + MAX_GUESSES), st.integers(0, 5), st.just(DRAW_EACH)),
+    )
+    spans = [(*where, *what) for *where, what in draw(st.lists(st.tuples(u32, u32, rows), max_size=5))]
     pages = draw(st.lists(u32, min_size=sum(s[3] for s in spans), max_size=sum(s[3] for s in spans)))
     opens = np.zeros(draw(st.integers(0, 3)), OPEN)
     opens["seq"] = range(len(opens))
@@ -84,6 +91,29 @@ def test_a_damaged_message_is_refused_or_is_another_plan_but_never_a_crash(plan:
         StepPlan.decode(bytes(message))
     except ProtocolError:
         pass
+
+
+@given(plans())
+def test_the_rows_that_are_drawn_from_are_those_of_the_spans_that_ask(plan: StepPlan) -> None:
+    wanted, row = [], 0
+    for count, sample in plan.spans[["count", "sample"]].tolist():
+        row += count
+        wanted += range(row - count, row) if sample == DRAW_EACH else [row - 1] * sample
+    assert plan.drawn_rows.tolist() == wanted and plan.draws.sum() == len(wanted)
+
+
+@pytest.mark.parametrize(("count", "sample"), [(1, 2), (2 + MAX_GUESSES, 2), (1 << 16, 2), (5, 3), (5, 255)])
+def test_draws_that_there_are_not_are_refused(count: int, sample: int) -> None:
+    """From no guess, from more than a witness could take back, or in no known way."""
+    plan = dataclasses.replace(closing_plan(1, 1, 1), spans=np.array([(1, 0, count, 0, sample)], SPAN))
+    with pytest.raises(ProtocolError, match="draws in no known way"):
+        StepPlan.decode(plan.encode(b""))
+
+
+def test_no_plan_asks_for_more_tokens_than_an_answer_may_hold() -> None:
+    spans = np.array([(i, 0, 9, 0, DRAW_EACH) for i in range(MAX_ITEMS // 9 + 1)], SPAN)
+    with pytest.raises(ProtocolError, match="more than 65536 tokens"):
+        StepPlan.decode(dataclasses.replace(closing_plan(1, 1, 1), spans=spans).encode(b""))
 
 
 @given(st.binary(max_size=300))

@@ -15,7 +15,7 @@ from serve_app.engine.engine import Done, EngineProfile, StepOutput
 from serve_app.engine.load import LoadOptions, read_config
 from serve_app.engine.sampler import SequenceDraw, opened_draws
 from serve_app.errors import ConfigError, PipelineError, ProtocolError
-from serve_app.messages.step import DRAWN_LAST, StepPlan
+from serve_app.messages.step import DRAW_EACH, DRAW_NEXT, DRAWN_LAST, StepPlan
 from shard_tools.fetch import read_tensor
 from shard_tools.manifest import Manifest
 from shard_tools.store.block_store import BlockStore
@@ -49,6 +49,7 @@ class _Sequence:
 
     draw: SequenceDraw | None  # None where nothing is drawn
     length: int
+    guesses: int = 0  # of these rows, how many at their end may turn out void
     pages: list[int] = field(default_factory=list)
     last: int | None = None
 
@@ -94,16 +95,21 @@ class NumpyEngine:
         for seq, cached in plan.opens[["seq", "cached"]].tolist():
             self._open[seq] = _Sequence(draws.get(seq), cached)
         out, tokens, at, page = [], [], 0, 0
-        for seq, _, count, new_pages, sample in plan.spans.tolist():
+        for seq, start, count, new_pages, sample in plan.spans.tolist():
             sequence = self._open[seq]
+            sequence.length, sequence.guesses = start, count - 1 if sample == DRAW_EACH else 0
             sequence.pages += plan.pages[page : page + new_pages].tolist()
             page += new_pages
             for row in received[at : at + count]:
                 entering = self._weights["model.embed_tokens.weight"][row] if self._embeds else row
                 out.append(self._row(entering, sequence))
+                if self._head and sample == DRAW_EACH:
+                    tokens.append(self._drawn(out[-1], sequence))
             at += count
-            if self._head and sample:
+            if self._head and sample == DRAW_NEXT:
                 tokens.append(self._drawn(out[-1], sequence))
+            if sample == DRAW_EACH:
+                sequence.last = None  # which of its tokens count is not known here
         for seq in plan.closes["seq"].tolist():
             self._open.pop(seq, None)
         hidden = np.stack(out) if out else np.zeros((0, self._hidden), np.float32)
@@ -189,10 +195,13 @@ class NumpyEngine:
                 raise ProtocolError(f"sequence {seq} opens behind {opens[seq]} rows that cannot be there")
         if len(plan.pages) and int(plan.pages.max()) >= self._n_pages:
             raise ProtocolError(f"page {int(plan.pages.max())} of {self._n_pages}")
-        for seq, start, count, new_pages, _ in plan.spans.tolist():
+        for seq, start, count, new_pages, sample in plan.spans.tolist():
             known = self._open.get(seq)
             if known is None and seq not in opens:
                 raise ProtocolError(f"sequence {seq} is not open")
             length, pages = (known.length, len(known.pages)) if known else (opens[seq], 0)
-            if start != length or (pages + new_pages) * self._page_size < start + count:
+            guesses = known.guesses if known else 0
+            if not length - guesses <= start <= length or (pages + new_pages) * self._page_size < start + count:
                 raise ProtocolError(f"sequence {seq} does not go on at {start} with pages for {count} rows")
+            if sample == DRAW_EACH and known is not None and known.draw is not None and known.draw.counts:
+                raise ProtocolError(f"guesses of sequence {seq}, which is penalised for what it draws")

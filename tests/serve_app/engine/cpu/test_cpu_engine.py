@@ -199,7 +199,7 @@ def test_layers_of_one_stage_may_have_unlike_widths(first: int, threads: int) ->
     slots, zeros, ones = np.arange(3, dtype=np.int32), np.zeros(3, np.int32), np.ones(3, np.int32)
     table = np.arange(6, dtype=np.int32).reshape(3, 2)
     x = torch.randn((3, HIDDEN), generator=torch.Generator().manual_seed(0))
-    step = step_of(PlannedSpans(slots, zeros, ones, ones != 0, zeros[:0], zeros[:0], zeros), table, PAGE)
+    step = step_of(PlannedSpans(slots, zeros, ones, ones != 0, ones != 1, zeros[:0], zeros[:0], zeros), table, PAGE)
     caches = [new_cache(blocks, 6 * PAGE, torch.float32) for _ in range(2)]
     compiled = [NativeLayer.of(block) for block in blocks]
     plain = [

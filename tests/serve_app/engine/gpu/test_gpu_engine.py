@@ -13,13 +13,15 @@ pytest.importorskip("triton", reason="the kernels are Triton's: pip install 'llm
 
 from serve_app.engine.block import NotFusable
 from serve_app.engine.engines import TORCH
+from serve_app.engine.gpu.decode_rows import decode_rows, leading
 from serve_app.engine.gpu.engine import GpuEngine
 from serve_app.engine.gpu.stage_weights import read_weights
 from serve_app.engine.load import LoadOptions, load_engine
+from serve_app.engine.request_table import RequestTable
 from serve_app.engine.stage_weights import StageWeights
 from serve_app.engine.torch_engine import TorchEngine
 from serve_app.errors import PipelineError, ProtocolError
-from serve_app.messages.step import DRAWN_LAST
+from serve_app.messages.step import DRAW_EACH, DRAWN_LAST
 from serve_app.receipts.rows import Boundary, ids_boundary, leaves_of
 from shard_tools.manifest import Manifest
 from shard_tools.store.memory import MemoryStore
@@ -61,6 +63,9 @@ def fused(read: tuple[TorchEngine, StageWeights]) -> GpuEngine:
 FEW: list[Step] = [  # a prompt beside a row that attends as a decode row does, then a replay
     (plan_of([(1, 0, 1, [3], 1), (2, 0, 3, [0], 1)], {1: GREEDY, 2: (800_000, 20, 900_000)}), ids(5, 20, 21, 22)),
     (plan_of([(1, 1, 1, [], 1), (2, 3, 1, [], 1)]), ids(DRAWN_LAST, DRAWN_LAST)),
+    # A row and two guesses, of which the second begins a page; then its place is another row's.
+    (plan_of([(1, 2, 3, [4], DRAW_EACH)]), ids(50, 51, 52)),
+    (plan_of([(1, 4, 1, [], 1)]), ids(53)),
 ]
 FAST = ["qwen3"]  # norms of queries and keys
 # gemma2: caps, windows, more norms and GELU
@@ -88,6 +93,22 @@ def test_equals_the_plain_engine_step_by_step(family: str, steps: list[Step], tm
         assert bytes(found.received) == bytes(wanted.received)
         expected, got = (np.frombuffer(out.hidden, "<f4") for out in (wanted, found))
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4 * max(np.abs(expected).max(initial=0), 1))
+
+
+def test_a_graph_takes_rows_and_guesses_and_each_page_with_the_row_that_begins_it() -> None:
+    table = RequestTable(4, N_PAGES, PAGE, 40, torch.device("cpu"))
+    opens = {1: GREEDY, 2: GREEDY, 3: GREEDY}
+    begun = table.begin(plan_of([(1, 0, 3, [5], 1), (2, 0, 4, [6], 1), (3, 0, 1, [7, 8], 1)], opens))
+    assert leading(begun, 9) == (0, 0)
+    guessed = table.begin(plan_of([(1, 3, 4, [9], DRAW_EACH), (3, 1, 1, [], 1), (2, 4, 1, [10], 1)]))
+    assert leading(guessed, 9) == (3, 6) and leading(guessed, 5) == (2, 5) and leading(guessed, 3) == (0, 0)
+    rows = decode_rows(guessed, PAGE, 10)
+    assert rows is not None
+    assert rows[1:].tolist() == [[3, 4, 5, 6, 1, 4], [-1, 9, -1, -1, -1, 10]]
+    assert rows[0].tolist() == [begun.slots[0]] * 4 + [begun.slots[2], begun.slots[1]]
+    again = decode_rows(table.begin(plan_of([(1, 4, 1, [], 1)])), PAGE, 10)  # in a page that it has already
+    assert again is not None and again[1:].tolist() == [[4], [-1]]
+    assert decode_rows(table.begin(plan_of([(3, 2, 1, [11], 1)])), PAGE, 10) is None  # a page for later
 
 
 def test_rows_are_hashed_where_they_lie(fused: GpuEngine, model: tuple[MemoryStore, Manifest]) -> None:
