@@ -61,6 +61,8 @@ def blocks_serve(
         host, colon, port = listen.rpartition(":")
         if not colon or not port.isdecimal() or int(port) > 65535:
             raise InputError(f"--listen {listen!r}: expected HOST:PORT")
+        if public and peer:
+            raise InputError("--peer needs the cluster's key, and --public goes without: leave one of them out")
         root = store.expanduser().absolute()
         secret = None if public else load_key(Path(cluster_key).expanduser())
         near, patience = DirectoryStore(root), Patience()
