@@ -71,6 +71,7 @@ def main() -> int:
     parser.add_argument("--threads", action="store_true", help="one process; --profile needs it")
     parser.add_argument("--switch-interval", type=float, default=1e-5, help="seconds a thread may keep others waiting")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
+    parser.add_argument("--per-gpu", action="store_true", help="--batches are for each stage")
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="decode steps of these batches, by kernel")
     parser.add_argument("--layers", type=int, default=None, help="of the model, fewer than published: to see kernels")
     parser.add_argument("--quantise", choices=["none", "int8", "int4"], default="none", help="the published weights")
@@ -124,13 +125,14 @@ def prepare(a: argparse.Namespace, root: Path) -> Published:
 async def measure(a: argparse.Namespace, root: Path, model: Published, stages: int) -> dict[str, Any]:
     """Load, run."""
     figures, store, manifest = dict(model.figures), model.store, model.manifest
+    batches = [batch * (stages if a.per_gpu else 1) for batch in a.batches]
     began = time.perf_counter()
     page, context = 16, int(MODELS[a.model]["max_position_embeddings"])
     options = LoadOptions(a.device, "bfloat16", page, None, kv_dtype=a.kv)
     limits = LocalLimits(
         n_pages=22_000 if not a.model.startswith("tiny") else 2_000,
         max_step_tokens=a.step_tokens,
-        max_running=max(256, *a.batches) if not a.model.startswith("tiny") else 16,
+        max_running=max(256, *batches) if not a.model.startswith("tiny") else 16,
         max_waiting=1024,
     )
     pipeline: Any
@@ -151,7 +153,7 @@ async def measure(a: argparse.Namespace, root: Path, model: Published, stages: i
             lend=not a.through_host,
         )
         figures["load"], figures["engine"] = pipeline.timings, pipeline.description
-        figures["rows_stay_on_gpu"] = pipeline.lends
+        figures["past_host"] = pipeline.past_host
     loaded = time.perf_counter()
     await pipeline.warm_up()
     figures["load_s"] = round(loaded - began, 2)
@@ -170,7 +172,7 @@ async def measure(a: argparse.Namespace, root: Path, model: Published, stages: i
     if "decode" in a.work:
         shape = MODELS[a.model]
         speed = next((s for name, s in MEMORY_GB_S.items() if name in device_name(a.device)), None)
-        for batch in a.batches:
+        for batch in batches:
             times: dict[int, float] = {}
             for tokens in (2, 2, 130, 130):  # the first of a kind may find kernels to compile
                 prompts = [random.choices(range(manifest.vocab_size - 300), k=128) for _ in range(batch)]

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from serve_app.engine.engine import LendsRows
+from serve_app.engine.engine import BoxKind, LendsRows
 from serve_app.engine.load import LoadOptions, load_engine, shards_of
 from serve_app.errors import PipelineError
 from serve_app.local import LocalLimits
@@ -32,7 +32,7 @@ from serve_app.pipeline.witness import StageSpan
 from serve_app.receipts.identity import NodeIdentity, RegisteredNode, Registry
 from serve_app.receipts.rows import Boundary
 from serve_app.receipts.statement import StatementChain
-from serve_app.scheduling.scheduler import Scheduler, lookahead, max_flights
+from serve_app.scheduling.scheduler import Scheduler, flights_ahead, lookahead, max_flights
 from serve_app.transport.edge import Edge
 from serve_app.transport.handshake import EdgeAddress, Inlet, Outlet, Peer
 from serve_app.transport.listener import EdgeListener
@@ -40,7 +40,7 @@ from serve_app.transport.shared_memory import dial_shared_memory
 from shard_tools.cid import Cid
 from shard_tools.fetch import load_manifest
 from shard_tools.manifest import Manifest
-from shard_tools.placement.even import plan as plan_evenly
+from shard_tools.placement.min_max import plan as plan_by_weight
 from shard_tools.signing import Envelope, PublicKey, Signer
 from shard_tools.store.directory import DirectoryStore
 
@@ -113,7 +113,7 @@ class ProcessPipeline:
         self._closed = False
         spawn, node, now_s = multiprocessing.get_context("spawn"), NodeIdentity(Signer.fresh()), int(time.time())
         self._children: list[tuple[Any, Connection]] = []
-        for i, (start, stop) in enumerate(plan_evenly(manifest.n_layers, stages)):
+        for i, (start, stop) in enumerate(plan_by_weight(manifest, stages)):
             spec = _Spec(i, stages, start, stop, store, manifest.cid, options, limits, switch_interval_s)
             here, there = spawn.Pipe()
             process = spawn.Process(target=_stage_main, args=(there, spec), daemon=True)
@@ -145,11 +145,16 @@ class ProcessPipeline:
                 after = Outlet(f"{i} > {i + 1}", "shared_memory", peers[i + 1], addresses[i + 1])
             self._tell(i, (Outlet(f"stage {i} > head", "shared_memory", me, self._listener.address), after))
         self.timings: list[dict[str, float]] = [self._hear(i) for i in range(stages)]
-        self.lends = [self._lend(i, max_flights(stages) + 1) for i in range(stages - 1)] if lend else []
+        self.past_host: list[bool] = []  # rows of each stage but the last, then the tokens of the last
+        if lend and stages > 1:
+            self.past_host = [self._join_gpus("rows", i, i + 1) for i in range(stages - 1)]
+            self.past_host.append(all(self.past_host) and self._join_gpus("tokens", stages - 1, 0))
         certificates = tuple(r.certificate for r in reports)
         nodes = [RegisteredNode(r.node, f"stage {i}") for i, r in enumerate(reports)]
         registry = Registry.of([*nodes, RegisteredNode(node.key, "the head")], 1, now_s, _LIFETIME_S)
         self.head = self._lead(first, certificates, registry.seal(self.operator), node, limits, options, now_s)
+        if self.past_host and self.past_host[-1]:
+            self.head.look_ahead()
 
     def _lead(
         self,
@@ -227,17 +232,17 @@ class ProcessPipeline:
                 process.kill()
             self._listener.close()
 
-    def _lend(self, stage: int, places: int) -> bool:
+    def _join_gpus(self, kind: BoxKind, sender: int, receiver: int) -> bool:
         """As serve_app/cluster/wiring.py."""
-        self._tell(stage, ("offer_rows", places))
-        offered = self._hear(stage)
-        if offered is None:
+
+        def ask(stage: int, *what: object) -> Any:
+            self._tell(stage, what)
+            return self._hear(stage)
+
+        offer = ask(receiver, "offer_inbox", kind, flights_ahead(len(self._children)) + 1)
+        if offer is None or not ask(sender, "try_outbox", kind, offer) or not ask(receiver, "got_probe", kind):
             return False
-        self._tell(stage + 1, ("can_read_rows", offered))
-        if not self._hear(stage + 1):
-            return False
-        self._tell(stage, ("lend_rows",))
-        self._hear(stage)
+        ask(sender, "use_outbox", kind)
         return True
 
     def _take(self, loop: asyncio.AbstractEventLoop) -> Callable[[bytes], None]:
@@ -306,6 +311,8 @@ def _stage_main(parent: Connection, spec: _Spec) -> None:
     while (said := parent.recv()) != "close":
         if said != "counters":
             parent.send(getattr(engine, said[0])(*said[1:]) if isinstance(engine, LendsRows) else None)
+            if said == ("use_outbox", "rows"):
+                stage.hand_on_early()
             continue
         parent.send(Counters(stage.witness.rows_hashed, stage.steps, stage.busy_s, dict(times)))
     listener.close()

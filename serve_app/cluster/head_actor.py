@@ -60,6 +60,11 @@ class _HeadProcess:
         self._head = self._lead(edge)
         self._server = HeadServer(self._head, self._facts)
 
+    async def look_ahead(self) -> None:
+        """The stages pass tokens on among themselves."""
+        assert self._head is not None, "look_ahead before connect"
+        self._head.look_ahead()
+
     def _lead(self, first: Edge) -> Head:
         spec = self._spec
         session = self._identity.open_session("head", spec.epoch, int(time.time()), spec.session_lifetime_s)

@@ -29,6 +29,7 @@ from shard_tools.catalog import find_model
 from shard_tools.index.seen import SeenVersions
 from shard_tools.manifest import Manifest
 from shard_tools.placement.even import plan as plan_evenly
+from shard_tools.placement.min_max import plan as plan_by_weight
 from shard_tools.signing import key_text
 
 _log = logging.getLogger(__name__)
@@ -121,8 +122,10 @@ async def _build(config: AppConfig, epoch: int) -> PipelineGroup:
     seen = SeenVersions(config.identity.seen)
     record, manifest = find_model(config.model.name, index_of(config.model), store, trusted, int(time.time()), seen)
     n_stages = config.pipeline.stages
-    spans = plan_evenly(manifest.n_layers, n_stages)
     wants = _resources(config)
+    # Stages on the cores of one host take turns: then only the sum of what they cost matters.
+    on_gpus = wants.device == "cuda"
+    spans = plan_by_weight(manifest, n_stages) if on_gpus else plan_evenly(manifest.n_layers, n_stages)
     group = await _place(epoch, n_stages, wants, config.pipeline.node_labels)
     specs = [
         StageSpec(

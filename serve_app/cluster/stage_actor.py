@@ -17,7 +17,7 @@ from ray.util import get_node_ip_address
 from serve_app.choices import store_of
 from serve_app.cluster.specs import StageReport, StageSpec
 from serve_app.cluster.wiring import Awaited, EdgeSet, Joint, Party
-from serve_app.engine.engine import ActivationDtype, Engine, LendsRows
+from serve_app.engine.engine import ActivationDtype, BoxKind, Engine, LendsRows
 from serve_app.pipeline.stage import Stage
 from serve_app.pipeline.witness import StageSpan
 from serve_app.receipts.identity import NodeIdentity
@@ -84,7 +84,7 @@ class _StageProcess:
         self._edges = EdgeSet(identity, spec.epoch, spec.session_lifetime_s, self._take, self._neighbour_lost)
         self._engine: Engine
         self._load_s = 0.0
-        self._lends = False
+        self._past_host: list[Value] = []  # what this stage sends from GPU to GPU
         self._stage: Stage | None = None
 
     async def computes_fast_in(self, dtype: ActivationDtype) -> bool:
@@ -160,20 +160,28 @@ class _StageProcess:
             epoch=spec.epoch,
         )
 
-    async def offer_rows(self, places: int) -> bytes | None:
-        """As engine.LendsRows; None if this stage's engine cannot."""
-        return await _outside_the_loop(self._engine.offer_rows, places) if isinstance(self._engine, LendsRows) else None
+    async def offer_inbox(self, kind: BoxKind, places: int) -> bytes | None:
+        """As engine.LendsRows; None if this stage's engine is none."""
+        engine = self._engine
+        return await _outside_the_loop(engine.offer_inbox, kind, places) if isinstance(engine, LendsRows) else None
 
-    async def can_read_rows(self, reference: bytes) -> bool:
+    async def try_outbox(self, kind: BoxKind, offer: bytes) -> bool:
         """As engine.LendsRows."""
         engine = self._engine
-        return isinstance(engine, LendsRows) and await _outside_the_loop(engine.can_read_rows, reference)
+        return isinstance(engine, LendsRows) and await _outside_the_loop(engine.try_outbox, kind, offer)
 
-    async def lend_rows(self) -> None:
-        """As engine.LendsRows; only after it offered some."""
-        assert isinstance(self._engine, LendsRows)
-        self._engine.lend_rows()
-        self._lends = True
+    async def got_probe(self, kind: BoxKind) -> bool:
+        """As engine.LendsRows, after an offer."""
+        engine = self._engine
+        return isinstance(engine, LendsRows) and await _outside_the_loop(engine.got_probe, kind)
+
+    async def use_outbox(self, kind: BoxKind) -> None:
+        """As engine.LendsRows, after a successful try."""
+        assert isinstance(self._engine, LendsRows) and self._stage is not None
+        self._engine.use_outbox(kind)
+        if kind == "rows":
+            self._stage.hand_on_early()
+        self._past_host.append(kind)
 
     async def push(self, edge: str, number: int, message: bytes) -> None:
         """Take in message `number` of this edge of Ray calls."""
@@ -192,7 +200,7 @@ class _StageProcess:
             "load_ms": int(self._load_s * 1000),
             "node": self._session.node.hex()[:16],
             "steps": stage.steps if stage else 0,
-            "rows_stay_on_gpu": self._lends,
+            "past_host": list(self._past_host),
             "busy_ms": int(stage.busy_s * 1000) if stage else 0,
             "rows_hashed": stage.witness.rows_hashed if stage else 0,
             "rows_reused": stage.witness.rows_reused if stage else 0,

@@ -3,7 +3,8 @@
 The Supervisor decides (`wire`): shared memory on one host, TLS between hosts, or Ray's actor calls if the configuration
 says so. It tells every process whom to await, then every process whom to call: first all listen, then the Head opens
 its edge, then the stages theirs, so that nobody speaks to one that is not there yet. Between two GPUs of one host the
-rows themselves stay where they are until the receiver copies them; the edge then carries a reference.
+rows themselves go past the host, and an edge carries a reference to them; so do the tokens, from the last stage to the
+first.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from serve_app.cluster.ray_edge import InOrder, RayEdge
+from serve_app.engine.engine import BoxKind
 from serve_app.errors import PipelineError
 from serve_app.receipts.identity import NodeIdentity
-from serve_app.scheduling.scheduler import max_flights
+from serve_app.scheduling.scheduler import flights_ahead
 from serve_app.transport.edge import Deliver, Edge, Lost
 from serve_app.transport.handshake import EdgeAddress, EdgeKind, Inlet, Outlet, Peer
 from serve_app.transport.listener import EdgeListener
@@ -105,17 +107,21 @@ async def wire(mode: EdgeMode, head: Member, stages: Sequence[Member], n_pages: 
             for stage, following in zip(stages, after, strict=True)
         )
     )
-    if mode == "auto":
-        await asyncio.gather(*(_lend(a, b, len(stages)) for a, b in itertools.pairwise(stages)))
+    if mode == "auto" and len(stages) > 1:
+        passed = await asyncio.gather(*(_join_gpus("rows", a, b, len(stages)) for a, b in itertools.pairwise(stages)))
+        if all(passed) and await _join_gpus("tokens", stages[-1], stages[0], len(stages)):
+            await head.actor.look_ahead.remote()
 
 
-async def _lend(a: Member, b: Member, n_stages: int) -> None:
-    """Rows from a to b stay on a's GPU until b copies them, if both can."""
+async def _join_gpus(kind: BoxKind, a: Member, b: Member, n_stages: int) -> bool:
+    """Rows or tokens go from a's GPU to b's past the host, if both can; whether they do."""
     if a.party.ray_node != b.party.ray_node:
-        return
-    offered = await a.actor.offer_rows.remote(max_flights(n_stages) + 1)
-    if offered is not None and await b.actor.can_read_rows.remote(offered):
-        await a.actor.lend_rows.remote()
+        return False
+    offer = await b.actor.offer_inbox.remote(kind, flights_ahead(n_stages) + 1)
+    if offer is None or not await a.actor.try_outbox.remote(kind, offer) or not await b.actor.got_probe.remote(kind):
+        return False
+    await a.actor.use_outbox.remote(kind)
+    return True
 
 
 class EdgeSet:

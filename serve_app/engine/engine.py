@@ -97,19 +97,35 @@ class Engine(Protocol):
         """
 
 
+BoxKind = Literal["rows", "tokens"]
+
+
 @runtime_checkable
 class LendsRows(Protocol):
-    """Of an engine whose rows need not come to the host: a neighbour of its kind, on the same host, copies them.
+    """Of an engine from which rows, or the tokens of the last stage to the first, go to a neighbour past the host.
 
-    What it hands on is then a reference, which that neighbour's `launch` takes for rows. Called after hash_rows, and
-    before the first step; only engines that hash rows themselves can do it.
+    The receiver offers an inbox, the sender tries it, the receiver looks whether something came, and the sender uses it
+    from then on. All that after hash_rows and before the first step; only engines that hash rows themselves can do it.
+    Where rows go that way, what a step hands on is a reference, known as soon as the step is launched (`lent`).
     """
 
-    def offer_rows(self, places: int) -> bytes | None:
-        """A reference by which a neighbour can try it; None if it cannot be done here. places: steps that lie there."""
+    def offer_inbox(self, kind: BoxKind, places: int) -> bytes | None:
+        """What a sender needs to know; None if it cannot be done here. places: steps whose rows can lie there."""
 
-    def can_read_rows(self, reference: bytes) -> bool:
-        """Whether this engine reaches what a neighbour offers."""
+    def try_outbox(self, kind: BoxKind, offer: bytes) -> bool:
+        """Whether this engine reaches what is offered; a probe is then in it."""
 
-    def lend_rows(self) -> None:
-        """From now on hand on references to what was offered."""
+    def got_probe(self, kind: BoxKind) -> bool:
+        """Whether the probe is there. With tokens: ids that the Head does not know are taken from now on."""
+
+    def use_outbox(self, kind: BoxKind) -> None:
+        """Hand on by the neighbour's inbox from now on."""
+
+
+@runtime_checkable
+class Lent(Protocol):
+    """A step under way, of an engine that lends rows."""
+
+    @property
+    def lent(self) -> bytes | None:
+        """What stands for its rows on their way, to be sent at once; None if they must be waited for."""

@@ -31,7 +31,7 @@ from serve_app.receipts.commitment import request_hash, sampling_key
 from serve_app.receipts.identity import Session
 from serve_app.receipts.issue import issue
 from serve_app.receipts.rows import PAGE_ROWS, ids_root
-from serve_app.scheduling.scheduler import Committed, Scheduler, Ticket
+from serve_app.scheduling.scheduler import Committed, Scheduler, Ticket, flights_ahead
 from serve_app.transport.edge import Edge
 from shard_tools import canonical
 from shard_tools.canonical import Value
@@ -100,6 +100,7 @@ class Head:
         self._by_id: dict[RequestId, int] = {}
         self._started: dict[int, float] = {}  # step -> when it left
         self._failure: str | None = None
+        self._max_flights = facts.max_flights
         self._rows_sent = 0
         self.tokens_drawn = 0
         self.receipts_issued = 0
@@ -113,6 +114,11 @@ class Head:
     def failure(self) -> str | None:
         """Why this pipeline can do no more, or None while it can."""
         return self._failure
+
+    def look_ahead(self) -> None:
+        """Tokens go from the last stage to the first by themselves: plan a row behind each that is on its way."""
+        self._scheduler.look_ahead(1)
+        self._max_flights = flights_ahead(self._facts.n_stages)
 
     def submit(self, request: GenerationRequest, sink: Sink) -> None:
         """Take the request in; its events go to sink, the last one a FinishedEvent or FailedEvent.
@@ -224,7 +230,7 @@ class Head:
 
     def _pump(self) -> None:
         """Keep the stages busy: plan and send until enough is in flight or nothing can run."""
-        while self._failure is None and self._scheduler.in_flight < self._facts.max_flights:
+        while self._failure is None and self._scheduler.in_flight < self._max_flights:
             plan = self._scheduler.plan()
             if plan is None:
                 return

@@ -2,7 +2,8 @@
 
 Messages come in order through `deliver`. One thread launches steps, another waits for them and hands on, so that an
 engine whose launch returns early has its next step queued before the last one ends. What was handed on is hashed
-behind both, so a receipt costs the pipeline no waiting.
+behind both, so a receipt costs the pipeline no waiting. Where an engine lends its rows to the next, the first thread
+hands on too, before they are there; all messages then go that way, or they would overtake one another.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import logging
 import queue
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from serve_app.engine.engine import Engine, Launched
+from serve_app.engine.engine import Engine, Launched, Lent
 from serve_app.errors import PipelineError
 from serve_app.messages.step import NO_STEP, Fault, Reply, StepPlan, StepResult, encode_reply
 from serve_app.pipeline.witness import StageSpan, Witness
 from serve_app.receipts.statement import StatementChain
-from serve_app.transport.edge import Edge
+from serve_app.transport.edge import Edge, Rows
 
 _log = logging.getLogger(__name__)
 MAX_QUEUED = 64  # messages: far above the steps a Head keeps in flight; past it the sender blocks
@@ -31,6 +32,7 @@ class _Flight:
     launched: Launched
     failed: Exception | None  # why the step itself could not run: only its endings did
     began: float
+    handed_on: bool = False
 
 
 class Stage:
@@ -56,6 +58,7 @@ class Stage:
         self.steps = 0
         self.busy_s = 0.0  # with at least one step launched and not ended, for `llmd status`
         self._busy_until = 0.0
+        self._early = False
         self._threads = [
             threading.Thread(target=work, name=f"stage-{span.stage}-{work.__name__.strip('_')}", daemon=True)
             for work in (self._launch_all, self._collect_all)
@@ -66,6 +69,10 @@ class Stage:
     def deliver(self, message: bytes) -> None:
         """Take a message in, after all before it."""
         self._inbox.put(message)
+
+    def hand_on_early(self) -> None:
+        """The engine lends its rows from now on. Called before the first message."""
+        self._early = self._next is not None
 
     def lost(self, peer: str, why: str) -> None:
         """A neighbour is gone: the Head must know, for nothing that passes there will end."""
@@ -97,7 +104,33 @@ class Stage:
             # Its rows are lost, but sequences that only end or wait for a signature in it must not be. The Head is told
             # in turn, behind the results of steps before: one of those may end what stands in this one.
             flight = _Flight(plan, self._engine.launch(plan.endings(), memoryview(b"")), e, began)
+        if self._early:
+            flight = self._hand_on_early(flight)
         self._flights.put(flight)
+
+    def _hand_on_early(self, flight: _Flight) -> _Flight:
+        if flight.failed is not None:
+            self._hand_on(flight.plan, None)
+        elif isinstance(flight.launched, Lent) and flight.launched.lent is not None:
+            self._hand_on(flight.plan, flight.launched.lent)
+        else:  # what does not fit into an inbox goes through the host, and is waited for here
+            try:
+                rows: Rows | None = flight.launched.result().hidden
+            except Exception:
+                rows = None  # who collects it says why
+            self._hand_on(flight.plan, rows)
+        return replace(flight, handed_on=True)
+
+    def _hand_on(self, plan: StepPlan, rows: Rows | None) -> None:
+        """To the next stage; rows None: the step failed here."""
+        assert self._next is not None
+        try:
+            if rows is None:
+                self._next.send(plan.endings().encode(b""))
+            else:
+                self._next.send(plan.encode(b""), rows)
+        except PipelineError as e:
+            self._reply(Fault(plan.epoch, self._span.stage, plan.step, f"the next stage is gone: {e}"))
 
     def _collect_all(self) -> None:
         while (flight := self._flights.get()) is not None:
@@ -119,18 +152,13 @@ class Stage:
         self.busy_s += now - max(flight.began, self._busy_until)
         self._busy_until = now
         self.steps += 1
-        try:
-            if failed:
-                if self._next is not None:
-                    self._next.send(plan.endings().encode(b""))
-                self.witness.lost(plan)
-                return
-            if self._next is not None:
-                self._next.send(plan.encode(b""), out.hidden)
-            elif plan.rows:
-                self._reply(StepResult(plan.epoch, plan.step, out.tokens))
-        except PipelineError as e:
-            self._reply(Fault(plan.epoch, self._span.stage, plan.step, f"the next stage is gone: {e}"))
+        if self._next is not None and not flight.handed_on:
+            self._hand_on(plan, None if failed else out.hidden)
+        if failed:
+            self.witness.lost(plan)
+            return
+        if self._next is None and plan.rows:
+            self._reply(StepResult(plan.epoch, plan.step, out.tokens))
         self.witness.saw(plan, out)
 
     def _failed(self, plan: StepPlan, error: Exception) -> None:

@@ -2,8 +2,9 @@
 
 Pure: no Ray, no torch, no clock. `admit`, then `plan` / `apply` in turn, with several steps in flight, so that every
 stage of a pipeline has work. The chunks of a prompt may be in several steps at a time. A sequence that draws waits
-for its token, unless one engine both draws and embeds: then with `lookahead` it also runs the row of the token on its
-way (DRAWN_LAST), so that the engine never waits for the Head; if that token ends the sequence, such rows are void.
+for its token, unless tokens find their own way from where they are drawn to where they are embedded: then with
+`lookahead` it also runs the row of the token on its way (DRAWN_LAST), so that no engine waits for the Head; if that
+token ends the sequence, such rows are void.
 Requests join and leave between any two steps.
 
 Decoding rows go first, then prefill chunks; a part of the budget is the prompts' own, so neither starves the other.
@@ -27,11 +28,12 @@ import numpy as np
 from serve_app.errors import OverloadedError, ProtocolError, RequestError
 from serve_app.messages.request import FinishReason
 from serve_app.messages.step import DRAWN_LAST, FORGET, MAX_ITEMS, SEAL, StepPlan, StepResult
+from serve_app.scheduling.cohorts import Cohorts
 from serve_app.scheduling.draft import Draft, Flight
 from serve_app.scheduling.seats import Seats
 from serve_app.scheduling.sequence import Committed, Sequence, Ticket
 
-__all__ = ["Committed", "Scheduler", "Ticket", "lookahead", "max_flights"]
+__all__ = ["Committed", "Scheduler", "Ticket", "flights_ahead", "lookahead", "max_flights"]
 
 _CHUNKS = 8  # a pass over the weights for less than this part of the budget costs nearly what the whole would
 
@@ -43,6 +45,14 @@ def max_flights(stages: int, take_turns: bool = False) -> int:
     of which reads the weights again: two stages give what one gives, and half of it with three steps on their way.
     """
     return 1 if take_turns and stages > 1 else stages + 1 + lookahead(stages) // 2
+
+
+def flights_ahead(stages: int) -> int:
+    """As max_flights, of several stages of which the first learns of tokens without the Head.
+
+    Each of the micro-batches has a step running and the next one planned.
+    """
+    return 2 * stages
 
 
 def lookahead(stages: int) -> int:
@@ -68,7 +78,7 @@ class Scheduler:
     ) -> None:
         """micro_batches: into how many steps rows that could run together are shared out, one for each stage.
 
-        lookahead: tokens that may be on their way when a further row is planned; 0 unless one engine draws and embeds.
+        lookahead: tokens that may be on their way when a further row is planned; see look_ahead.
         prefix_cache: the rows of a beginning that lies in some pages already do not run again.
         """
         self._epoch = epoch
@@ -77,7 +87,8 @@ class Scheduler:
         self._least_chunk = max(1, max_step_tokens // _CHUNKS)
         self._max_waiting = max_waiting
         self._micro_batches = micro_batches
-        self._lookahead = lookahead
+        self._cohorts: Cohorts | None = None
+        self.look_ahead(lookahead)
         self._arrivals = 0
         self._flights: dict[int, Flight] = {}
         self._rows: dict[int, int] = {}  # of each step in flight
@@ -115,6 +126,14 @@ class Scheduler:
     def in_flight(self) -> int:
         """Steps planned whose result has not come."""
         return len(self._flights)
+
+    def look_ahead(self, tokens: int) -> None:
+        """So many of a sequence may be on their way when a further row of it is planned.
+
+        0 unless the stage that embeds learns of tokens without the Head: as the only one, or from the last.
+        """
+        self._lookahead = tokens
+        self._cohorts = Cohorts(self._micro_batches) if tokens and self._micro_batches > 1 else None
 
     def admit(self, ticket: Ticket) -> None:
         """Queue the request. Raises OverloadedError when full, RequestError when it can never fit."""
@@ -161,7 +180,8 @@ class Scheduler:
         self._seats.let_in()
         draft = Draft()
         decoding, prompts = self._ready()
-        self._add_decoding(draft, decoding[: self._decoding_share(len(prompts))])
+        drawing = decoding if self._cohorts is None else self._cohorts.choose(decoding, self._seats.order)
+        self._add_decoding(draft, drawing[: self._decoding_share(len(prompts))])
         budget = self._prompt_share(len(draft.flight), len(decoding), prompts)
         for sequence in prompts:
             budget -= self._add_prompt(draft, sequence, budget)
@@ -275,7 +295,7 @@ class Scheduler:
 
     def _decoding_share(self, prompts: int) -> int:
         """How many sequences may draw in this step."""
-        even = math.ceil((self.running - prompts) / self._micro_batches)
+        even = self.running if self._cohorts else math.ceil((self.running - prompts) / self._micro_batches)
         kept = min(self._least_chunk, self._max_step_tokens - 1) if prompts else 0
         return min(even, self._max_step_tokens - kept)
 

@@ -61,6 +61,7 @@ class Sequence:
     seated: bool = False  # among the running
     opened: bool = False  # the stages know this attempt
     attempt: int = 0
+    cohort: int | None = None  # those it steps with (scheduling/cohorts.py)
     flights: int = 0  # steps on their way that hold rows of it, of this attempt or the last
     ending: Literal["stop", "cancelled"] | None = None  # asked for; the next step to come back ends it
     final: FinishReason | None = None  # known; what is still being drawn is void

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve_app.engine.engine import KvDtype, StepOutput
+from serve_app.engine.engine import BoxKind, KvDtype, StepOutput
 from serve_app.engine.gpu.attend import DecodeAttention, PrefillAttention, RowAttention, tiles_of
 from serve_app.engine.gpu.controls import ControlTable
 from serve_app.engine.gpu.copies import upload, upload_all
@@ -24,7 +24,7 @@ from serve_app.engine.gpu.forward import Attend, Pages, Space, norm, part, run_l
 from serve_app.engine.gpu.kernels.prepare import N_FIELDS, padding, prepare
 from serve_app.engine.gpu.kernels.row_hash import RowHasher
 from serve_app.engine.gpu.kernels.sampler import SamplerSpace
-from serve_app.engine.gpu.lent_rows import RowPort
+from serve_app.engine.gpu.port import Port
 from serve_app.engine.gpu.products import embed, head_product
 from serve_app.engine.gpu.profile import kv_dtype, profile_of
 from serve_app.engine.gpu.stage_weights import logits_of
@@ -71,7 +71,7 @@ class GpuEngine:
         self._cuda = self._device.type == "cuda"
         self._streams = Streams(self._device)
         self._hashers: tuple[RowHasher, RowHasher] | None = None
-        self._port = RowPort(self._device)
+        self._port = Port(self._device, weights.vocab_size)
         self._spaces: Space | None = None
         self._controls: ControlTable | None = None  # where tokens are drawn
         # By rows. None: the device has no graphs, the same calls are made one by one.
@@ -111,17 +111,19 @@ class GpuEngine:
         if not self._replays:  # only now is it known whether rows are hashed
             self._make_replays()
         ids = token_ids(rows, self._weights.vocab_size) if self._weights.embedding is not None else _NO_IDS
-        spans = self._table.begin(plan)
+        spans, self._step = self._table.begin(plan), plan.step
         try:
             with self._streams.on_main():
                 if self._controls is not None:
                     self._controls.open(plan)
                 if (ids < 0).any():
                     self._table.require_drawn(spans, ids)
+                    self._port.require_tokens(spans, ids, self._table)
                 if not len(plan.opens) and self._is_decode(spans):
                     flight = self._run_decode(spans, ids, rows)
                 else:
                     flight = self._run_mixed(plan, spans, ids, rows)
+                self._port.drew(plan, spans, self._table)
         except BaseException:
             self._table.undo(plan, spans)
             raise
@@ -143,14 +145,17 @@ class GpuEngine:
             self._run_first_steps()
         return True
 
-    def offer_rows(self, places: int) -> bytes | None:
-        return self._port.offer(places) if self._hashers is not None else None
+    def offer_inbox(self, kind: BoxKind, places: int) -> bytes | None:
+        return self._port.offer_inbox(kind, places, self._max_rows) if self._hashers is not None else None
 
-    def can_read_rows(self, reference: bytes) -> bool:
-        return self._port.can_read(reference)
+    def try_outbox(self, kind: BoxKind, offer: bytes) -> bool:
+        return self._port.try_outbox(kind, offer)
 
-    def lend_rows(self) -> None:
-        self._port.lend()
+    def got_probe(self, kind: BoxKind) -> bool:
+        return self._port.got_probe(kind)
+
+    def use_outbox(self, kind: BoxKind) -> None:
+        self._port.use_outbox(kind)
 
     def run(self, plan: StepPlan, rows: memoryview) -> StepOutput:
         """The step, waited for."""
@@ -237,6 +242,7 @@ class GpuEngine:
         """A step with prompts in it: the rows of one-row spans at its start attend as decode rows do."""
         weights, table, n = self._weights, self._table, plan.rows
         if n == 0:
+            self._port.give_tokens(plan.step, None)
             return Flight(None, 0, 0, 0, None, None, torch.empty(0, dtype=torch.int32), None, False)
         first = np.cumsum(spans.counts) - spans.counts
         n_decode = int(np.argmax(spans.counts > 1)) if (spans.counts > 1).any() else len(spans.counts)
@@ -357,6 +363,7 @@ class GpuEngine:
         to_host = torch.empty(len(report), dtype=torch.int32, pin_memory=self._cuda)
         to_host.copy_(report, non_blocking=True)
         hidden_host, lent = self._port.give(hidden)
+        self._port.give_tokens(self._step, report[size : size + n_tokens])
         ended = None
         if self._cuda:
             ended = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -223,7 +223,7 @@ def test_every_request_ends_once_with_its_own_answer_and_all_pages_come_back(
         n_pages=n_pages,
         max_step_tokens=max_step_tokens,
         lookahead=lookahead,
-        micro_batches=1 if lookahead else micro_batches,
+        micro_batches=micro_batches,
         prefix_cache=cache,
     )
     follow(course, Drive(under_test, flights, max_step_tokens, lookahead, cache))
@@ -249,6 +249,51 @@ def test_with_lookahead_the_next_row_is_planned_before_its_token_is_known_but_ne
     assert np.frombuffer(s.rows_of(second), "<u4").tolist() == [DRAWN_LAST]
     assert [c.reason for c in s.apply(StepResult(1, first.step, (1,)))] == [None]
     assert [c.reason for c in s.apply(StepResult(1, second.step, (2,)))] == ["length"]
+
+
+def test_looking_ahead_the_micro_batches_take_turns() -> None:
+    """Were they mixed, each step would wait for the tokens of the one before it."""
+    s = scheduler(micro_batches=2)
+    for seq in range(4):
+        s.admit(ticket(seq, 1, 9))
+    drew: set[int] = set()
+    while len(drew) < 4:
+        plan = s.plan()
+        assert plan is not None
+        drew |= {c.seq for c in s.apply(StepResult(1, plan.step, (1,) * len(plan.spans)))}
+    s.look_ahead(1)
+    plans = [plan for _ in range(4) if (plan := s.plan()) is not None]
+    assert [plan.spans["seq"].tolist() for plan in plans] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert s.plan() is None
+    s.apply(StepResult(1, plans[0].step, (1, 1)))
+    following = s.plan()
+    assert following is not None and following.spans["seq"].tolist() == [0, 2]
+
+
+def test_cohorts_stay_as_they_are_until_they_are_unequal() -> None:
+    """16 sequences, of which 5 of one half end: one that is left of the other half changes sides, and only one."""
+    s = scheduler(micro_batches=2, n_pages=400, max_running=16, lookahead=1)
+    for seq in range(16):
+        s.admit(ticket(seq, 1, 30))
+    members: list[set[int]] = []
+    flights: list[StepPlan] = []
+    for turn in range(60):
+        while len(flights) < 4 and (plan := s.plan()) is not None:
+            flights.append(plan)
+        plan = flights.pop(0)
+        if turn in (20, 21):
+            members.append(set(plan.spans["seq"].tolist()))
+        if turn == 22:
+            gone = sorted(members[0])[:5]
+            for seq in gone:
+                s.stop(seq, "cancelled")
+        if turn >= 40 and len(members) < 4:
+            members.append(set(plan.spans["seq"].tolist()))
+        if plan.rows:
+            s.apply(StepResult(1, plan.step, (1,) * int(plan.spans["sample"].sum())))
+    assert members[0] | members[1] == set(range(16)) and not members[0] & members[1]
+    after = sorted(members[2:], key=len)
+    assert [len(cohort) for cohort in after] == [5, 6] and len(after[0] & members[1]) + len(after[1] & members[0]) <= 2
 
 
 def test_a_stop_token_makes_the_row_after_it_void() -> None:
