@@ -204,6 +204,26 @@ def prefix_cache(figure: Figure, f: Figures) -> None:
         ax.legend(loc="upper left")
 
 
+def gpu_serving(figure: Figure, f: Figures) -> None:
+    """Decode steps by batch, and what must be read for them at the memory's nominal speed; else as plain."""
+    batches = sorted(int(name.split("_")[1]) for name in f if name.startswith("decode_") and name.endswith("_ms"))
+    if not batches:
+        plain(figure, f)
+        return
+    ax = figure.subplots()
+    steps = [f[f"decode_{batch}_ms"] for batch in batches]
+    floors = [ms / f.get(f"decode_{batch}_of_floor", 1.0) for ms, batch in zip(steps, batches, strict=True)]
+    places = range(len(batches))
+    drawn = ax.bar([i - 0.18 for i in places], steps, 0.34, color=BLUE, label="a step, receipts on")
+    ax.bar_label(drawn, [f"{ms:.2f}" for ms in steps], padding=2, fontsize=7.5)
+    ax.bar([i + 0.18 for i in places], floors, 0.34, color=GREY, label="reading weights, keys and values alone")
+    ax.set_xticks(places, [str(batch) for batch in batches])
+    ax.set_xlabel(f"{f['model']}, {f['layers']} layers, {f.get('stages', 1)} stage(s): requests at once")
+    ax.set_ylabel("milliseconds a token")
+    ax.margins(y=0.2)
+    ax.legend(loc="upper left")
+
+
 def plain(figure: Figure, f: Figures) -> None:
     """Of a benchmark without a drawing of its own: its numbers as bars, by unit, of the commonest two units."""
     by_unit: dict[str, list[tuple[str, float]]] = {}
@@ -240,6 +260,7 @@ DRAWINGS: Mapping[str, tuple[str, Callable[[Figure, Figures], None]]] = {
     "parity": ("Does the pipeline say what transformers says?", parity),
     "stage_isolation": ("Does a stage hold only its own layers?", stage_isolation),
     "gpu_application": ("The whole application on one GPU", gpu_application),
+    "gpu_serving": ("How long a decode step takes a GPU", gpu_serving),
     "serving": ("Serving under load, through HTTP, receipts on", serving),
     "soak": ("Still serving after everything that clients do", soak),
     "cold_start": ("From shards on disk to the first token", cold_start),

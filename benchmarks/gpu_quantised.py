@@ -23,10 +23,10 @@ Variant = tuple[int, int, int, int, int]  # block_m, block_n, block_k, warps, st
 def variants(rows: int) -> list[Variant]:
     """To be tried beside what the engine takes."""
     if rows == 1:
-        return [(1, 4, 512, 4, 2), (1, 2, 2048, 8, 2), (1, 1, 1024, 1, 2), (1, 4, 1024, 8, 2)]
+        return [(1, 4, 512, 4, 2), (1, 4, 1024, 4, 2), (1, 8, 512, 4, 2), (16, 32, 128, 4, 6), (16, 64, 128, 4, 4)]
     m = max(16, triton.next_power_of_2(rows))
     if rows <= 64:
-        return [(m, 32, 128, 4, 4), (m, 64, 64, 4, 4), (m, 128, 128, 8, 3), (m, 16, 256, 4, 3)]
+        return [(m, 32, 128, 4, 6), (m, 64, 64, 4, 4), (m, 128, 128, 8, 3), (m, 32, 256, 4, 3)]
     return [(128, 128, 64, 4, 3), (64, 128, 64, 4, 4), (128, 64, 128, 4, 3), (256, 128, 64, 8, 3)]
 
 

@@ -74,7 +74,9 @@ def main() -> int:
     parser.add_argument("--per-gpu", action="store_true", help="--batches are for each stage")
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="decode steps of these batches, by kernel")
     parser.add_argument("--layers", type=int, default=None, help="of the model, fewer than published: to see kernels")
-    parser.add_argument("--quantise", choices=["none", "int8", "int4"], default="none", help="the published weights")
+    parser.add_argument(
+        "--quantise", choices=["none", "int8", "int4", "fp8"], default="none", help="the published weights"
+    )
     parser.add_argument("--kv", choices=["auto", "fp8"], default="auto", help="what pages of keys and values hold")
     parser.add_argument("--trace", action="store_true", help="the last steps by kind")
     parser.add_argument("--out", type=Path, default=None, help="folder for the result; default: benchmarks/results")

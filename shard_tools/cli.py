@@ -40,7 +40,7 @@ from shard_tools.signing import Signer, key_text
 from shard_tools.store.directory import DirectoryStore
 from shard_tools.trust import TrustPolicy
 
-QuantiseOption = Annotated[str, typer.Option("--quantise", help="none, int8 or int4.")]
+QuantiseOption = Annotated[str, typer.Option("--quantise", help="none, int8, int4 or fp8.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="keep, float32, bfloat16 or float16.")]
 DaysOption = Annotated[int, typer.Option("--valid-days", min=1, max=3650, help="Days until it must be signed anew.")]
 NameOption = Annotated[str, typer.Option("--name", help="The model's name, such as smollm2-135m.")]
@@ -228,7 +228,7 @@ def _dtype(text: str) -> str:
 
 
 def _scheme(text: str) -> Scheme | None:
-    known: dict[str, Scheme | None] = {"none": None, "int8": "int8", "int4": "int4"}
+    known: dict[str, Scheme | None] = {"none": None, "int8": "int8", "int4": "int4", "fp8": "fp8"}
     if text not in known:
         raise InputError(f"--quantise {text!r} is unknown: choose one of {', '.join(known)}")
     return known[text]

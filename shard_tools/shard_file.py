@@ -13,17 +13,25 @@ from math import prod
 from typing import Literal, get_args
 
 FloatDtype = Literal["float32", "bfloat16", "float16"]
-Dtype = FloatDtype | Literal["int8", "uint8"]  # integers are of quantised weights alone
+Dtype = FloatDtype | Literal["int8", "uint8", "float8_e4m3fn"]  # the last three are of quantised weights alone
 
 FLOATS: tuple[FloatDtype, ...] = get_args(FloatDtype)
 
-ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}
+ITEM_BYTES: dict[Dtype, int] = {
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "float8_e4m3fn": 1,
+}
 SAFETENSORS_DTYPES: dict[Dtype, str] = {
     "float32": "F32",
     "bfloat16": "BF16",
     "float16": "F16",
     "int8": "I8",
     "uint8": "U8",
+    "float8_e4m3fn": "F8_E4M3",
 }
 _ALIGN = 8  # header padded with spaces, so that the first tensor is aligned
 

@@ -35,15 +35,15 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Integers:
-    """A quantised weight as its shard holds it (shard_tools/quantised.py)."""
+    """A quantised weight as its shard holds it (shard_tools/quantised.py): integers, or 8-bit floats."""
 
     stored: Tensor
     scales: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight that they stand for: [out, in]."""
-        n_out, n_stored = self.stored.shape
+        """Of the weight that they stand for, or of one expert's: [out, in]."""
+        n_out, n_stored = self.stored.shape[-2:]
         return n_out, 2 * n_stored if self.stored.dtype == torch.uint8 else n_stored
 
 

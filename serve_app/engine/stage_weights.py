@@ -111,16 +111,19 @@ def _with_integers(
     blocks: Iterable[Block], layers: Iterable[nn.Module], names: dict[int, str], integers: FindIntegers
 ) -> tuple[Block, ...]:
     """The blocks, whose matrices know the integers that they were computed from. names: of modules, by identity."""
-    return tuple(
-        replace(
-            block,
-            qkv=_joined(block.qkv, module, names[id(module)], _QKV, integers),
-            out=_joined(block.out, module, names[id(module)], ("self_attn.o_proj",), integers),
-            gate_up=_joined(block.gate_up, module, names[id(module)], _GATE_UP, integers),
-            down=_joined(block.down, module, names[id(module)], ("mlp.down_proj",), integers),
-        )
-        for block, module in zip(blocks, layers, strict=True)
-    )
+    out: list[Block] = []
+    for block, module in zip(blocks, layers, strict=True):
+        name = names[id(module)]
+        qkv = _joined(block.qkv, module, name, _QKV, integers)
+        projection = _joined(block.out, module, name, ("self_attn.o_proj",), integers)
+        if block.router is None:
+            gate_up = _joined(block.gate_up, module, name, _GATE_UP, integers)
+            down = _joined(block.down, module, name, ("mlp.down_proj",), integers)
+        else:
+            gate_up = replace(block.gate_up, integers=integers(f"{name}.mlp.experts.gate_up_proj"))
+            down = replace(block.down, integers=integers(f"{name}.mlp.experts.down_proj"))
+        out.append(replace(block, qkv=qkv, out=projection, gate_up=gate_up, down=down))
+    return tuple(out)
 
 
 def _joined(matrix: Linear, module: nn.Module, name: str, parts: tuple[str, ...], integers: FindIntegers) -> Linear:

@@ -198,7 +198,7 @@ def _owned(arch: Architecture, dtypes: dict[str, FloatDtype], scheme: Scheme | N
         if integers is None:
             out[p.unit].append(_Stored(p.name, dtypes[p.name], p.shape, p))
             continue
-        shape = (p.shape[0], p.shape[1] // 2) if integers == "uint8" else p.shape
+        shape = (*p.shape[:-1], p.shape[-1] // 2) if integers == "uint8" else p.shape
         scales = scale_shape(integers, shape)
         assert scales is not None
         out[p.unit].append(_Stored(p.name, integers, shape, p, integers))

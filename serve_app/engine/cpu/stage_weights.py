@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve_app.engine.block import FindIntegers, Linear, NotFusable
+from serve_app.engine.block import FindIntegers, Integers, Linear, NotFusable
 from serve_app.engine.cpu.layers import Layer, Rotation, layer_of, new_cache, normed, run_layers, step_of
 from serve_app.engine.cpu.native import Matrix, NativeLayer, NativeStage
 from serve_app.engine.cpu.products import Product, packs, product_of
@@ -46,7 +46,7 @@ def read_weights(reference: TorchEngine, page_size: int, integers: FindIntegers,
 
     What is packed is held twice until the reference goes.
     """
-    stage, seen = read_stage(reference, page_size, integers)
+    stage, seen = read_stage(reference, page_size, partial(_integers_alone, integers))
     head = stage.head
     if any(block.router is not None for block in stage.blocks):
         raise NotFusable("a mixture of experts")
@@ -73,6 +73,12 @@ def read_weights(reference: TorchEngine, page_size: int, integers: FindIntegers,
         rows = seen[-1].outputs[0]
         require_logits(rows.dtype, reference.model.logits(rows), weights.logits(rows))
     return weights
+
+
+def _integers_alone(find: FindIntegers, name: str) -> Integers | None:
+    """8-bit floats are computed with dequantised, exact even in bfloat16: no operator here reads them."""
+    found = find(name)
+    return None if found is None or found.stored.is_floating_point() else found
 
 
 def _compiled(

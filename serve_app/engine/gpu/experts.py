@@ -10,6 +10,7 @@ from torch import Tensor
 
 from serve_app.engine.block import Block
 from serve_app.engine.gpu.kernels.experts import add_up, grouped_product, one_row_of_experts
+from serve_app.engine.gpu.kernels.quantised_experts import one_row_of_small_experts
 from serve_app.engine.gpu.kernels.route import N_TILE, most_tiles, pairs_at_a_time, route, sort_pairs
 from serve_app.engine.gpu.products import product
 
@@ -44,8 +45,8 @@ def experts_product(x: Tensor, block: Block, space: ExpertSpace, out: Tensor, fi
     """out [rows, hidden] = the mixture of what the experts of each row of x make of it."""
     router, (rows, hidden) = block.router, x.shape
     assert router is not None
-    gate_up, down, top = block.gate_up.weight, block.down.weight, router.top
-    pairs, n_inner = rows * top, gate_up.shape[1] // 2
+    gate_up, down, top = block.gate_up, block.down, router.top
+    pairs, n_inner = rows * top, gate_up.n_out // 2
     logits = space.logits[: rows * router.n_experts].view(rows, router.n_experts)
     ids, weights = (t[:pairs].view(rows, top) for t in (space.ids, space.weights))
     inner, parts = (
@@ -55,7 +56,11 @@ def experts_product(x: Tensor, block: Block, space: ExpertSpace, out: Tensor, fi
     product(x, router.linear, logits, fixed)
     route(logits, ids, weights, normalised=router.normalised, rounded=router.rounded)
     if rows == 1 and not fixed:
-        one_row_of_experts(x, gate_up, down, ids, weights, inner, out, block.activation)
+        if gate_up.integers is not None and down.integers is not None:
+            small = gate_up.integers, down.integers
+            one_row_of_small_experts(x, *small, ids, weights, inner, out, block.activation)
+        else:
+            one_row_of_experts(x, gate_up.weight, down.weight, ids, weights, inner, out, block.activation)
         return
     tile = _FIXED_TILE if fixed else _tile_of(pairs / router.n_experts)
     warps, block_k = (8 if tile == 128 else 4), 64 if tile >= 64 else 128

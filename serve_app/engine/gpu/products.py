@@ -98,7 +98,7 @@ def _quantised(
     gated: bool = False,
     activation: Activation = "silu",
 ) -> None:
-    rows, (n_out, width) = len(x), weight.shape
+    rows, (n_out, width), four = len(x), weight.shape, weight.stored.dtype == torch.uint8
     if _is_widened(x, fixed):
         assert not gated
         _widened(x, weight, out, bias)
@@ -108,9 +108,10 @@ def _quantised(
     elif rows == 1:
         shape = dict(block_m=1, block_n=2, block_k=1024 if width >= 2048 else 512, warps=4, stages=2)
     elif rows <= 16:
-        shape = dict(block_m=16, block_n=32 if n_out <= 8192 else 64, block_k=128, warps=4, stages=4)
+        shape = dict(block_m=16, block_n=64 if four or n_out > 8192 else 32, block_k=128, warps=4, stages=4)
     elif rows <= 64:
-        shape = dict(block_m=32 if rows <= 32 else 64, block_n=64, block_k=128, warps=4, stages=3)
+        # More four-bit inputs at a time do not fit into registers.
+        shape = dict(block_m=32 if rows <= 32 else 64, block_n=64, block_k=64 if four else 128, warps=4, stages=4)
     else:
         shape = dict(block_m=128, block_n=64 if gated else 128, block_k=64, warps=8, stages=3)
     quantised_product(x, weight, out, bias=bias, gated=gated, activation=activation, **shape)
@@ -125,14 +126,9 @@ def _widened(x: Tensor, weight: Integers, out: Tensor, bias: Tensor | None) -> N
     """The product by cuBLAS with a copy of the weight; int8 rows are scaled afterwards, as everywhere."""
     wide = torch.empty(weight.shape, device=x.device, dtype=x.dtype)
     widen(weight, wide)
-    if weight.stored.dtype == torch.uint8:
-        if bias is None:
-            torch.mm(x, wide.t(), out=out)
-        else:
-            torch.addmm(bias, x, wide.t(), out=out)
-        return
     torch.mm(x, wide.t(), out=out)
-    out.mul_(weight.scales[:, 0])
+    if weight.stored.dtype != torch.uint8:
+        out.mul_(weight.scales[:, 0])
     if bias is not None:
         out.add_(bias)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -44,4 +43,7 @@ def _saved_bytes(weights: StageWeights, dtype: torch.dtype) -> int:
     linears = [m for b in weights.blocks for m in (b.qkv, b.out, b.gate_up, b.down)]
     linears += [m for m in (weights.embedding, weights.head) if m is not None]
     found = {id(m.integers): m.integers for m in linears if m.integers is not None}
-    return sum(math.prod(i.shape) * dtype.itemsize - i.stored.nbytes - i.scales.nbytes for i in found.values())
+    return sum(
+        i.scales.shape[:-1].numel() * i.shape[1] * dtype.itemsize - i.stored.nbytes - i.scales.nbytes
+        for i in found.values()
+    )

@@ -86,19 +86,19 @@ def _with_integers(weights: StageWeights) -> StageWeights:
     done: dict[int, Integers] = {}  # a tied head's are the embedding's
 
     def laid_out(linear: Linear) -> Linear:
-        found, width = linear.integers, linear.shape[1]
+        found = linear.integers
         if found is None:
             return linear
-        four = found.stored.dtype == torch.uint8
-        if four and width % (2 * GROUP):
+        if not _has_layout(linear):
             return replace(linear, integers=None)
+        four = found.stored.dtype == torch.uint8
         if id(found) not in done:
             stored, scales = (t.to(weights.device).contiguous() for t in (found.stored, found.scales))
             done[id(found)] = Integers(halved(stored) if four else stored, scales)
         return Linear(linear.weight.new_empty(0), linear.bias, done[id(found)])
 
     def looked_up(table: Linear) -> Linear:
-        is_rows = table.integers is not None and table.integers.stored.dtype == torch.int8
+        is_rows = table.integers is not None and table.integers.stored.dtype != torch.uint8
         return laid_out(table) if is_rows else replace(table, integers=None)
 
     blocks = tuple(
@@ -109,8 +109,21 @@ def _with_integers(weights: StageWeights) -> StageWeights:
             gate_up=laid_out(block.gate_up),
             down=laid_out(block.down),
         )
-        for block in weights.blocks
+        for block in map(_even, weights.blocks)
     )
     embedding = None if weights.embedding is None else looked_up(weights.embedding)
     head = None if weights.head is None else laid_out(weights.head)
     return replace(weights, blocks=blocks, embedding=embedding, head=head)
+
+
+def _has_layout(linear: Linear) -> bool:
+    """Whether the kernels can read the integers of this matrix: each half of a four-bit row holds whole groups."""
+    found = linear.integers
+    return found is not None and (found.stored.dtype != torch.uint8 or linear.shape[1] % (2 * GROUP) == 0)
+
+
+def _even(block: Block) -> Block:
+    """The block, whose experts are either small on their way up and down or on neither: one kernel takes both."""
+    if block.router is None or (_has_layout(block.gate_up) and _has_layout(block.down)):
+        return block
+    return replace(block, gate_up=replace(block.gate_up, integers=None), down=replace(block.down, integers=None))

@@ -22,7 +22,10 @@ def weight(rows: int = 48, columns: int = 96) -> torch.Tensor:
     return torch.randn((rows, columns), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize(("dtype", "bits", "error"), [("int8", 8 + 16 / 96, 0.008), ("uint8", 4.5, 0.1)])
+@pytest.mark.parametrize(
+    ("dtype", "bits", "error"),
+    [("int8", 8 + 16 / 96, 0.008), ("uint8", 4.5, 0.1), ("float8_e4m3fn", 8 + 16 / 96, 0.03)],
+)
 def test_integers_are_as_small_and_as_close_as_promised(dtype: Dtype, bits: float, error: float) -> None:
     """Relative to the weights' norm; llama.cpp's Q4_0, of as many bits, is off by about 0.09 on such values."""
     w = weight()
@@ -32,31 +35,52 @@ def test_integers_are_as_small_and_as_close_as_promised(dtype: Dtype, bits: floa
     assert float((dequantised(stored, scales) - w).norm() / w.norm()) < error
 
 
-def test_four_bit_weights_are_exact_in_bfloat16() -> None:
+@pytest.mark.parametrize("dtype", ["uint8", "float8_e4m3fn"])
+def test_some_weights_are_exact_in_bfloat16(dtype: Dtype) -> None:
     """So an engine that multiplies first and scales later computes with the same values as one that does not."""
-    exact = dequantised(*quantised(weight(), "uint8"))
+    exact = dequantised(*quantised(weight(), dtype))
     assert torch.equal(exact.bfloat16().float(), exact)
 
 
 def test_zeros_stay_zeros_and_each_half_of_a_byte_has_its_place() -> None:
-    for dtype in ("int8", "uint8"):
+    for dtype in ("int8", "uint8", "float8_e4m3fn"):
         assert not dequantised(*quantised(torch.zeros(16, 64), dtype)).any()
     assert integers(torch.tensor([[0x1F]], dtype=torch.uint8)).tolist() == [[7, -7]]
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_quantised_model_says_so_and_survives_its_bytes(scheme: Scheme, tied: bool, tmp_path: Path) -> None:
-    """The manifest decodes to itself; layers are of the scheme, embedding and head of int8, norms as they were."""
+    """The manifest decodes to itself; layers are of the scheme, embedding and head of 8 bits, norms as they were."""
     checkpoint = open_checkpoint(write_tiny_checkpoint(tmp_path, tied=tied))
     store = MemoryStore()
     manifest = split(checkpoint, store, "tiny", "bfloat16", scheme=scheme)
     assert Manifest.decode(manifest.encode(), store.get) == manifest and manifest.quantised == scheme
     found = {ref.name: manifest.tensor(ref) for unit in manifest.units for ref in unit.tensors}
-    assert found["model.layers.0.mlp.up_proj.weight"].dtype == ("uint8" if scheme == "int4" else "int8")
-    assert found["lm_head.weight"].dtype == found["model.embed_tokens.weight"].dtype == "int8"
+    dtypes = {"int8": ("int8", "int8"), "int4": ("uint8", "int8"), "fp8": ("float8_e4m3fn", "float8_e4m3fn")}
+    assert found["model.layers.0.mlp.up_proj.weight"].dtype == dtypes[scheme][0]
+    assert found["lm_head.weight"].dtype == found["model.embed_tokens.weight"].dtype == dtypes[scheme][1]
     assert found[scale_of("lm_head.weight")].shape == (512, 1)
     assert found["model.norm.weight"].dtype == "bfloat16" and manifest.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
+def test_stacked_experts_are_small_too_and_their_router_is_not(scheme: Scheme, tmp_path: Path) -> None:
+    """One dimension more, in front; what is read back is close."""
+    checkpoint = open_checkpoint(write_tiny_checkpoint(tmp_path, "qwen3_moe"))
+    store = MemoryStore()
+    manifest = split(checkpoint, store, "tiny", "bfloat16", scheme=scheme)
+    assert Manifest.decode(manifest.encode(), store.get) == manifest
+    found = {ref.name: manifest.tensor(ref) for unit in manifest.units for ref in unit.tensors}
+    name = "model.layers.0.mlp.experts.down_proj"
+    four = scheme == "int4"
+    assert found[name].shape == (4, 64, 32 if four else 64) and found[name].dtype != "bfloat16"
+    assert found[scale_of(name)].shape == (4, 64, 2 if four else 1)
+    assert found["model.layers.0.mlp.gate.weight"].dtype == "bfloat16"
+    w = torch.randn((3, 48, 96), generator=torch.Generator().manual_seed(2))
+    stored, scales = quantised(w, found[name].dtype)
+    assert stored.ndim == scales.ndim == 3
+    assert float((dequantised(stored, scales) - w).norm() / w.norm()) < 0.1
 
 
 def test_the_bytes_of_a_model_of_floats_do_not_mention_it(tmp_path: Path) -> None:

@@ -1,24 +1,28 @@
 """Products of rows with the matrices of the experts they go to, [experts, out, in], accumulated in float32.
 
 One row reads the matrices of its experts as skinny_product.py reads one; more rows stand sorted by expert (route.py),
-and a tile is of one expert's rows. Then each row's experts are added up, times their weights, in float32.
+and a tile is of one expert's rows. Then each row's experts are added up, times their weights, in float32. Matrices of
+small numbers are computed with as in quantised_product.py.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from serve_app.engine.block import Activation
+from serve_app.engine.block import Activation, Linear
 from serve_app.engine.gpu.kernels.activation import activate
 from serve_app.engine.gpu.kernels.early_launch import starts_early, wait_for_inputs
+from serve_app.engine.gpu.kernels.quantised_product import add_tile
 
 
 @triton.jit
 def _grouped(
     x,
     weight,
+    scales,
     out,
     order,
     tiles,
@@ -27,6 +31,8 @@ def _grouped(
     TOP: tl.constexpr,
     GATED: tl.constexpr,
     GELU: tl.constexpr,
+    SMALL: tl.constexpr,
+    FOUR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -51,20 +57,43 @@ def _grouped(
     all_out = n_out
     if GATED:
         all_out = 2 * n_out
-    w_at = weight + (expert * all_out + at_n)[None, :] * WIDTH
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    acc_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, WIDTH, BLOCK_K):
+    rows_w = expert * all_out + at_n
+    w_at = weight + rows_w[None, :] * WIDTH
+    kind = out.dtype.element_ty
+    few: tl.constexpr = BLOCK_M < 64 or not SMALL
+    n_bytes: tl.constexpr = WIDTH // 2 if FOUR else WIDTH
+    acc = tl.zeros([BLOCK_M, BLOCK_N] if few else [BLOCK_N, BLOCK_M], tl.float32)
+    acc_up = acc
+    for k in range(0, n_bytes, BLOCK_K):
         at_k = k + offs_k
-        inside = at_k < WIDTH
+        inside = at_k < n_bytes
         x_at = x + rows_in[:, None] * WIDTH + at_k[None, :]
         xv = tl.load(x_at, mask=real_m[:, None] & inside[None, :], other=0.0)
-        both = real_n[None, :] & inside[:, None]
-        acc = tl.dot(xv, tl.load(w_at + at_k[:, None], mask=both, other=0.0), acc, input_precision="ieee")
+        if SMALL:
+            x_high = xv
+            if FOUR:
+                x_high = tl.load(x_at + n_bytes, mask=real_m[:, None] & inside[None, :], other=0.0)
+            acc = add_tile(
+                acc, xv, x_high, weight, scales, rows_w, real_n, k, kind, n_bytes, FOUR, few, BLOCK_N, BLOCK_K
+            )
+            if GATED:
+                up_w = rows_w + n_out
+                acc_up = add_tile(
+                    acc_up, xv, x_high, weight, scales, up_w, real_n, k, kind, n_bytes, FOUR, few, BLOCK_N, BLOCK_K
+                )
+        else:
+            both = real_n[None, :] & inside[:, None]
+            acc = tl.dot(xv, tl.load(w_at + at_k[:, None], mask=both, other=0.0), acc, input_precision="ieee")
+            if GATED:
+                up = tl.load(w_at + n_out.to(tl.int64) * WIDTH + at_k[:, None], mask=both, other=0.0)
+                acc_up = tl.dot(xv, up, acc_up, input_precision="ieee")
+    if not few:
+        acc = tl.trans(acc)
+        acc_up = tl.trans(acc_up)
+    if SMALL and not FOUR:
+        acc *= tl.load(scales + rows_w, mask=real_n, other=0.0).to(tl.float32)[None, :]
         if GATED:
-            up = tl.load(w_at + n_out.to(tl.int64) * WIDTH + at_k[:, None], mask=both, other=0.0)
-            acc_up = tl.dot(xv, up, acc_up, input_precision="ieee")
-    kind = out.dtype.element_ty
+            acc_up *= tl.load(scales + rows_w + n_out, mask=real_n, other=0.0).to(tl.float32)[None, :]
     if GATED:
         acc = activate(acc.to(kind).to(tl.float32), GELU).to(kind).to(tl.float32) * acc_up.to(kind).to(tl.float32)
     at = rows_out[:, None] * n_out + at_n[None, :]
@@ -152,7 +181,7 @@ def _one_row_down(
 
 def grouped_product(
     x: Tensor,
-    weight: Tensor,
+    weight: Linear,
     out: Tensor,
     order: Tensor,
     tiles: Tensor,
@@ -170,14 +199,16 @@ def grouped_product(
     """gated: x [rows, in] -> out [pairs, inner], sorted by expert; else x [pairs, inner] -> out [pairs, in], by pair.
 
     weight [experts, out, in], gated [experts, 2 * inner, in]: gate rows, then up rows. order, tiles: of sort_pairs with
-    tiles of block_m.
+    tiles of block_m. block_k: inputs at a time, of small numbers bytes.
     """
-    n_all, width = weight.shape[1:]
+    (n_all, width), small = weight.shape, weight.integers
     n_out = n_all // 2 if gated else n_all
-    assert x.is_contiguous() and weight.is_contiguous() and x.shape[1] == width
+    stored, scales = (weight.weight, None) if small is None else (small.stored, small.scales)
+    assert x.is_contiguous() and stored.is_contiguous() and x.shape[1] == width
     _grouped[(triton.cdiv(n_out, block_n), n_tiles)](
         x,
-        weight,
+        stored,
+        scales,
         out,
         order,
         tiles,
@@ -186,6 +217,8 @@ def grouped_product(
         TOP=top,
         GATED=gated,
         GELU=activation == "gelu_tanh",
+        SMALL=small is not None,
+        FOUR=stored.dtype == torch.uint8,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,

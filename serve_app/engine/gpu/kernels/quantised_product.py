@@ -1,10 +1,11 @@
-"""Products with a weight of small integers: they are widened in registers, so that memory gives 8 or 4 bits a weight.
+"""Products with a weight of small numbers: they are widened in registers, so that memory gives 8 or 4 bits a weight.
 
-Equals x @ w.T + bias, accumulated in float32, w being the shard's values: int8 rows are multiplied with their scale
-after they are summed up, groups of four-bit inputs before, which is exact in bfloat16 (shard_tools/quantised.py). So
-every number of rows computes with the same weights. Four-bit rows are laid out anew when they are loaded (`halved`):
-byte j holds input j in its low half and input j + width / 2 in its high one, so that each half of a tile of bytes
-meets inputs that lie side by side. With `gated` the weight holds gate rows, then up rows, and out = act(gate) * up.
+Equals x @ w.T + bias, accumulated in float32, w being the shard's values: rows of int8 or e4m3 are multiplied with
+their scale after they are summed up, groups of four-bit inputs before, which is exact in bfloat16
+(shard_tools/quantised.py). So every number of rows computes with the same weights. Four-bit rows are laid out anew when
+they are loaded (`halved`): byte j holds input j in its low half and input j + width / 2 in its high one, so that each
+half of a tile of bytes meets inputs that lie side by side. With `gated` the weight holds gate rows, then up rows, and
+out = act(gate) * up.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from shard_tools.quantised import GROUP
 
 
 def halved(stored: Tensor) -> Tensor:
-    """uint8 [out, in / 2] as a shard holds it, in the layout of these kernels. in / 2: a multiple of GROUP."""
-    assert stored.shape[1] % GROUP == 0
-    inputs = torch.stack((stored & 15, stored >> 4), -1).view(len(stored), 2, -1)
-    return (inputs[:, 0] | inputs[:, 1] << 4).contiguous()
+    """uint8 [..., in / 2] as a shard holds it, in the layout of these kernels. in / 2: a multiple of GROUP."""
+    assert stored.shape[-1] % GROUP == 0
+    inputs = torch.stack((stored & 15, stored >> 4), -1).view(*stored.shape[:-1], 2, -1)
+    return (inputs[..., 0, :] | inputs[..., 1, :] << 4).contiguous()
 
 
 @triton.jit
@@ -50,19 +51,28 @@ def _one_row(
     offs_g = tl.arange(0, GROUPS)
     offs_k = offs_g[:, None] * 32 + tl.arange(0, 32)[None, :]
     real = at_n < n_out
+    # The first weights are on their way before the row they are multiplied with is there.
+    w = row_bytes(weight, at_n, real, 0, n_bytes, GROUPS)
+    w_up = w
+    if GATED:
+        w_up = row_bytes(weight, at_n + n_out, real, 0, n_bytes, GROUPS)
     wait_for_inputs(EARLY)
     acc = tl.zeros([BLOCK_N, GROUPS, 32], tl.float32)
     acc_up = tl.zeros([BLOCK_N, GROUPS, 32], tl.float32)
     for k in tl.static_range(0, n_bytes, GROUPS * 32):
         at_k = k + offs_k
         inside = at_k < n_bytes
+        if k > 0:
+            w = row_bytes(weight, at_n, real, k, n_bytes, GROUPS)
+            if GATED:
+                w_up = row_bytes(weight, at_n + n_out, real, k, n_bytes, GROUPS)
         xv = tl.load(x + at_k, mask=inside, other=0.0).to(tl.float32)[None, :, :]
         x_high = xv
         if FOUR:
             x_high = tl.load(x + n_bytes + at_k, mask=inside, other=0.0).to(tl.float32)[None, :, :]
-        acc = _add_row(acc, xv, x_high, weight, scales, at_n, real, k, n_bytes, FOUR, BLOCK_N, GROUPS)
+        acc = add_row(acc, w, xv, x_high, scales, at_n, real, k, n_bytes, FOUR, GROUPS)
         if GATED:
-            acc_up = _add_row(acc_up, xv, x_high, weight, scales, at_n + n_out, real, k, n_bytes, FOUR, BLOCK_N, GROUPS)
+            acc_up = add_row(acc_up, w_up, xv, x_high, scales, at_n + n_out, real, k, n_bytes, FOUR, GROUPS)
     y = tl.sum(tl.sum(acc, 2), 1)
     up_y = tl.sum(tl.sum(acc_up, 2), 1)
     if not FOUR:
@@ -78,26 +88,20 @@ def _one_row(
 
 
 @triton.jit
-def _add_row(
-    acc,
-    x_low,
-    x_high,
-    weight,
-    scales,
-    at_n,
-    real,
-    k,
-    N_BYTES: tl.constexpr,
-    FOUR: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    """acc [BLOCK_N, GROUPS, 32] with the products of bytes k ... of each row added."""
-    at_g = k // 32 + tl.arange(0, GROUPS)
-    at_k = at_g[:, None] * 32 + tl.arange(0, 32)[None, :]
+def row_bytes(weight, at_n, real, k, N_BYTES: tl.constexpr, GROUPS: tl.constexpr):
+    """[outputs, GROUPS, 32]: bytes k ... of each output's row."""
+    at_k = k + tl.arange(0, GROUPS)[:, None] * 32 + tl.arange(0, 32)[None, :]
     both = real[:, None, None] & (at_k < N_BYTES)[None, :, :]
-    w = tl.load(weight + at_n.to(tl.int64)[:, None, None] * N_BYTES + at_k[None, :, :], mask=both, other=0)
+    return tl.load(weight + at_n.to(tl.int64)[:, None, None] * N_BYTES + at_k[None, :, :], mask=both, other=0.0)
+
+
+@triton.jit
+def add_row(
+    acc, w, x_low, x_high, scales, at_n, real, k, N_BYTES: tl.constexpr, FOUR: tl.constexpr, GROUPS: tl.constexpr
+):
+    """acc [outputs, GROUPS, 32] with the products of those bytes added."""
     if FOUR:
+        at_g = k // 32 + tl.arange(0, GROUPS)
         groups: tl.constexpr = N_BYTES // 32  # of each half
         s_at = scales + at_n.to(tl.int64)[:, None] * (2 * groups) + at_g[None, :]
         s_real = real[:, None] & (at_g < groups)[None, :]
@@ -128,7 +132,8 @@ def _rows(
     GELU: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    # Weights stand as the left operand, which the matrix units take from registers, where they were widened.
+    # No weight should be widened by several warps. Of few rows these share out the outputs, weights being the right
+    # operand; from 64 rows on weights are the left one, which the matrix units take from registers.
     n_bytes: tl.constexpr = WIDTH // 2 if FOUR else WIDTH
     pid_n, pid_m = _place(tl.program_id(0), tl.cdiv(n_out, BLOCK_N), tl.cdiv(n_rows, BLOCK_M))
     at_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -137,31 +142,35 @@ def _rows(
     real_m = at_m < n_rows
     real_n = at_n < n_out
     kind = out.dtype.element_ty
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    acc_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    few: tl.constexpr = BLOCK_M < 64
+    acc = tl.zeros([BLOCK_M, BLOCK_N] if few else [BLOCK_N, BLOCK_M], tl.float32)
+    acc_up = acc
     for k in range(0, n_bytes, BLOCK_K):
         at_k = k + offs_k
-        x_at = x + at_m[None, :] * WIDTH + at_k[:, None]
-        both = real_m[None, :] & (at_k < n_bytes)[:, None]
+        x_at = x + at_m[:, None] * WIDTH + at_k[None, :]
+        both = real_m[:, None] & (at_k < n_bytes)[None, :]
         xv = tl.load(x_at, mask=both, other=0.0)
         x_high = xv
         if FOUR:
             x_high = tl.load(x_at + n_bytes, mask=both, other=0.0)
-        acc = _add_tile(acc, xv, x_high, weight, scales, at_n, real_n, k, kind, n_bytes, FOUR, BLOCK_N, BLOCK_K)
+        acc = add_tile(acc, xv, x_high, weight, scales, at_n, real_n, k, kind, n_bytes, FOUR, few, BLOCK_N, BLOCK_K)
         if GATED:
-            acc_up = _add_tile(
-                acc_up, xv, x_high, weight, scales, at_n + n_out, real_n, k, kind, n_bytes, FOUR, BLOCK_N, BLOCK_K
+            acc_up = add_tile(
+                acc_up, xv, x_high, weight, scales, at_n + n_out, real_n, k, kind, n_bytes, FOUR, few, BLOCK_N, BLOCK_K
             )
+    if not few:
+        acc = tl.trans(acc)
+        acc_up = tl.trans(acc_up)
     if not FOUR:
-        acc *= tl.load(scales + at_n, mask=real_n, other=0.0).to(tl.float32)[:, None]
+        acc *= tl.load(scales + at_n, mask=real_n, other=0.0).to(tl.float32)[None, :]
         if GATED:
-            acc_up *= tl.load(scales + n_out + at_n, mask=real_n, other=0.0).to(tl.float32)[:, None]
+            acc_up *= tl.load(scales + n_out + at_n, mask=real_n, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
-        acc += tl.load(bias + at_n, mask=real_n, other=0.0).to(tl.float32)[:, None]
+        acc += tl.load(bias + at_n, mask=real_n, other=0.0).to(tl.float32)[None, :]
     if GATED:
         acc = activate(acc.to(kind).to(tl.float32), GELU).to(kind).to(tl.float32) * acc_up.to(kind).to(tl.float32)
-    at = at_m[None, :] * n_out + at_n[:, None]
-    tl.store(out + at, acc.to(kind), mask=real_n[:, None] & real_m[None, :])
+    at = at_m[:, None] * n_out + at_n[None, :]
+    tl.store(out + at, acc.to(kind), mask=real_m[:, None] & real_n[None, :])
 
 
 @triton.jit
@@ -174,7 +183,7 @@ def _place(program, n_tiles, m_tiles):
 
 
 @triton.jit
-def _add_tile(
+def add_tile(
     acc,
     x_low,
     x_high,
@@ -186,25 +195,35 @@ def _add_tile(
     kind: tl.constexpr,
     N_BYTES: tl.constexpr,
     FOUR: tl.constexpr,
+    FEW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc [BLOCK_N, rows] with the products of bytes k ... of each output's weights added."""
+    """acc [rows, BLOCK_N] if few, else [BLOCK_N, rows], with the products of bytes k ... of each output's row added."""
     at_k = k + tl.arange(0, BLOCK_K)
     both = real[:, None] & (at_k < N_BYTES)[None, :]
-    w = tl.load(weight + at_n.to(tl.int64)[:, None] * N_BYTES + at_k[None, :], mask=both, other=0)
+    w = tl.load(weight + at_n.to(tl.int64)[:, None] * N_BYTES + at_k[None, :], mask=both, other=0.0)
     if FOUR:
         groups: tl.constexpr = N_BYTES // 32  # of each half
         at_g = k // 32 + tl.arange(0, BLOCK_K // 32)
         s_at = scales + at_n.to(tl.int64)[:, None] * (2 * groups) + at_g[None, :]
         s_real = real[:, None] & (at_g < groups)[None, :]
-        low = _scaled(((w & 15).to(tl.int8) - 8), tl.load(s_at, mask=s_real, other=0.0), kind, BLOCK_N, BLOCK_K)
-        acc = tl.dot(low, x_low, acc, input_precision="ieee")
-        high = _scaled(
-            ((w >> 4).to(tl.int8) - 8), tl.load(s_at + groups, mask=s_real, other=0.0), kind, BLOCK_N, BLOCK_K
-        )
-        return tl.dot(high, x_high, acc, input_precision="ieee")
-    return tl.dot(w.to(kind), x_low, acc, input_precision="ieee")
+        low = _scaled((w & 15).to(tl.int8) - 8, tl.load(s_at, mask=s_real, other=0.0), kind, BLOCK_N, BLOCK_K)
+        acc = _dot(low, x_low, acc, FEW)
+        high = _scaled((w >> 4).to(tl.int8) - 8, tl.load(s_at + groups, mask=s_real, other=0.0), kind, BLOCK_N, BLOCK_K)
+        acc = _dot(high, x_high, acc, FEW)
+    else:
+        acc = _dot(w.to(kind), x_low, acc, FEW)
+    return acc
+
+
+@triton.jit
+def _dot(w, x, acc, FEW: tl.constexpr):
+    if FEW:
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -219,13 +238,13 @@ def _scaled(integers, scales, kind: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K
 
 @triton.jit
 def _widen(weight, scales, out, n_out, WIDTH: tl.constexpr, FOUR: tl.constexpr, BLOCK: tl.constexpr):
-    # Four bits: with their scales. int8: the integers alone.
+    # Four bits: with their scales. Eight: the numbers alone.
     n_bytes: tl.constexpr = WIDTH // 2 if FOUR else WIDTH
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = at < n_bytes
     kind = out.dtype.element_ty
-    w = tl.load(weight + row * n_bytes + at, mask=real, other=0)
+    w = tl.load(weight + row * n_bytes + at, mask=real, other=0.0)
     to = out + row * WIDTH + at
     if FOUR:
         s_at = scales + row * (WIDTH // 32) + at // 32
@@ -242,7 +261,7 @@ def _look_up(ids, weight, scales, out, WIDTH: tl.constexpr, PAD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, PAD)
     id = tl.load(ids + row).to(tl.int64)
-    w = tl.load(weight + id * WIDTH + at, mask=at < WIDTH, other=0).to(tl.float32)
+    w = tl.load(weight + id * WIDTH + at, mask=at < WIDTH, other=0.0).to(tl.float32)
     tl.store(
         out + row * WIDTH + at, (w * tl.load(scales + id).to(tl.float32)).to(out.dtype.element_ty), mask=at < WIDTH
     )
@@ -296,7 +315,7 @@ def quantised_product(
 
 
 def widen(weight: Integers, out: Tensor) -> None:
-    """out [n, width]: four-bit weights, or int8 integers without their scales, in the dtype of `out`, exact in it."""
+    """out [n, width]: four-bit weights, or 8-bit numbers without their scales, in the dtype of `out`, exact in it."""
     (n_out, width), four = weight.shape, weight.stored.dtype == torch.uint8
     block = 1024
     _widen[(n_out, triton.cdiv(weight.stored.shape[1], block))](
@@ -305,7 +324,7 @@ def widen(weight: Integers, out: Tensor) -> None:
 
 
 def look_up(ids: Tensor, weight: Integers, out: Tensor) -> None:
-    """out [rows, width]: rows `ids` [rows] of an int8 weight, times their scales."""
+    """out [rows, width]: rows `ids` [rows] of an 8-bit weight, times their scales."""
     width = weight.shape[1]
     _look_up[(len(ids),)](
         ids, weight.stored, weight.scales, out, WIDTH=width, PAD=triton.next_power_of_2(width), num_warps=4

@@ -133,7 +133,7 @@ def test_pages_in_any_order_are_read_in_the_sequences_order(tiny: tuple[MemorySt
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["compiled", "operators"])
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
 def test_a_quantised_model_gives_the_values_of_its_integers(scheme: Scheme, native: bool, tmp_path: Path) -> None:
     """In prompts and after, close to what the plain engine gives of the same integers, dequantised, in float32."""
     store = MemoryStore()

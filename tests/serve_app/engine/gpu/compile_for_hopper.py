@@ -53,6 +53,7 @@ def wide_products() -> None:
             x, out = (torch.empty((rows, size), dtype=torch.bfloat16) for size in (width, n))
             for stored, groups in (
                 (torch.empty((n, width), dtype=torch.int8), 1),
+                (torch.empty((n, width), dtype=torch.float8_e4m3fn), 1),
                 (torch.empty((n, width // 2), dtype=torch.uint8), width // 32),
             ):
                 scales = torch.empty((n, groups), dtype=torch.bfloat16)
@@ -64,12 +65,22 @@ def wide_products() -> None:
 def wide_experts(block: Block) -> None:
     """As of a model with 128 experts, eight of them for a row."""
     router = Router(Linear(torch.empty((128, 2048), dtype=torch.bfloat16), None), 8, True, True)
-    gate_up, down = (torch.empty((128, *shape), dtype=torch.bfloat16) for shape in ((1536, 2048), (2048, 768)))
-    block = replace(block, router=router, gate_up=Linear(gate_up, None), down=Linear(down, None))
-    for rows in (1, 8, 256, 600, 2048):
-        x, out = (torch.empty((rows, 2048), dtype=torch.bfloat16) for _ in range(2))
-        space = ExpertSpace(rows, [block], 2048, torch.device("cpu"), torch.bfloat16)
-        experts_product(x, block, space, out)
+
+    def matrices(n_out: int, width: int, dtype: torch.dtype) -> Linear:
+        if dtype == torch.bfloat16:
+            return Linear(torch.empty((128, n_out, width), dtype=dtype), None)
+        four = dtype == torch.uint8
+        stored = torch.empty((128, n_out, width // 2 if four else width), dtype=dtype)
+        scales = torch.empty((128, n_out, width // 32 if four else 1), dtype=torch.bfloat16)
+        return Linear(torch.empty(0), None, Integers(stored, scales))
+
+    for dtype in (torch.bfloat16, torch.int8, torch.uint8, torch.float8_e4m3fn):
+        gate_up, down = matrices(1536, 2048, dtype), matrices(2048, 768, dtype)
+        block = replace(block, router=router, gate_up=gate_up, down=down)
+        for rows in (1, 8, 256, 600, 2048):
+            x, out = (torch.empty((rows, 2048), dtype=torch.bfloat16) for _ in range(2))
+            space = ExpertSpace(rows, [block], 2048, torch.device("cpu"), torch.bfloat16)
+            experts_product(x, block, space, out)
 
 
 def main(families: list[str]) -> int:
@@ -117,4 +128,9 @@ def main(families: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or ["qwen3", "gemma2", "llama", "qwen3:int8", "llama:int4", "qwen3::fp8", "qwen3_moe"]))
+    sys.exit(
+        main(
+            sys.argv[1:]
+            or ["qwen3", "gemma2", "llama", "qwen3:int8", "llama:int4", "qwen3:fp8", "qwen3::fp8", "qwen3_moe"]
+        )
+    )

@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="the kernels are Triton's: pip install 'llm-d[test]'")
 
-from serve_app.engine.block import Block, Linear, NotFusable, Router, read_block
+from serve_app.engine.block import Block, Integers, Linear, NotFusable, Router, read_block
 from serve_app.engine.engines import TORCH
 from serve_app.engine.gpu.experts import ExpertSpace, experts_product
+from serve_app.engine.gpu.kernels.quantised_product import halved
 from serve_app.engine.gpu.kernels.route import most_tiles, pairs_at_a_time, route, sort_pairs
 from serve_app.engine.load import LoadOptions, load_engine
 from serve_app.engine.torch_engine import TorchEngine
+from shard_tools.checkpoint.quantise import dequantised, quantised
+from shard_tools.shard_file import Dtype
 from tests.engine_steps import PAGE, published
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HIDDEN, INNER = 48, 40
 
 
 def drawn(*shape: int) -> Tensor:
@@ -63,34 +65,47 @@ def test_a_row_that_is_no_number_goes_to_experts_that_exist() -> None:
 
 
 @pytest.fixture(scope="module")
-def block(tmp_path_factory: pytest.TempPathFactory) -> Block:
-    """A layer whose MLP is random experts."""
+def layer(tmp_path_factory: pytest.TempPathFactory) -> Block:
+    """A layer with experts, as it is read off its module."""
     store, manifest = published(tmp_path_factory.mktemp("tiny"), "mixtral")
     plain = load_engine(store, manifest, 0, 1, LoadOptions("cpu", "float32", PAGE, None, TORCH))
     assert isinstance(plain, TorchEngine)
     found = read_block(plain.model.layers[0], plain.model.holder.rotary_emb, 8)
     assert found.router is not None and (found.router.top, found.router.normalised) == (2, True)
-    router = Router(Linear(drawn(6, HIDDEN) / 7, None), 3, False, False)
-    gate_up, down = drawn(6, 2 * INNER, HIDDEN) / 7, drawn(6, HIDDEN, INNER) / 6
-    return replace(found, gate_up=Linear(gate_up, None), down=Linear(down, None), router=router)
+    return found
+
+
+def small(weight: Tensor, dtype: Dtype) -> tuple[Linear, Tensor]:
+    """The weight as small numbers, where the kernels read it, and the values that these stand for."""
+    stored, scales = quantised(weight.cpu(), dtype)
+    values = dequantised(stored, scales).to(DEVICE)
+    stored = halved(stored) if dtype == "uint8" else stored
+    return Linear(torch.empty(0), None, Integers(stored.to(DEVICE), scales.to(DEVICE))), values
 
 
 @pytest.mark.parametrize(("rows", "fixed"), [(1, False), (1, True), (5, False), (5, True), (70, False)])
-def test_rows_are_the_mixture_of_their_experts(block: Block, rows: int, fixed: bool) -> None:
+@pytest.mark.parametrize("dtype", [None, "int8", "uint8", "float8_e4m3fn"])
+def test_rows_are_the_mixture_of_their_experts(layer: Block, dtype: Dtype | None, rows: int, fixed: bool) -> None:
     """Whichever kernels take them; a row's bits do not depend on the others where tiles are fixed."""
-    assert block.router is not None
-    x, out = drawn(70, HIDDEN)[:rows].contiguous(), torch.empty((rows, HIDDEN), device=DEVICE)
-    space = ExpertSpace(70, [block], HIDDEN, DEVICE, torch.float32)
+    hidden, inner = (48, 40) if dtype is None else (128, 64)
+    router = Router(Linear(drawn(6, hidden) / 7, None), 3, False, False)
+    up_values, down_values = drawn(6, 2 * inner, hidden) / 7, drawn(6, hidden, inner) / 6
+    gate_up, down = Linear(up_values, None), Linear(down_values, None)
+    if dtype is not None:
+        (gate_up, up_values), (down, down_values) = small(up_values, dtype), small(down_values, dtype)
+    block = replace(layer, gate_up=gate_up, down=down, router=router)
+    x, out = drawn(70, hidden)[:rows].contiguous(), torch.empty((rows, hidden), device=DEVICE)
+    space = ExpertSpace(70, [block], hidden, DEVICE, torch.float32)
     experts_product(x, block, space, out, fixed)
-    shares = torch.topk((x @ block.router.linear.weight.T).softmax(-1), 3)
+    shares = torch.topk((x @ router.linear.weight.T).softmax(-1), 3)
     wanted = torch.zeros_like(x)
     for row in range(rows):
         for weight, expert in zip(shares.values[row], shares.indices[row], strict=True):
-            gate, up = (block.gate_up.weight[expert] @ x[row]).chunk(2)
-            wanted[row] += weight * (block.down.weight[expert] @ (nn.functional.silu(gate) * up))
+            gate, up = (up_values[expert] @ x[row]).chunk(2)
+            wanted[row] += weight * (down_values[expert] @ (nn.functional.silu(gate) * up))
     assert (out - wanted).norm() < 2e-3 * wanted.norm()
     if fixed and rows > 1:
-        alone = torch.empty((1, HIDDEN), device=DEVICE)
+        alone = torch.empty((1, hidden), device=DEVICE)
         experts_product(x[2:3].contiguous(), block, space, alone, fixed)
         assert torch.equal(alone[0], out[2])
 
@@ -100,10 +115,10 @@ def test_experts_of_another_kind_are_refused_with_the_reason(tmp_path: Path) -> 
     store, manifest = published(tmp_path, "qwen3_moe")
     plain = load_engine(store, manifest, 0, 1, LoadOptions("cpu", "float32", PAGE, None, TORCH))
     assert isinstance(plain, TorchEngine)
-    layer, rotary = plain.model.layers[0], plain.model.holder.rotary_emb
-    layer.mlp.gate.forward = lambda x: (None, (x @ layer.mlp.gate.weight.T).sigmoid().topk(2).values, None)
+    module, rotary = plain.model.layers[0], plain.model.holder.rotary_emb
+    module.mlp.gate.forward = lambda x: (None, (x @ module.mlp.gate.weight.T).sigmoid().topk(2).values, None)
     with pytest.raises(NotFusable, match="does not weigh experts by a softmax"):
-        read_block(layer, rotary, 8)
-    layer.mlp.shared_expert = nn.Linear(2, 2)
+        read_block(module, rotary, 8)
+    module.mlp.shared_expert = nn.Linear(2, 2)
     with pytest.raises(NotFusable, match="has or lacks shared_expert"):
-        read_block(layer, rotary, 8)
+        read_block(module, rotary, 8)

@@ -48,7 +48,7 @@ def close(found: Tensor, wanted: Tensor, bound: float = 2e-3) -> None:
 
 
 @pytest.mark.parametrize("rows", list(SHAPES))
-@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float8_e4m3fn"])
 def test_products_are_those_of_the_shard_s_values(dtype: Dtype, rows: int) -> None:
     """With a bias, which a product may have, and gated, as an MLP's; whichever kernel takes the rows."""
     weight, values = weight_of(80, dtype)
@@ -61,13 +61,13 @@ def test_products_are_those_of_the_shard_s_values(dtype: Dtype, rows: int) -> No
     close(half, torch.nn.functional.silu(plain[:, :40]) * plain[:, 40:])
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float8_e4m3fn"])
 def test_a_widened_copy_holds_the_same_values(dtype: Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which of very many rows are multiplied with; not in float16, where integers could add up to infinity."""
     weight, values = weight_of(48, dtype)
     wide = torch.empty((48, WIDTH), device=DEVICE, dtype=torch.float16)
     widen(weight, wide)
-    scales = weight.scales.double() if dtype == "int8" else 1.0
+    scales = weight.scales.double() if dtype != "uint8" else 1.0
     assert torch.equal(wide.double() * scales, values)
     monkeypatch.setattr(products, "WIDENED_FROM", 4)
     x, out = rows_of(5), torch.empty((5, 48), device=DEVICE)
@@ -79,8 +79,9 @@ def test_a_widened_copy_holds_the_same_values(dtype: Dtype, monkeypatch: pytest.
     assert torch.isfinite(out).all()
 
 
-def test_an_embedding_s_rows_are_looked_up() -> None:
-    weight, values = weight_of(32, "int8")
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_an_embedding_s_rows_are_looked_up(dtype: Dtype) -> None:
+    weight, values = weight_of(32, dtype)
     out, ids = torch.empty((3, WIDTH), device=DEVICE), torch.tensor([31, 0, 7], dtype=torch.int32, device=DEVICE)
     look_up(ids, weight, out)
     assert torch.equal(out.double(), values[ids.long()])
@@ -91,6 +92,7 @@ def test_an_embedding_s_rows_are_looked_up() -> None:
     [
         ("int8", False, STEPS[:1]),
         *(pytest.param("int8", fixed, STEPS[:4], marks=pytest.mark.slow) for fixed in (False, True)),
+        pytest.param("fp8", False, STEPS[:4], marks=pytest.mark.slow),
         *(pytest.param("int4", fixed, STEPS[:4], marks=pytest.mark.slow) for fixed in (False, True)),
     ],
 )
