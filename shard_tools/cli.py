@@ -129,7 +129,8 @@ def cosign(
     """Sign what a name means with one more key, where a policy asks for several. Look at the model first."""
     with refusals():
         root, signer = store.expanduser(), signer_at(key)
-        record = cosign_model(name, DirectoryStore(root), DirectoryIndex(root), signer)
+        with filling(root):
+            record = cosign_model(name, DirectoryStore(root), DirectoryIndex(root), signer)
         line(f"Signed {name} {record.manifest} also by {key_text(signer.public)}")
 
 
@@ -144,7 +145,8 @@ def renew(
         root, signer = store.expanduser(), signer_at(key)
         blocks, index = DirectoryStore(root), DirectoryIndex(root)
         model = open_record(index.resolve(name), blocks, TrustPolicy.any_of([signer.public]))
-        sign_and_name(model, blocks, index, signer, int(time.time()), valid_days * DAY_S)
+        with filling(root):
+            sign_and_name(model, blocks, index, signer, int(time.time()), valid_days * DAY_S)
         line(f"Signed {name} {model.cid} anew, for {valid_days} days")
 
 

@@ -17,7 +17,7 @@ from shard_tools.fetch import load_manifest
 from shard_tools.fetch_cli import ClusterKeyOption, GatewayOption, IpfsOption, MirrorOption, PeerOption
 from shard_tools.http_client import Patience
 from shard_tools.index.directory import DirectoryIndex
-from shard_tools.keeping import GRACE_S, Pins, collect
+from shard_tools.keeping import GRACE_S, Pins, collect, filling
 from shard_tools.sources import KEY as CLUSTER_KEY
 from shard_tools.sources import each_outside
 from shard_tools.store.block_store import BlockSource
@@ -40,8 +40,9 @@ def pin(model: ModelArgument, store: StoreOption = STORE) -> None:
     with refusals():
         root = store.expanduser()
         cid = _manifest(model, root)
-        load_manifest(DirectoryStore(root), cid)  # what is pinned can be walked, or nothing could ever be collected
-        Pins(root).add(cid)
+        with filling(root):
+            load_manifest(DirectoryStore(root), cid)  # what is pinned can be walked, or nothing could ever be collected
+            Pins(root).add(cid)
         line(f"Pinned {cid}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(blocks, name="blocks")
     ipfs = typer.Typer(no_args_is_help=True, help="Models in IPFS nodes.")
     ipfs.command("push")(ipfs_push)
+    ipfs.command("keep")(ipfs_keep)
     app.add_typer(ipfs, name="ipfs")
 
 
@@ -59,6 +61,8 @@ def blocks_serve(
         host, colon, port = listen.rpartition(":")
         if not colon or not port.isdecimal() or int(port) > 65535:
             raise InputError(f"--listen {listen!r}: expected HOST:PORT")
+        if public and peer:
+            raise InputError("--peer needs the cluster's key, and --public goes without: leave one of them out")
         root = store.expanduser().absolute()
         secret = None if public else load_key(Path(cluster_key).expanduser())
         near, patience = DirectoryStore(root), Patience()
@@ -99,3 +103,32 @@ def ipfs_push(
             index = IpnsIndex.of_key(node, ipns)
             index.publish(name, record, blocks.has)
             line(f"Named in IPNS: llmd fetch {name} --ipfs {api} --index {index.name}")
+
+
+def ipfs_keep(
+    name: Annotated[str, typer.Argument(help="Name of the model in the store.")],
+    api: Annotated[list[str], typer.Option("--api", help="RPC of a node; one for each.")],
+    copies: Annotated[int, typer.Option("--copies", min=1, help="Nodes that are to keep it.")] = 2,
+    every_s: Annotated[float, typer.Option("--every-s", min=0, help="Look again so often; 0: once.")] = 0.0,
+    store: StoreOption = STORE,
+) -> None:
+    """See that enough IPFS nodes keep a model; those that lack it fetch it from the others."""
+    with refusals():
+        from shard_tools.replication import keep_copies  # its package is an extra
+        from shard_tools.store.ipfs import IpfsNode
+
+        record = DirectoryIndex(store.expanduser()).resolve(name)
+        nodes = [IpfsNode(text, Patience()) for text in api]
+        while True:
+            found = keep_copies(nodes, (record.manifest, record.signature), copies)
+            for label in found.kept:
+                line(f"{label} {'keeps it from now on' if label in found.made else 'keeps it'}")
+            for label, problem in found.problems:
+                line(f"{label} does not: {problem}")
+            if not every_s:
+                break
+            time.sleep(every_s)
+        if len(found.kept) < copies:
+            raise InputError(
+                f"{len(found.kept)} nodes keep {name}, and {copies} should: start more, or name more by --api"
+            )

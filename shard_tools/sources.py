@@ -41,7 +41,7 @@ def open_tiered(
 
     peers: http://host:port of every node of the cluster, this one among them. ipfs: multiaddr of a node's RPC.
     gateways: https://host... mirrors: absolute paths of other stores.
-    quota_gb: what the cache may hold beyond what is named or pinned in it; 0: anything. Raises InputError.
+    quota_gb: what the cache may hold, of which named and pinned models never go; 0: anything. Raises InputError.
     """
     haste, patience = Haste(_seconds(hedge_s), _seconds(total_s)), Patience(answer_s=_seconds(answer_s))
     near, far = DirectoryStore(absolute_path(cache)), outside(ipfs, gateways, mirrors, patience)

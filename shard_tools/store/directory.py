@@ -108,7 +108,10 @@ class DirectoryStore:
         return self._path(cid).exists()
 
     def delete(self, cid: Cid) -> None:
-        self._path(cid).unlink(missing_ok=True)
+        try:
+            self._path(cid).unlink(missing_ok=True)
+        except OSError as e:
+            raise InputError(f"cannot remove block {cid} from {self.label}: {e.strerror}") from e
 
     def cids(self) -> Iterator[Cid]:
         for directory in sorted(self._blocks.iterdir()):

@@ -74,7 +74,10 @@ class TieredStore:
         return self._near.label
 
     def put(self, codec: Codec, block: bytes) -> Cid:
-        return self._near.put(codec, block)
+        cid = self._near.put(codec, block)
+        if self._grew is not None:
+            self._grew(len(block))
+        return cid
 
     def get(self, cid: Cid) -> bytes:
         """As BlockSource.get. Raises UnavailableError, a NotFoundError."""

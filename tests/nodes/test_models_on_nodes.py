@@ -229,3 +229,35 @@ def test_smollm2_goes_from_node_to_node_by_name_and_answers(
         assert kb.ask("connect", ka.address) == "0" == kb.ask("pin", manifest.cid)
         assert all(kb.block(cid) == origin.get(cid) for cid in cids)
     assert asyncio.run(answer(store, manifest))
+
+
+@needs_js
+def test_a_node_that_falls_away_is_made_up_for_by_another(model: Model, tmp_path: Path) -> None:
+    """The others fetch the model from those that are left; where too few are left, that is an error."""
+    desk = Desk(tmp_path)
+    with js_node(tmp_path / "a") as a, js_node(tmp_path / "b") as b, js_node(tmp_path / "c") as c:
+        for node in (b, c):
+            node.connect(a.address)
+        c.connect(b.address)
+        push(model, a)
+        words = (
+            "ipfs",
+            "keep",
+            "tiny",
+            "--store",
+            model.root / "store",
+            "--api",
+            a.api,
+            "--api",
+            b.api,
+            "--api",
+            c.api,
+        )
+        first = desk.run(*words)
+        assert first.exit_code == 0 and f"{b.api} keeps it from now on" in first.stdout, first.output
+        assert c.api not in first.stdout
+        a.kill()
+        second = desk.run(*words)
+        assert second.exit_code == 0 and f"{b.api} keeps it\n" in second.stdout, second.output
+        assert f"{c.api} keeps it from now on" in second.stdout and f"{a.api} does not: " in second.stdout
+        assert "start more" in desk.run(*words, "--copies", 3).stderr

@@ -160,6 +160,21 @@ def test_a_model_travels_in_one_file(desk: Desk, folder: Path, tmp_path: Path) -
     assert "Known: org/tiny" in refusal(desk.run("car", "export", "tiny", tmp_path / "x.car"))
 
 
+def test_a_release_is_signed_by_a_second_publisher_and_renewed(desk: Desk, folder: Path, tmp_path: Path) -> None:
+    """A trust root asks for both signatures; a renewal is a newer release, which both sign again."""
+    desk.run("publish", folder, "--name", "tiny")
+    second, policy = tmp_path / "second.pem", tmp_path / "trust"
+    both = f"*:2={desk.run('keys', 'show').stdout.strip()},{desk.run('keys', 'new', '--key', second).stdout.strip()}"
+    made = desk.run("trust", "new", policy, "--rule", both, "--root", second.with_suffix(".pub"))
+    assert made.exit_code == 0 and desk.run("trust", "sign", policy, "--key", second).exit_code == 0
+    for _ in range(2):
+        assert "2 must" in refusal(desk.run("verify", "tiny", "--trust", policy))
+        assert desk.run("cosign", "tiny", "--key", second).exit_code == 0
+        assert desk.run("verify", "tiny", "--trust", policy).exit_code == 0
+        assert desk.run("renew", "tiny").exit_code == 0
+    assert "trusted publisher" in refusal(desk.run("renew", "tiny", "--key", second))
+
+
 def truncated(car: Path) -> Path:
     short = car.with_suffix(".short")
     short.write_bytes(car.read_bytes()[:-7])

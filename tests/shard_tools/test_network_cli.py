@@ -127,6 +127,7 @@ def test_what_cannot_be_fetched_says_why_and_what_to_do(publisher: Desk, tmp_pat
     said = refusal(other.run("fetch", cid_of(publisher.run("ls").stdout), "--gateway", "http://127.0.0.1:1"))
     assert "gateway http://127.0.0.1:1: cannot be asked: Connection refused" in said
     assert "expected HOST:PORT" in refusal(other.run("blocks", "serve", "--listen", "8190"))
+    assert "leave one of them out" in refusal(other.run("blocks", "serve", "--public", "--peer", "http://x:1"))
     assert "llmd blocks key" in refusal(other.run("blocks", "serve", "--cluster-key", tmp_path / "none"))
     assert "open to others" in refusal(other.run("blocks", "serve", "--listen", "0.0.0.0:0", "--public"))
 
