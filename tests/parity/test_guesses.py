@@ -132,9 +132,20 @@ def requests(published: Published, max_tokens: int = 40, stop_ids: tuple[int, ..
     ]
 
 
-@pytest.mark.parametrize("engine", ["torch", "cpu"])
-@pytest.mark.parametrize("stages", [1, 2, 3])
-@pytest.mark.parametrize("one_by_one", [True, False])
+@pytest.mark.parametrize(
+    ("one_by_one", "stages", "engine"),
+    [
+        (True, 1, "cpu"),
+        (False, 2, "torch"),
+        *(
+            pytest.param(one_by_one, stages, engine, marks=pytest.mark.slow)
+            for one_by_one in (True, False)
+            for stages in (1, 2, 3)
+            for engine in ("torch", "cpu")
+            if (one_by_one, stages, engine) not in ((True, 1, "cpu"), (False, 2, "torch"))
+        ),
+    ],
+)
 def test_answers_are_the_same_with_guesses(published: Published, engine: str, stages: int, one_by_one: bool) -> None:
     """Greedy and sampled, prompts in chunks, alone and at once; all rows that count are hashed, no others."""
     asked = requests(published)
@@ -145,6 +156,7 @@ def test_answers_are_the_same_with_guesses(published: Published, engine: str, st
     assert set(guessed.rows_hashed) == {guessed.status["rows_run"]} == {plain.status["rows_run"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [1, 2])
 def test_scarce_pages_and_found_ones_change_nothing(published: Published, stages: int) -> None:
     asked = requests(published)
@@ -165,7 +177,7 @@ def test_scarce_pages_and_found_ones_change_nothing(published: Published, stages
     assert cached.status["cached_tokens"] > 0 < cached.status["guesses_right"]
 
 
-@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("stages", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stop_token_or_max_tokens_inside_a_run_of_right_guesses_ends_the_answer_there(
     published: Published, stages: int
 ) -> None:

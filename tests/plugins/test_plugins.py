@@ -27,6 +27,7 @@ def run(site: Path, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_contract_suites_hold_for_them_unchanged(site: Path) -> None:
     tests = site.parent / "source" / "tests"
     done = run(site, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", str(tests))
@@ -34,6 +35,7 @@ def test_the_contract_suites_hold_for_them_unchanged(site: Path) -> None:
     assert "skipped" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_config_that_names_them_is_served_and_the_receipt_verifies(site: Path, tmp_path: Path) -> None:
     """The answer is that of the plain engine from the same blocks; the profile that a stage signs names the engine."""
     done = run(site, "-m", "tests.plugins.serve_with_plugins", str(tmp_path))

@@ -114,6 +114,7 @@ def test_keys_are_private_and_made_once(desk: Desk) -> None:
     assert desk.key.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.slow
 def test_ctrl_c_names_nothing_and_says_how_to_go_on(tmp_path: Path) -> None:
     """A publish stopped after its first blocks exits 130 with no name; the same command then finishes."""
     folder = write_tiny_checkpoint(tmp_path / "ck", layers=8, hidden=512, vocab=4000)

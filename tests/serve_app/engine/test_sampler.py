@@ -104,6 +104,7 @@ def gumbel_max(scaled: npt.NDArray[np.float64], noise: Callable[[int, int], floa
         (Sampling(logit_bias=((1, MICRO),)), sampler(Sampling(logit_bias=((2, MICRO),)), LOGITS)),
     ],
 )
+@pytest.mark.slow
 def test_a_sampler_that_is_a_little_wrong_fails_the_same_test(asked: Sampling, wrong: Sampler) -> None:
     """So passing it says something."""
     assert deviate(wrong, LOGITS, asked) > BOUND

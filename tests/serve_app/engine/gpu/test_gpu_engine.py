@@ -111,6 +111,7 @@ def test_a_graph_takes_rows_and_guesses_and_each_page_with_the_row_that_begins_i
     assert decode_rows(table.begin(plan_of([(3, 2, 1, [11], 1)])), PAGE, 10) is None  # a page for later
 
 
+@pytest.mark.slow
 def test_rows_are_hashed_where_they_lie(fused: GpuEngine, model: tuple[MemoryStore, Manifest]) -> None:
     """The digests are of the very bytes that are handed on; one row, since a hash takes the interpreter seconds."""
     manifest = model[1]

@@ -188,7 +188,7 @@ def test_rms_norm_adds_and_scales(add: bool, gemma: bool) -> None:
     close(kept, total if add else residual, 1e-6)
 
 
-@pytest.mark.parametrize("rows", [3, 70])
+@pytest.mark.parametrize("rows", [3, pytest.param(70, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rotary", [DIM, DIM // 2])
 @pytest.mark.parametrize("normed", [False, True])
 def test_rotation_and_the_write_into_pages(rows: int, rotary: int, normed: bool) -> None:
@@ -276,7 +276,9 @@ def drawn(logits: Tensor, draws: list[Draw], positions: list[int]) -> list[int]:
     return [int(t) for t in tokens]
 
 
-@pytest.mark.parametrize("coarse", [False, True], ids=["float32", "many ties"])
+@pytest.mark.parametrize(
+    "coarse", [pytest.param(False, marks=pytest.mark.slow, id="float32"), pytest.param(True, id="many ties")]
+)
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
     [(0, 0, 10**6), (10**6, 0, 10**6), (600_000, 0, 10**6), (10**6, 1, 10**6), (10**6, 7, 10**6), (10**6, 50, 900_000),
@@ -303,7 +305,7 @@ def test_logits_that_are_not_finite_are_told_apart() -> None:
     assert tokens[0] == int(logits[0].argmax()) and tokens[1:] == [-1, -1]
 
 
-@pytest.mark.parametrize("words", [1, 12, 13, 14, 16, 33])
+@pytest.mark.parametrize("words", [1, 14, *(pytest.param(n, marks=pytest.mark.slow) for n in (12, 13, 16, 33))])
 def test_row_hash_is_sha256_of_prefix_position_and_row(words: int) -> None:
     """Widths on every side of where the padding needs one more block; and rows.py's leaf."""
     n, prefix = 3, bytes(range(56))
