@@ -8,6 +8,7 @@ taken only from where nobody but this user (and root) can have put it.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import fcntl
 import hashlib
 import logging
@@ -73,6 +74,16 @@ def native_library(source: NativeSource, folder: Path | None = None) -> Path | N
     except (OSError, subprocess.SubprocessError) as e:
         said = (getattr(e, "stderr", None) or b"").decode(errors="replace")[-500:]
         _log.warning("%s could not be made a library, so %s: %s %s", source.path.name, source.without, e, said)
+        return None
+
+
+def load_library(source: NativeSource) -> ctypes.CDLL | None:
+    """The library in this process; None, with a log line that says why, if there is none on this machine."""
+    path = native_library(source)
+    try:
+        return None if path is None else ctypes.CDLL(str(path))
+    except OSError as e:
+        _log.warning("%s cannot be loaded as a library, so %s: %s", source.path.name, source.without, e)
         return None
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import secrets
 from pathlib import Path
 
+from shard_tools import secret_file
 from shard_tools.errors import InputError
 
 SECRET_BYTES = 32
@@ -59,15 +59,7 @@ def load_key(path: Path) -> bytes:
 
 def create_key(path: Path) -> None:
     """A fresh secret is in a new file of mode 0600. Raises InputError if there is one: a key is never overwritten."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise InputError(f"{path} exists; a key is never overwritten. Copy it to the other nodes as it is.") from None
-    except OSError as e:
-        raise InputError(f"cannot write the cluster key {path}: {e.strerror}") from e
-    with os.fdopen(fd, "w") as f:
-        f.write(secrets.token_hex(SECRET_BYTES) + "\n")
+    secret_file.create(path, "cluster key", secrets.token_hex(SECRET_BYTES) + "\n")
 
 
 def _mac(secret: bytes, method: str, target: str, depth: int, now_s: int) -> str:

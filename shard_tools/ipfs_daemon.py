@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shard_tools import secret_file
 from shard_tools.errors import InputError
 
 HOW_TO_GET = (
@@ -77,15 +78,7 @@ def configured(config: dict[str, Any], settings: DaemonSettings) -> dict[str, An
 
 def write_swarm_key(path: Path) -> None:
     """A fresh key of a private swarm is in a new file of mode 0600. Raises InputError if there is one."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise InputError(f"{path} exists; a key is never overwritten. Copy it to the other nodes as it is.") from None
-    except OSError as e:
-        raise InputError(f"cannot write the swarm key {path}: {e.strerror}") from e
-    with os.fdopen(fd, "w") as f:
-        f.write(f"{_HEADER}{secrets.token_hex(32)}\n")
+    secret_file.create(path, "swarm key", f"{_HEADER}{secrets.token_hex(32)}\n")
 
 
 def prepare(binary: str, repo: Path, swarm_key: Path, settings: DaemonSettings) -> tuple[list[str], dict[str, str]]:

@@ -8,13 +8,11 @@ lines run. So numpy, which takes the address of any buffer, is imported by those
 from __future__ import annotations
 
 import ctypes
-import logging
 import threading
 from typing import Any
 
-from serve_app.native_build import ROW_HASHES, native_library
+from serve_app.native_build import ROW_HASHES, load_library
 
-_log = logging.getLogger(__name__)
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 _lock = threading.Lock()
 _tried = False
@@ -68,13 +66,8 @@ def _address(data: bytes | memoryview) -> int:
 
 
 def _load() -> Any:
-    path = native_library(ROW_HASHES)
-    if path is None:
-        return None
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as e:
-        _log.warning("the compiled hashes cannot be loaded, so %s: %s", ROW_HASHES.without, e)
+    library = load_library(ROW_HASHES)
+    if library is None:
         return None
     library.llmd_leaves.argtypes = [ctypes.c_char_p, _P, _I, _P, _I, _P]
     library.llmd_page_roots.argtypes = [_P, _I, _P]

@@ -7,7 +7,6 @@ torch's operators serve it.
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,11 +19,10 @@ from torch.nn.functional import linear
 
 from serve_app.engine.block import Block, Linear, Norm, NotFusable
 from serve_app.engine.request_table import Ints
-from serve_app.native_build import CPU_STEP, native_library
+from serve_app.native_build import CPU_STEP, load_library
 from shard_tools.checkpoint.quantise import integers
 from shard_tools.quantised import GROUP
 
-_log = logging.getLogger(__name__)
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _INT8, _INT4 = 2, 3
 _BAND = 16
@@ -131,13 +129,8 @@ class NativeLayer:
 @cache
 def library() -> Any:
     """The library, or None if there is none on this machine; a log line says so once."""
-    path = native_library(CPU_STEP)
-    if path is None:
-        return None
-    try:
-        lib = ctypes.CDLL(str(path))
-    except OSError as e:
-        _log.warning("the compiled step cannot be loaded, so torch's operators serve: %s", e)
+    lib = load_library(CPU_STEP)
+    if lib is None:
         return None
     lib.llmd_runner.argtypes, lib.llmd_runner.restype = [_P, _I], _P
     lib.llmd_end.argtypes, lib.llmd_end.restype = [_P], None
