@@ -113,6 +113,9 @@ class PipelineConfig:
     """How the model is cut over machines, and how much each stage may hold at once."""
 
     stages: Annotated[int, Field(ge=1, le=64)] = 2  # two is the least that shows the point: nobody holds it all
+    # processes that wait, each in a bundle of its own, with a GPU if stages have one, to take the place of a stage that
+    # dies. The n-th holds the layers of stage n: if that one dies, nothing is loaded. Without any, one starts then
+    spares: Annotated[int, Field(ge=0, le=64)] = 0
     placement: Literal["even"] = "even"  # equal layer counts; the only planner so far
     engine: NameOrChoice = Choice("auto")  # auto: the fastest that computes the model on this device
     deterministic: bool = False  # the same bits whatever the batch, for exact verification; several times slower

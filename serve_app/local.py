@@ -18,14 +18,16 @@ from dataclasses import dataclass
 from serve_app.engine.load import LoadOptions, load_engine, shards_of
 from serve_app.errors import PipelineError
 from serve_app.messages.request import Event, FailedEvent, FinishedEvent, GenerationRequest, RequestId
-from serve_app.pipeline.head import Head, PipelineFacts, can_reuse_pages
+from serve_app.pipeline.facts import PipelineFacts, can_reuse_pages
+from serve_app.pipeline.head import Head
 from serve_app.pipeline.stage import Stage
 from serve_app.pipeline.warm_up import warm_up_request
 from serve_app.pipeline.witness import StageSpan
 from serve_app.receipts.identity import NodeIdentity, RegisteredNode, Registry
 from serve_app.receipts.rows import Boundary
 from serve_app.receipts.statement import StatementChain
-from serve_app.scheduling.scheduler import Scheduler, lookahead, max_flights
+from serve_app.scheduling.flights import lookahead, max_flights
+from serve_app.scheduling.scheduler import Scheduler
 from serve_app.transport.edge import LocalEdge
 from shard_tools.canonical import Value
 from shard_tools.manifest import Manifest

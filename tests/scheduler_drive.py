@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 from hypothesis import strategies as st
@@ -124,6 +124,17 @@ class Drive:
             self.take(committed)
         return True
 
+    def restart(self) -> None:
+        """The stages are replaced: what is on its way is lost, and they know nothing any more."""
+        self.sent.clear()
+        for seq in self.ran.keys() - self.ended.keys():
+            self.attempts[seq] = self.attempts.get(seq, 0) + 1
+        for held in (self.kv, self.ran, self.pages, self.last, self.guessed):
+            held.clear()
+        for committed in self.scheduler.restart(2):
+            self.take(committed)
+        assert self.scheduler.running == self.scheduler.in_flight == 0
+
     def take(self, committed: Committed) -> None:
         seq, token, reason, attempt = committed
         assert seq not in self.ended
@@ -223,8 +234,11 @@ COURSES = st.tuples(
 )  # requests: turn, length of the prompt, tokens at most, priority; stops: turn, seq, keep
 
 
-def follow(course: Course, drive: Drive) -> None:
-    """Every request ends, once, with the answer it has when it runs alone, or its beginning if it was stopped."""
+def follow(course: Course, drive: Drive, restarts: Collection[int] = ()) -> None:
+    """Every request ends, once, with the answer it has when it runs alone, or its beginning if it was stopped.
+
+    restarts: turns at which the stages are lost.
+    """
     requests, stops = course
     arriving = [(turn, ticket(seq, *rest)) for seq, (turn, *rest) in enumerate(requests)]
     for turn in range(4000):
@@ -232,6 +246,8 @@ def follow(course: Course, drive: Drive) -> None:
             drive.admit(asked)
         for _, seq, keep in (s for s in stops if s[0] == turn):
             drive.stop(seq, keep)
+        if turn in restarts:
+            drive.restart()
         if not drive.step() and turn > 80:
             break
     assert set(drive.ended) == set(range(len(requests)))

@@ -10,40 +10,63 @@ from typing import Any, TypeVar
 
 import ray
 
-from serve_app.cluster.specs import HeadSpec
-from serve_app.cluster.stage_actor import SWITCH_INTERVAL_S, node_key_path, party_here
+from serve_app.cluster.specs import HeadSpec, Place, Trouble
+from serve_app.cluster.stage_actor import SWITCH_INTERVAL_S, TROUBLE_EVERY_S, node_key_path, party_here
 from serve_app.cluster.wiring import HEAD, Awaited, EdgeSet, Joint, Party
 from serve_app.errors import PipelineError
 from serve_app.messages.request import Event, FailedEvent, FinishedEvent
-from serve_app.pipeline.head import Head, PipelineFacts, can_reuse_pages
+from serve_app.pipeline.facts import PipelineFacts, can_reuse_pages
+from serve_app.pipeline.head import Head
 from serve_app.pipeline.head_server import HeadServer
 from serve_app.pipeline.warm_up import warm_up_request
-from serve_app.receipts.identity import NodeIdentity, first_expiry
-from serve_app.scheduling.scheduler import Scheduler, lookahead, max_flights
-from serve_app.transport.edge import Edge
+from serve_app.receipts.identity import NodeIdentity, Session, first_expiry
+from serve_app.scheduling.flights import lookahead, max_flights
+from serve_app.scheduling.scheduler import Scheduler
 from serve_app.transport.handshake import EdgeAddress
 from serve_app.transport.link import LinkAddress
 from shard_tools.canonical import Value
 
 T = TypeVar("T")
 _STEP_TIMEOUT_S = 60.0
+_REPAIR_S = 180.0  # requests wait so long for a stage to be replaced: 8 GB of layers at 100 MB/s, and a new process
 
 
 class _HeadProcess:
-    """Made after its stages; lives and dies with its pipeline."""
+    """Made after its stages; outlives them, in one epoch after another."""
 
     def __init__(self, spec: HeadSpec) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL_S)  # its edges have threads of their own, which wake its loop
         self._spec = spec
         self._identity = NodeIdentity.load_or_create(node_key_path(spec.state_dir))
-        self._edges = EdgeSet(self._identity, spec.epoch, spec.session_lifetime_s, self._take, self._stage_lost)
+        self._edges = self._edge_set(spec)
         self._head: Head | None = None  # until it has an edge to its first stage
         self._loop: asyncio.AbstractEventLoop | None = None
         self._server: HeadServer | None = None
         self._stages: list[Value] = []
         self._ready = False
         self._address: LinkAddress | None = None
+        self._place: Place | None = None
         self._watch: asyncio.Task[None] | None = None
+
+    def _edge_set(self, spec: HeadSpec) -> EdgeSet:
+        return EdgeSet(self._identity, spec.epoch, spec.session_lifetime_s, self._take, self._stage_lost)
+
+    async def lead(self, spec: HeadSpec) -> None:
+        """The stages of this epoch stand ready: let go of those before. Requests wait until `resume`."""
+        before, self._spec, self._edges = self._edges, spec, self._edge_set(spec)
+        if self._head is not None:
+            self._head.lose("its stages are replaced")
+        await asyncio.get_running_loop().run_in_executor(None, before.close)
+
+    async def resume(self) -> LinkAddress:
+        """Every request goes on, in the epoch it leads now. Raises PipelineError if it has given them up."""
+        assert self._head is not None and self._address is not None, "resume before start"
+        if self._edges.gone:
+            raise PipelineError(f"{', '.join(sorted(self._edges.gone))} died meanwhile")
+        self._head.resume()
+        if self._head.failure is not None:
+            raise PipelineError(self._head.failure)
+        return self._address
 
     async def party(self) -> Party:
         """This process, as the stages are to know it."""
@@ -57,7 +80,13 @@ class _HeadProcess:
         """Open the edge to the first stage. Raises PipelineError."""
         self._loop = asyncio.get_running_loop()
         edge = await self._loop.run_in_executor(None, self._edges.open, first)
-        self._head = self._lead(edge)
+        spec = self._spec
+        session = self._identity.open_session("head", spec.epoch, int(time.time()), spec.session_lifetime_s)
+        facts = self._pipeline_facts(session)
+        if self._head is not None:
+            self._head.lead(facts, edge, session)
+            return
+        self._head = Head(facts, self._scheduler(), edge, session)
         self._server = HeadServer(self._head, self._facts)
 
     async def look_ahead(self) -> None:
@@ -65,10 +94,9 @@ class _HeadProcess:
         assert self._head is not None, "look_ahead before connect"
         self._head.look_ahead()
 
-    def _lead(self, first: Edge) -> Head:
+    def _scheduler(self) -> Scheduler:
         spec = self._spec
-        session = self._identity.open_session("head", spec.epoch, int(time.time()), spec.session_lifetime_s)
-        scheduler = Scheduler(
+        return Scheduler(
             epoch=spec.epoch,
             n_pages=spec.n_pages,
             page_size=spec.page_size,
@@ -80,7 +108,10 @@ class _HeadProcess:
             prefix_cache=spec.prefix_cache and can_reuse_pages(spec.page_size),
             speculate=spec.speculate,
         )
-        facts = PipelineFacts(
+
+    def _pipeline_facts(self, session: Session) -> PipelineFacts:
+        spec = self._spec
+        return PipelineFacts(
             epoch=spec.epoch,
             manifest=spec.manifest,
             n_stages=spec.n_stages,
@@ -91,12 +122,13 @@ class _HeadProcess:
             certificates=spec.certificates,
             registry=spec.registry,
             expires_s=first_expiry((*spec.certificates, session.certificate), spec.registry, int(time.time())),
+            repair_s=_REPAIR_S,
         )
-        return Head(facts, scheduler, first, session)
 
-    async def start(self) -> LinkAddress:
+    async def start(self, place: Place) -> LinkAddress:
         """Generate a first token, with receipt, through every stage; then listen. Raises PipelineError."""
         assert self._head is not None and self._server is not None, "start before connect"
+        self._place = place
         self._watch = asyncio.get_running_loop().create_task(self._keep_watch())
         ended: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
 
@@ -112,19 +144,33 @@ class _HeadProcess:
         self._address = await self._server.listen(ray.util.get_node_ip_address())
         return self._address
 
-    async def serving(self) -> tuple[LinkAddress | None, str]:
-        """Where this Head listens, if it does, and for which configuration: for a Supervisor that was restarted."""
+    async def know(self, spec: HeadSpec) -> None:
+        """What it leads, where only spares have changed."""
+        self._spec = spec
+
+    async def serving(self) -> tuple[LinkAddress | None, HeadSpec, Place | None]:
+        """Where this Head listens, if it does, and what it leads: for a Supervisor that was restarted."""
         works = self._head is not None and self._head.failure is None
-        return (self._address if works else None), self._spec.config_digest
+        return (self._address if works else None), self._spec, self._place
+
+    async def trouble(self, epoch: int) -> Trouble:
+        """Ends when a stage of this epoch is gone, or nothing goes on for another reason; or in another epoch."""
+        while self._spec.epoch == epoch:
+            head = self._head
+            if head is not None and head.failure is not None:
+                return Trouble(head.failure, frozenset(), fatal=True)
+            if head is not None and head.lost is not None:
+                return Trouble(head.lost, frozenset(self._edges.gone))
+            await asyncio.sleep(TROUBLE_EVERY_S)
+        return Trouble("another epoch has begun", frozenset())
 
     async def push(self, edge: str, number: int, message: bytes) -> None:
         """Take in message `number` of this edge of Ray calls."""
         self._edges.push(edge, number, message)
 
-    async def ping(self, stages: list[Value]) -> str | None:
-        """Why this pipeline can do no more, or None. stages: what each said of itself, for status calls."""
+    async def ping(self, stages: list[Value]) -> None:
+        """Alive. stages: what each said of itself, for status calls."""
         self._stages = stages
-        return self._head.failure if self._head is not None else None
 
     async def fail(self, why: str) -> None:
         """End every request with an error: some part of the pipeline is gone."""
@@ -139,7 +185,7 @@ class _HeadProcess:
 
     def _stage_lost(self, stage: str, why: str) -> None:
         if self._head is not None:
-            self._hand_over(self._head.fail, f"{stage} is gone: {why}")
+            self._hand_over(self._head.lose, f"{stage} is gone: {why}")
 
     def _hand_over(self, take: Callable[[T], None], what: T) -> None:
         """From whatever thread an edge has, into the loop that the Head lives in; one that has ended needs nothing."""
@@ -148,7 +194,7 @@ class _HeadProcess:
 
     def _facts(self) -> dict[str, Value]:
         assert self._head is not None
-        ready = self._ready and self._head.failure is None
+        ready = self._ready and self._head.failure is None  # one that waits for a stage takes requests in
         return {"ready": ready, "pipelines": [{**self._head.status(), "stages": self._stages}]}
 
     async def _keep_watch(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve_app.cluster.wiring import Party
-from serve_app.engine.engine import DeviceName, EngineProfile, KvDtype
+from serve_app.engine.engine import ActivationDtype, DeviceName, EngineProfile, KvDtype
 from shard_tools.choice import Choice
 from shard_tools.cid import Cid
 from shard_tools.signing import Envelope
@@ -18,7 +18,7 @@ SUPERVISOR = "llmd-supervisor"
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """One stage of one pipeline."""
+    """One stage of one pipeline, in one epoch."""
 
     epoch: int
     stage: int
@@ -38,11 +38,6 @@ class StageSpec:
     state_dir: Path
     session_lifetime_s: int
 
-    @property
-    def name(self) -> str:
-        """The actor's name in NAMESPACE."""
-        return stage_name(self.epoch, self.stage)
-
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
@@ -58,9 +53,43 @@ class StageReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Resources:
+    """What each stage asks Ray for."""
+
+    device: DeviceName
+    cpus: float
+    gpus: float
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An actor, and the bundle of the placement group that it lives in."""
+
+    actor: str  # its name
+    bundle: int
+    pid: int = 0  # once that is known
+    ray_node: str = ""
+    prepared_for: int = -1  # of a spare: the stage whose layers it holds
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """Which actors are a pipeline, and what each is to be."""
+
+    group: int  # the number of the pipeline, in the names of its actors and its placement group
+    stages: tuple[StageSpec, ...]
+    places: tuple[Place, ...]  # by stage
+    spares: tuple[Place, ...]
+    wants: Resources
+    dtype: ActivationDtype
+
+
+@dataclass(frozen=True, slots=True)
 class HeadSpec:
     """The Head of one pipeline. Limits as in PipelineConfig."""
 
+    plan: GroupPlan  # for a Supervisor that was restarted, and finds all by it
     epoch: int
     config_digest: str  # of the configuration it was made for
     manifest: Cid
@@ -80,17 +109,27 @@ class HeadSpec:
     state_dir: Path
     session_lifetime_s: int
 
-    @property
-    def name(self) -> str:
-        """The actor's name in NAMESPACE."""
-        return head_name(self.epoch)
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Why a part of a pipeline cannot go on, as one of its actors sees it."""
+
+    why: str
+    gone: frozenset[str]  # parties whose process ended or is stopped, as far as the kernel of their host says
+    fatal: bool = False  # what was under way is lost: the pipeline must be built anew
 
 
-def head_name(epoch: int) -> str:
-    """The name of a pipeline's Head."""
-    return f"llmd-{epoch}-head"
+def group_name(group: int) -> str:
+    """The name of a pipeline's placement group; its actors' names begin with it."""
+    return f"llmd-{group}"
 
 
-def stage_name(epoch: int, stage: int) -> str:
-    """The name of one of a pipeline's stages."""
-    return f"llmd-{epoch}-stage-{stage}"
+def actor_name(group: int, what: str, epoch: int) -> str:
+    """The name of an actor that was made in this epoch: "head", "stage-1", "spare-0"."""
+    return f"{group_name(group)}-{what}-{epoch}"
+
+
+def group_of(name: str) -> int | None:
+    """The pipeline that an actor or placement group of this name belongs to."""
+    parts = name.split("-")
+    return int(parts[1]) if parts[0] == "llmd" and len(parts) > 1 and parts[1].isdigit() else None

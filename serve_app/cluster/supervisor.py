@@ -1,5 +1,7 @@
-"""The Supervisor: makes the pipeline, watches it, rebuilds it when a part dies, removes it when nobody needs it.
+"""The Supervisor: makes the pipeline, watches it, replaces what dies, removes it when nobody needs it.
 
+Every part tells it of neighbours that it lost, within a second; what answers no ping hangs. What is dead is replaced
+alone. Where that does not come to its end, the pipeline is built anew.
 A detached, restartable actor that owns nothing whose death would take children along: pipelines are detached
 placement groups and actors with names, which a restarted Supervisor finds again. Ingresses hold leases; when the
 last one lapses, everything is removed and the Supervisor ends, so that `serve shutdown` leaves nothing.
@@ -10,13 +12,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from serve_app.cluster.pipeline_group import PipelineGroup, adopt_group, build_group, digest_of, known_epochs, tear_down
-from serve_app.cluster.specs import NAMESPACE, SUPERVISOR
+from serve_app.cluster.actors import kill_processes, known_groups, names_of, tear_down
+from serve_app.cluster.pipeline_group import (
+    BrokenError,
+    PipelineGroup,
+    adopt_group,
+    build_group,
+    digest_of,
+    repair_group,
+    replenish,
+)
+from serve_app.cluster.specs import NAMESPACE, SUPERVISOR, Trouble
+from serve_app.cluster.wiring import HEAD
 from serve_app.config import AppConfig
 from serve_app.errors import PipelineError
 from serve_app.transport.link import LinkAddress
@@ -31,6 +44,8 @@ LEASE_S = 30.0
 _FIRST_LEASE_S = 60.0  # after the start: an ingress that never came will not come
 _WATCH_EVERY_S = 1.0
 _PING_S = 5.0  # a part that does not answer for so long hangs; a loaded two-core machine answers in 1 s
+_NAMED_S = 1.0  # the same for one that its neighbours have lost: what lives in spite of that answers
+_REPAIRS = 3  # in a row; each may find further parts dead
 _REBUILD_PAUSE_S = 2.0  # after a build that failed: the same fault would fail it again at once
 
 
@@ -47,6 +62,8 @@ class _SupervisorProcess:
         self._group: PipelineGroup | None = None
         self._problem = "the pipeline is starting"
         self._rebuilds = -1
+        self._repairs = 0
+        self._polls: dict[asyncio.Future[Trouble], str] = {}  # what each part will say when it is in trouble
         self._main: asyncio.Task[None] | None = None
 
     async def lease(self, ingress: str, args: dict[str, Any], began: float) -> None:
@@ -71,84 +88,163 @@ class _SupervisorProcess:
 
     async def head_address(self) -> LinkAddress:
         """Where the pipeline's Head listens. Raises PipelineError while there is none."""
-        if self._group is None:
+        if self._group is None or self._group.head is None or self._group.address is None:
             raise PipelineError(self._problem)
         return self._group.address
 
     async def status(self) -> dict[str, Value]:
         """What is there, for tests and people."""
+        group = self._group
         return {
-            "epoch": self._group.epoch if self._group else 0,
-            "problem": None if self._group else self._problem,
+            "epoch": group.epoch if group else 0,
+            "problem": None if group else self._problem,
             "ingresses": len(self._leases),
             "rebuilds": max(0, self._rebuilds),
+            "repairs": self._repairs,
+            "spares": len(group.spares) if group else 0,
         }
 
     async def _supervise(self) -> None:
-        for epoch in sorted(known_epochs(), reverse=True):  # of a Supervisor before this one
-            self._group = self._group or await adopt_group(self._config, epoch)
-            if self._group is None or self._group.epoch != epoch:
-                tear_down(epoch)
+        await self._adopt()
         while self._wanted():
             if self._group is None:
                 await self._build()
             else:
                 await self._check(self._group)
-            await asyncio.sleep(_WATCH_EVERY_S)
+            if self._polls:  # sooner if a part is in trouble
+                await asyncio.wait(self._polls, timeout=_WATCH_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+            else:
+                await asyncio.sleep(_WATCH_EVERY_S)
         _log.info("nobody serves the pipeline any more")
-        for epoch in known_epochs():
-            tear_down(epoch)
+        for group in known_groups():
+            tear_down(group)
         # Not exit_actor: it ends an actor by an exception, which a background task cannot raise to Ray.
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
+    async def _adopt(self) -> None:
+        """The pipeline of a Supervisor before this one goes on; what is none, or another one, goes."""
+        for group in sorted(known_groups(), reverse=True):
+            found = None if self._group is not None else await adopt_group(self._config, group, names_of(group))
+            if found is None:
+                tear_down(group)
+            else:
+                self._group = found
+                self._poll(found)
+
     async def _build(self) -> None:
-        epoch = max({int(time.time())} | {e + 1 for e in known_epochs()})
+        number = max({int(time.time())} | {g + 1 for g in known_groups()})
         try:
-            group = await build_group(self._config, epoch)
+            group = await build_group(self._config, number)
             self._group = group
             self._rebuilds += 1
+            self._poll(group)
             await self._check(group)  # its first word about its stages, for status calls
-            _log.info("pipeline %d is ready: %d stages", epoch, len(group.stages))
+            _log.info("pipeline %d is ready: %d stages", number, len(group.stages))
         except (LlmdError, RayError, TimeoutError) as e:
             self._problem = f"the pipeline cannot start: {e or type(e).__name__}"
             _log.error("%s", self._problem)
             await asyncio.sleep(_REBUILD_PAUSE_S)
 
+    def _poll(self, group: PipelineGroup) -> None:
+        """Have every part tell of trouble in this epoch."""
+        for poll in self._polls:
+            poll.cancel()
+        parts = {name: actor for name, (actor, _) in group.parts().items() if actor is not None}
+        self._polls = {asyncio.ensure_future(_of(a.trouble.remote(group.epoch))): name for name, a in parts.items()}
+
     async def _check(self, group: PipelineGroup) -> None:
-        """Ask every part whether it lives; one that does not answer costs the whole pipeline, for now."""
-        try:
-            async with asyncio.timeout(_PING_S):
-                stages: list[Value] = await asyncio.gather(*(stage.ping.remote() for stage in group.stages))
-        except (RayError, TimeoutError) as e:
-            await self._lose(f"a stage died or hangs ({type(e).__name__})")
+        """Replace what is dead, if something is."""
+        # What hangs keeps its answer waiting for seconds, and its neighbours may know sooner.
+        asking = asyncio.ensure_future(self._dead(group, frozenset()))
+        waited: set[asyncio.Future[Any]] = {asking, *self._polls}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        ended = [(poll, name) for poll, name in self._polls.items() if poll.done()]
+        if any(poll.exception() is None and poll.result().fatal for poll, _ in ended):
+            asking.cancel()
+            await self._lose(next(poll.result().why for poll, _ in ended if poll.exception() is None))
             return
-        try:
-            async with asyncio.timeout(_PING_S):
-                failure: str | None = await group.head.ping.remote(stages)
-        except (RayError, TimeoutError) as e:
-            await self._lose(f"the head died or hangs ({type(e).__name__})")
+        said = [poll.result() for poll, _ in ended if poll.exception() is None]
+        named = frozenset().union(*(trouble.gone for trouble in said))
+        if ended:
+            asking.cancel()
+            asking = asyncio.ensure_future(self._dead(group, named))
+        dead, stages = await asking
+        if dead or ended:
+            why = "; ".join(trouble.why for trouble in said) or f"no answer from {', '.join(sorted(dead))}"
+            await self._repair(group, dead, why)
             return
-        if failure is not None and self._group is group:
-            await self._lose(failure)
+        assert group.head is not None
+        group.head.ping.remote(stages)  # whether it answers, the next check sees
+        if len(group.spares) < self._config.pipeline.spares:
+            self._group = await replenish(self._config, group)
+
+    async def _dead(self, group: PipelineGroup, named: frozenset[str]) -> tuple[frozenset[str], list[Value]]:
+        """Parts that do not live, and what the stages said of themselves."""
+
+        async def ask(name: str, actor: Any) -> Value | BaseException:
+            try:
+                async with asyncio.timeout(_NAMED_S if name in named else _PING_S):
+                    answer: Value = await (actor.party.remote() if name == HEAD else actor.ping.remote())
+                    return answer
+            except (RayError, TimeoutError) as e:
+                return e
+
+        parts = group.parts()
+        found = await asyncio.gather(*(ask(name, actor) for name, (actor, _) in parts.items() if actor is not None))
+        answers = dict(zip((name for name, (actor, _) in parts.items() if actor is not None), found, strict=True))
+        dead = {name for name in parts if isinstance(answers.get(name, TimeoutError()), BaseException)}
+        stages = [said for name, said in answers.items() if name != HEAD and not isinstance(said, BaseException)]
+        return frozenset(dead), stages
+
+    async def _repair(self, group: PipelineGroup, dead: frozenset[str], why: str) -> None:
+        """Replace these parts, and those that turn out to be dead meanwhile."""
+        _log.error("pipeline %d: %s", group.group, why)
+        began = time.monotonic()
+        self._problem = f"a part is being replaced: {why}"
+        for _ in range(_REPAIRS):
+            if HEAD in dead:  # an ingress asks for it from now on
+                self._group = group = replace(group, head=None, address=None)
+            try:
+                self._group = group = await repair_group(self._config, group, dead)
+            except BrokenError as e:
+                _log.error("pipeline %d: a repair was cut short: %s", group.group, e)
+                group, why = e.group, str(e)
+                dead = e.dead | (await self._dead(group, frozenset()))[0]
+                continue
+            self._repairs += 1
+            self._poll(group)
+            _log.warning("pipeline %d is whole again after %.1f s", group.group, time.monotonic() - began)
+            return
+        self._group = group
+        await self._lose(why)
 
     async def _lose(self, why: str) -> None:
         """Give the pipeline up: its requests end with an error, its actors and resources are freed."""
         group, self._group = self._group, None
         self._problem = f"the pipeline is being rebuilt: {why}"
+        for poll in self._polls:
+            poll.cancel()
+        self._polls = {}
         if group is None:
             return
-        _log.error("pipeline %d is given up: %s", group.epoch, why)
+        _log.error("pipeline %d is given up: %s", group.group, why)
         try:
-            async with asyncio.timeout(1.0):
-                await group.head.fail.remote(why)
+            if group.head is not None:
+                async with asyncio.timeout(1.0):
+                    await group.head.fail.remote(why)
         except (RayError, TimeoutError):
             pass  # a dead Head's connections end by themselves
-        tear_down(group.epoch)
+        tear_down(group.group)
+        await kill_processes([place for _, place in group.parts().values()])
 
     def _wanted(self) -> bool:
         now = time.monotonic()
         self._leases = {i: t for i, t in self._leases.items() if now - t < LEASE_S}
         return bool(self._leases) or now - self._born < _FIRST_LEASE_S
+
+
+async def _of(ref: Any) -> Any:
+    return await ref
 
 
 SupervisorActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(_SupervisorProcess)

@@ -20,7 +20,7 @@ from serve_app.cluster.ray_edge import InOrder, RayEdge
 from serve_app.engine.engine import BoxKind
 from serve_app.errors import PipelineError
 from serve_app.receipts.identity import NodeIdentity
-from serve_app.scheduling.scheduler import flights_ahead
+from serve_app.scheduling.flights import flights_ahead
 from serve_app.transport.edge import Deliver, Edge, Lost
 from serve_app.transport.handshake import EdgeAddress, EdgeKind, Inlet, Outlet, Peer
 from serve_app.transport.listener import EdgeListener
@@ -79,10 +79,13 @@ def kind_between(mode: EdgeMode, a: Party, b: Party) -> Kind:
     return mode
 
 
-async def wire(mode: EdgeMode, head: Member, stages: Sequence[Member], n_pages: int, max_requests: int) -> None:
+async def wire(
+    mode: EdgeMode, epoch: int, head: Member, stages: Sequence[Member], n_pages: int, max_requests: int
+) -> None:
     """Every edge of the pipeline is open when this returns. Raises PipelineError, RayError.
 
-    n_pages, max_requests: what the stages make room for while they connect.
+    epoch: a part of the edges' names, so that nothing of the one before is taken for its. n_pages, max_requests: what
+    the stages make room for while they connect.
     """
     members = [head, *stages]
     pairs = [(head, stages[0]), *itertools.pairwise(stages), *((stage, head) for stage in stages)]
@@ -90,14 +93,14 @@ async def wire(mode: EdgeMode, head: Member, stages: Sequence[Member], n_pages: 
     for a, b in pairs:
         kind = kind_between(mode, a.party, b.party)
         if kind != "ray":
-            awaited[b.party.name].append(Awaited(_name(a, b), kind, _peer(a.party)))
+            awaited[b.party.name].append(Awaited(_name(a, b, epoch), kind, _peer(a.party)))
     found = await asyncio.gather(*(member.actor.listen.remote(awaited[member.party.name]) for member in members))
     addresses = dict(zip((member.party.name for member in members), found, strict=True))
 
     def joint(a: Member, b: Member) -> Joint:
         kind = kind_between(mode, a.party, b.party)
         address = None if kind == "ray" else addresses[b.party.name]
-        return Joint(_name(a, b), kind, _peer(b.party), address, b.actor if kind == "ray" else None)
+        return Joint(_name(a, b, epoch), kind, _peer(b.party), address, b.actor if kind == "ray" else None)
 
     await head.actor.connect.remote(joint(head, stages[0]))
     after = [*(joint(a, b) for a, b in itertools.pairwise(stages)), None]
@@ -130,9 +133,12 @@ class EdgeSet:
     def __init__(self, identity: NodeIdentity, epoch: int, lifetime_s: int, deliver: Deliver, lost: Lost) -> None:
         """deliver, lost: for whatever comes in, and for any neighbour; called from threads of the edges."""
         self._identity, self._epoch, self._lifetime_s = identity, epoch, lifetime_s
-        self._deliver, self._lost = deliver, lost
+        self._to, self._lost_to = deliver, lost
         self._listener: EdgeListener | None = None
+        self._opened: list[Edge] = []
         self._by_ray: dict[str, InOrder] = {}
+        self._closed = False
+        self.gone: set[str] = set()  # neighbours that were lost, by name
 
     def listen(self, awaited: Sequence[Awaited], host: str) -> EdgeAddress | None:
         """Let these neighbours in. Returns where; None if there are none. Raises PipelineError."""
@@ -145,6 +151,19 @@ class EdgeSet:
 
     def open(self, joint: Joint) -> Edge:
         """The sending end of this edge. Raises PipelineError."""
+        edge = self._open(joint)
+        self._opened.append(edge)
+        return edge
+
+    def close(self) -> None:
+        """Nothing goes or comes by these edges any more, and nobody is told of it. Blocks for some seconds at most."""
+        self._closed = True
+        for edge in self._opened:
+            edge.close()
+        if self._listener is not None:
+            self._listener.close()
+
+    def _open(self, joint: Joint) -> Edge:
         if joint.kind == "ray":
             return RayEdge(joint.actor, joint.edge)
         if joint.address is None:
@@ -154,8 +173,19 @@ class EdgeSet:
             return dial_tcp(outlet, self._epoch, self._credentials(), self._lost)
         return dial_shared_memory(outlet, self._epoch, self._lost)
 
+    def _deliver(self, message: bytes) -> None:
+        if not self._closed:
+            self._to(message)
+
+    def _lost(self, peer: str, why: str) -> None:
+        if not self._closed:
+            self.gone.add(peer)
+            self._lost_to(peer, why)
+
     def push(self, edge: str, number: int, message: bytes) -> None:
-        """Message `number` of this edge came by a Ray call."""
+        """Message `number` of this edge came by a Ray call; one of an epoch before is dropped."""
+        if not edge.endswith(f" ({self._epoch})"):
+            return
         if edge not in self._by_ray:
             self._by_ray[edge] = InOrder(self._deliver)
         self._by_ray[edge].take(number, message)
@@ -164,8 +194,8 @@ class EdgeSet:
         return self._identity.certify_tls(int(time.time()), self._lifetime_s)
 
 
-def _name(a: Member, b: Member) -> str:
-    return f"{a.party.name} > {b.party.name}"
+def _name(a: Member, b: Member, epoch: int) -> str:
+    return f"{a.party.name} > {b.party.name} ({epoch})"
 
 
 def _peer(party: Party) -> Peer:

@@ -123,6 +123,12 @@ class LendsRows(Protocol):
     def use_outbox(self, kind: BoxKind) -> None:
         """Hand on by the neighbour's inbox from now on."""
 
+    def release_boxes(self) -> None:
+        """The neighbours are lost: steps that wait for something of theirs end, with whatever lies in the inbox."""
+
+    def drop_boxes(self) -> None:
+        """Everything goes through the host again, until boxes are offered anew. No step is under way."""
+
 
 @runtime_checkable
 class Lent(Protocol):

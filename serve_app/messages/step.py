@@ -9,6 +9,7 @@ every other byte string. Byte layout: PROTOCOL.md. Knows nothing of torch, Ray o
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,8 +162,14 @@ def _check_draws(plan: StepPlan) -> None:
 
 def closing_plan(epoch: int, seq: int, rows: int) -> StepPlan:
     """A plan that only makes every stage forget one sequence."""
-    closes = np.array([(seq, rows, 0)], CLOSE)
+    closes = np.array([(seq, rows, FORGET)], CLOSE)
     return StepPlan(epoch, 0, _none(OPEN), _none(SPAN), _none("<u4"), closes, _none("<u8"))
+
+
+def forgetting_plan(seqs: Iterable[int]) -> StepPlan:
+    """A plan that makes an engine forget these sequences; it travels nowhere."""
+    closes = np.array([(seq, 0, FORGET) for seq in seqs], CLOSE)
+    return StepPlan(0, 0, _none(OPEN), _none(SPAN), _none("<u4"), closes, _none("<u8"))
 
 
 @dataclass(frozen=True, slots=True)

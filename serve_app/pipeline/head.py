@@ -3,6 +3,8 @@
 One request: submit -> scheduler -> plans down the stages -> tokens back -> its rows' roots from every stage,
 compared -> the stages sign -> the receipt. All of it in one event loop, nothing shared; knows neither Ray, HTTP,
 text nor tensors. Stages answer through `deliver`.
+A stage may be lost (`lose`): requests then wait. When stages that know nothing stand in their places (`lead`,
+`resume`), each begins anew behind the tokens it has drawn, and its reader sees a pause.
 """
 
 from __future__ import annotations
@@ -11,8 +13,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 from serve_app.errors import ContextLengthError, PipelineError, ProtocolError, RequestError
 from serve_app.messages.request import (
@@ -20,73 +21,31 @@ from serve_app.messages.request import (
     Event,
     FailedEvent,
     FinishedEvent,
-    FinishReason,
     GenerationRequest,
     RequestId,
     TokensEvent,
 )
 from serve_app.messages.step import Fault, Reply, Roots, Signed, StepPlan, StepResult, closing_plan, decode_reply
+from serve_app.pipeline.facts import PipelineFacts
+from serve_app.pipeline.running import Running, mismatch, ticket_of
 from serve_app.receipts import rows_native
-from serve_app.receipts.commitment import request_hash, sampling_key
+from serve_app.receipts.commitment import request_hash
 from serve_app.receipts.identity import Session
 from serve_app.receipts.issue import issue
-from serve_app.receipts.rows import PAGE_ROWS, ids_root
-from serve_app.scheduling.scheduler import Committed, Scheduler, Ticket, flights_ahead
+from serve_app.scheduling.flights import flights_ahead, lookahead
+from serve_app.scheduling.scheduler import Committed, Scheduler
 from serve_app.transport.edge import Edge
 from shard_tools import canonical
 from shard_tools.canonical import Value
-from shard_tools.cid import Cid
 from shard_tools.errors import LlmdError
 from shard_tools.signing import Envelope
 
 _log = logging.getLogger(__name__)
+_MAX_STALLS = 3  # stages lost in a row while a request runs that draws nothing in between: it may be what kills them
 EXPIRY_MARGIN_S = 30  # a receipt signed later than this before the end might be refused by a clock that runs ahead
 ERROR_TYPE = "application/vnd.llmd.error.v1+dag-cbor"
 
 Sink = Callable[[Event], None]
-
-
-@dataclass(frozen=True, slots=True)
-class PipelineFacts:
-    """What a Head must know of the pipeline it leads."""
-
-    epoch: int
-    manifest: Cid
-    n_stages: int
-    context_length: int  # tokens
-    vocab_size: int
-    max_flights: int  # steps on their way at a time
-    step_timeout_s: float  # a step that takes longer has died: 60 s is ten times a 512-row step on two CPU cores
-    certificates: tuple[Envelope, ...]  # of the stages' sessions
-    registry: Envelope
-    expires_s: int  # Unix time: when the first of registry and session keys runs out
-
-
-def can_reuse_pages(page_size: int) -> bool:
-    """Whether the rows of KV pages of this size can be accounted for without running again; says so if not."""
-    if page_size % PAGE_ROWS:
-        _log.warning(
-            "KV pages of %d tokens are no whole pages of %d hashed rows, so shared prefixes are computed anew: "
-            "make pipeline.page_size a multiple of %d",
-            page_size,
-            PAGE_ROWS,
-            PAGE_ROWS,
-        )
-    return page_size % PAGE_ROWS == 0
-
-
-@dataclass(slots=True)
-class _Running:
-    request: GenerationRequest
-    sink: Sink
-    hash: bytes
-    node_nonce: bytes
-    tokens: list[int] = field(default_factory=list)
-    reason: FinishReason | None = None
-    attempt: int = 0  # how often it had begun anew when reason was known
-    ended_s: float | None = None  # on the monotonic clock: when reason was known
-    roots: dict[int, Roots] = field(default_factory=dict)
-    statements: dict[int, Envelope] = field(default_factory=dict)
 
 
 class Head:
@@ -96,14 +55,16 @@ class Head:
         rows_native.prepare()
         self._facts, self._scheduler, self._first, self._session = facts, scheduler, first, session
         self._seqs = itertools.count(1)
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, Running] = {}
         self._by_id: dict[RequestId, int] = {}
         self._started: dict[int, float] = {}  # step -> when it left
         self._failure: str | None = None
+        self._lost: tuple[str, float] | None = None  # why it waits for stages, and since when
         self._max_flights = facts.max_flights
         self._rows_sent = 0
         self.tokens_drawn = 0
         self.receipts_issued = 0
+        self.resumed = 0  # times that lost stages were replaced
 
     @property
     def rows_run(self) -> int:
@@ -115,6 +76,11 @@ class Head:
     def failure(self) -> str | None:
         """Why this pipeline can do no more, or None while it can."""
         return self._failure
+
+    @property
+    def lost(self) -> str | None:
+        """Why requests wait until stages are replaced, or None."""
+        return None if self._lost is None else self._lost[0]
 
     def look_ahead(self) -> None:
         """Tokens go from the last stage to the first by themselves: plan a row behind each that is on its way."""
@@ -130,20 +96,9 @@ class Head:
             raise PipelineError(f"the pipeline has failed ({self._failure}) and is being rebuilt; try again soon")
         self._check(request)
         seq, nonce = next(self._seqs), secrets.token_bytes(NONCE_BYTES)
-        bound = request_hash(request)
-        ticket = Ticket(
-            seq,
-            bound,
-            request.prompt_ids,
-            request.max_tokens,
-            request.sampling,
-            sampling_key(request, nonce),
-            frozenset(request.stop_ids),
-            request.priority,
-            request.cache_salt,
-        )
-        self._scheduler.admit(ticket)
-        self._running[seq] = _Running(request, sink, bound, nonce)
+        running = Running(request, sink, request_hash(request), nonce)
+        self._scheduler.admit(ticket_of(seq, running))
+        self._running[seq] = running
         self._by_id[request.id] = seq
         self._pump()
 
@@ -164,7 +119,7 @@ class Head:
         except ProtocolError as e:
             self.fail(f"a stage sent what is no reply: {e}")
             return
-        if reply.epoch == self._facts.epoch and self._failure is None:
+        if reply.epoch == self._facts.epoch and self._failure is None and self._lost is None:
             drawn = self._take(reply)
             self._pump()  # first: the stages wait for it, and whoever reads tokens does not feel the difference
             for committed in drawn:
@@ -174,18 +129,64 @@ class Head:
         """Called every second or so: a step or a signature that is overdue means that a stage hangs."""
         if time.time() > self._facts.expires_s - EXPIRY_MARGIN_S:
             # Whatever were signed from here on, no client could verify.
-            self.fail("its session keys or registry run out, and it is made anew with fresh ones")
-            return
+            self.lose("its session keys or registry run out, and it goes on with fresh ones")
         now = time.monotonic()
+        if self._lost is not None:
+            why, since = self._lost
+            if now - since > self._facts.repair_s:
+                self.fail(f"{why}; nothing stands in its place after {self._facts.repair_s:.0f} s")
+            return
         for step, began in self._started.items():
             if now - began > self._facts.step_timeout_s:
-                self.fail(f"step {step} took more than {self._facts.step_timeout_s:.0f} s")
+                self.lose(f"step {step} took more than {self._facts.step_timeout_s:.0f} s")
                 return
         for running in self._running.values():
             if running.ended_s is not None and now - running.ended_s > self._facts.step_timeout_s:
                 silent = sorted(set(range(self._facts.n_stages)) - running.statements.keys())
-                self.fail(f"stage {silent[0]} signed nothing for {self._facts.step_timeout_s:.0f} s after a request")
+                self.lose(f"stage {silent[0]} signed nothing for {self._facts.step_timeout_s:.0f} s after a request")
                 return
+
+    def lose(self, why: str) -> None:
+        """Some part is gone: nothing runs, and nothing that comes counts, until `resume`."""
+        if self._facts.repair_s <= 0:
+            self.fail(why)
+        elif self._failure is None and self._lost is None:
+            _log.warning("pipeline epoch %d waits for a part: %s", self._facts.epoch, why)
+            self._lost = why, time.monotonic()
+            self._started.clear()
+
+    def lead(self, facts: PipelineFacts, first: Edge, session: Session) -> None:
+        """Stages that know nothing stand ready in a new epoch."""
+        self.lose("its stages are connected anew")
+        self._facts, self._first, self._session = facts, first, session
+        self._max_flights = facts.max_flights
+        self._scheduler.look_ahead(lookahead(facts.n_stages))
+
+    def resume(self) -> None:
+        """Every request goes on, on the stages that `lead` named."""
+        if self._failure is not None or self._lost is None:
+            return
+        self._lost = None
+        began = self._scheduler.opened
+        over = self._scheduler.restart(self._facts.epoch)
+        for seq, running in list(self._running.items()):
+            if running.reason is not None:
+                # All is told but the receipt, for which its rows must run again.
+                running.attempt += 1
+                self._scheduler.admit(ticket_of(seq, running))
+                running.reason, running.ended_s = None, None
+                running.roots, running.statements = {}, {}
+            elif seq in began:
+                running.stalls = running.stalls + 1 if len(running.tokens) == running.resumed_at else 0
+                running.resumed_at = len(running.tokens)
+                if running.stalls >= _MAX_STALLS:
+                    self._scheduler.drop(seq)
+                    message = f"stages were lost {running.stalls + 1} times while this request ran"
+                    self._end(seq, FailedEvent(running.request.id, "pipeline", message))
+        for committed in over:
+            self._commit(committed)
+        self.resumed += 1
+        self._pump()
 
     def fail(self, why: str) -> None:
         """The pipeline can do no more: every request ends with an error, nothing waits for ever."""
@@ -200,6 +201,8 @@ class Head:
         return {
             "epoch": self._facts.epoch,
             "failure": self._failure,
+            "waits_for": self.lost,
+            "resumed": self.resumed,
             "running": self._scheduler.running,
             "waiting": self._scheduler.waiting,
             "free_pages": self._scheduler.free_pages,
@@ -233,7 +236,7 @@ class Head:
 
     def _pump(self) -> None:
         """Keep the stages busy: plan and send until enough is in flight or nothing can run."""
-        while self._failure is None and self._scheduler.in_flight < self._max_flights:
+        while self._failure is None and self._lost is None and self._scheduler.in_flight < self._max_flights:
             plan = self._scheduler.plan()
             if plan is None:
                 return
@@ -246,7 +249,7 @@ class Head:
         try:
             self._first.send(plan.encode(rows))
         except PipelineError as e:
-            self.fail(str(e))
+            self.lose(str(e))
 
     def _take(self, reply: Reply) -> list[Committed]:
         """Act on a reply; what it gave the sequences is still to be told."""
@@ -269,7 +272,7 @@ class Head:
             case Fault():
                 if self._started.pop(reply.step, None) is None:
                     # Not in a step that runs: hashing or an ending went wrong, and whose is not known.
-                    self.fail(f"stage {reply.stage}: {reply.message}")
+                    self.lose(f"stage {reply.stage}: {reply.message}")
                     return []
                 for seq in self._scheduler.drop_step(reply.step):
                     running = self._running[seq]
@@ -291,7 +294,7 @@ class Head:
         if committed.reason == "cancelled" or not running.tokens:
             self._end(committed.seq, FinishedEvent(running.request.id, "cancelled", b""))
 
-    def _ended(self, reply: Roots | Signed) -> _Running | None:
+    def _ended(self, reply: Roots | Signed) -> Running | None:
         """The request a stage speaks of, if it has ended here and waits for that stage's word."""
         running = self._running.get(reply.seq)
         if running is None or running.reason is None or not 0 <= reply.stage < self._facts.n_stages:
@@ -306,7 +309,7 @@ class Head:
         if len(running.roots) < self._facts.n_stages:
             return
         chain = [running.roots[i] for i in range(self._facts.n_stages)]
-        wrong = self._mismatch(running, chain)
+        wrong = mismatch(self._facts.manifest, running, chain)
         if wrong is None:
             self._scheduler.sign(roots.seq)
             return
@@ -315,17 +318,6 @@ class Head:
         self._scheduler.distrust()
         self._end(roots.seq, FailedEvent(running.request.id, "integrity", wrong, encoded))
         self._send(closing_plan(self._facts.epoch, roots.seq, roots.rows), b"")
-
-    def _mismatch(self, running: _Running, chain: Sequence[Roots]) -> str | None:
-        """What is wrong with the stages' roots, or None. Nothing is signed before this is None."""
-        fed = (*running.request.prompt_ids, *running.tokens[:-1])
-        if chain[0].in_root != ids_root(self._facts.manifest, fed):
-            return "stage 0 did not receive the tokens of this request"
-        for before, after in itertools.pairwise(chain):
-            if before.out_root != after.in_root:
-                return f"stage {after.stage} received other rows than stage {before.stage} sent"
-        short = next((r for r in chain if r.rows != len(fed)), None)
-        return None if short is None else f"stage {short.stage} hashed {short.rows} rows of {len(fed)}"
 
     def _collect(self, signed: Signed) -> None:
         running = self._ended(signed)

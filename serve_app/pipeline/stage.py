@@ -4,6 +4,8 @@ Messages come in order through `deliver`. One thread launches steps, another wai
 engine whose launch returns early has its next step queued before the last one ends. What was handed on is hashed
 behind both, so a receipt costs the pipeline no waiting. Where an engine lends its rows to the next, the first thread
 hands on too, before they are there; all messages then go that way, or they would overtake one another.
+When a neighbour is lost the Stage is given up (`give_up`), and another one takes its engine, which knows no sequence
+any more.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from serve_app.engine.engine import Engine, Launched, Lent
 from serve_app.errors import PipelineError
-from serve_app.messages.step import NO_STEP, Fault, Reply, StepPlan, StepResult, encode_reply
+from serve_app.messages.step import NO_STEP, Fault, Reply, StepPlan, StepResult, encode_reply, forgetting_plan
 from serve_app.pipeline.witness import StageSpan, Witness
 from serve_app.receipts.statement import StatementChain
 from serve_app.transport.edge import Edge, Rows
@@ -24,6 +26,7 @@ from serve_app.transport.edge import Edge, Rows
 _log = logging.getLogger(__name__)
 MAX_QUEUED = 64  # messages: far above the steps a Head keeps in flight; past it the sender blocks
 MAX_LAUNCHED = 2  # steps launched and not yet collected
+_GIVEN_UP = -1  # the epoch of a Stage that takes no message any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +51,15 @@ class Stage:
         next: Edge | None,
         head: Edge,
         epoch: int,
+        hashed: bool | None = None,
     ) -> None:
+        """hashed: what engine.hash_rows has said to a Stage before this one. None: it is asked now."""
         self._engine, self._span, self._next, self._head, self._epoch = engine, span, next, head, epoch
         self._head_lock = threading.Lock()  # the witness and the collector speak to the Head too
-        hashed = engine.hash_rows(span.inlet.leaf_prefix, span.outlet.leaf_prefix, hand_on=next is not None)
+        if hashed is None:
+            hashed = engine.hash_rows(span.inlet.leaf_prefix, span.outlet.leaf_prefix, hand_on=next is not None)
+        self.hashed = hashed
+        self._open: set[int] = set()  # sequences that the engine knows
         self.witness = Witness(span, chain, self._reply, page_size=page_size, hashed=hashed)
         self._inbox: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUED)
         self._flights: queue.Queue[_Flight | None] = queue.Queue(MAX_LAUNCHED)
@@ -85,6 +93,25 @@ class Stage:
             thread.join()
         self.witness.close()
 
+    def give_up(self, timeout_s: float) -> None:
+        """Drop what came and end every thread; the engine forgets every sequence. Its edges are closed before.
+
+        Raises PipelineError if a step does not end within timeout_s: the engine is then of no use any more.
+        """
+        self._epoch = _GIVEN_UP
+        until = time.monotonic() + timeout_s
+        try:
+            self._inbox.put(None, timeout=timeout_s)
+        except queue.Full:
+            raise PipelineError(f"a step did not end within {timeout_s:.0f} s") from None
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+            if thread.is_alive():
+                raise PipelineError(f"a step did not end within {timeout_s:.0f} s")
+        self.witness.close()
+        if self._open:
+            self._engine.launch(forgetting_plan(self._open), memoryview(b"")).result()
+
     def _launch_all(self) -> None:
         while (message := self._inbox.get()) is not None:
             try:
@@ -100,10 +127,12 @@ class Stage:
         began = time.perf_counter()
         try:
             flight = _Flight(plan, self._engine.launch(plan, rows), None, began)
+            self._open.update(plan.opens["seq"].tolist())
         except Exception as e:
             # Its rows are lost, but sequences that only end or wait for a signature in it must not be. The Head is told
             # in turn, behind the results of steps before: one of those may end what stands in this one.
             flight = _Flight(plan, self._engine.launch(plan.endings(), memoryview(b"")), e, began)
+        self._open.difference_update(plan.closes["seq"].tolist())
         if self._early:
             flight = self._hand_on_early(flight)
         self._flights.put(flight)

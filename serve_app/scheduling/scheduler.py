@@ -38,31 +38,10 @@ from serve_app.scheduling.seats import Seats
 from serve_app.scheduling.sequence import Committed, Sequence, Ticket
 from serve_app.scheduling.speculation import Guesser, room_for_guesses
 
-__all__ = ["Committed", "Scheduler", "Ticket", "flights_ahead", "lookahead", "max_flights"]
+__all__ = ["Committed", "Scheduler", "Ticket"]
 
+_RESUMED = 1 << 40  # arrivals by which a request that is resumed goes before all that begin
 _CHUNKS = 8  # a pass over the weights for less than this part of the budget costs nearly what the whole would
-
-
-def max_flights(stages: int, take_turns: bool = False) -> int:
-    """Steps on their way at a time: one more than stages keeps each busy while tokens travel back.
-
-    take_turns: all stages compute on the same cores. Then one step of all sequences is faster than several of few, each
-    of which reads the weights again: two stages give what one gives, and half of it with three steps on their way.
-    """
-    return 1 if take_turns and stages > 1 else stages + 1 + lookahead(stages) // 2
-
-
-def flights_ahead(stages: int) -> int:
-    """As max_flights, of several stages of which the first learns of tokens without the Head.
-
-    Each of the micro-batches has a step running and the next one planned.
-    """
-    return 2 * stages
-
-
-def lookahead(stages: int) -> int:
-    """For a pipeline of so many stages. Two tokens ahead hide the Head even where a step takes a millisecond."""
-    return 2 if stages == 1 else 0
 
 
 class Scheduler:
@@ -119,6 +98,11 @@ class Scheduler:
         return len(self._seats.waiting)
 
     @property
+    def opened(self) -> set[int]:
+        """Sequences that the stages know."""
+        return {seq for seq, sequence in self._seats.running.items() if sequence.opened}
+
+    @property
     def free_pages(self) -> int:
         """Pages that nobody holds."""
         return self._seats.pool.free
@@ -147,7 +131,10 @@ class Scheduler:
         self._cohorts = Cohorts(self._micro_batches) if tokens and self._micro_batches > 1 else None
 
     def admit(self, ticket: Ticket) -> None:
-        """Queue the request. Raises OverloadedError when full, RequestError when it can never fit."""
+        """Queue the request. Raises OverloadedError when full, RequestError when it can never fit.
+
+        One that has drawn already is never refused for want of room: it was let in before.
+        """
         # The last token is never fed back, so it needs no row.
         need = self._seats.pages_of(len(ticket.prompt_ids) + ticket.max_tokens - 1)
         if need > self._seats.pool.n_pages:
@@ -155,13 +142,14 @@ class Scheduler:
                 f"the request may grow to {need * self._seats.page_size} tokens and this pipeline has room for "
                 f"{self._seats.pool.n_pages * self._seats.page_size}: ask for fewer tokens or raise pipeline.kv_pages"
             )
-        sequence = Sequence.of(ticket, self._arrivals)
+        # What was under way before goes before what is new.
+        sequence = Sequence.of(ticket, self._arrivals if not ticket.drawn else self._arrivals - _RESUMED)
         if self._speculate and not ticket.sampling.penalises:  # those count what they draw, and void draws would count
             sequence.guesser = Guesser(sequence.n_prompt)
         self._arrivals += 1
         self._seats.wait(sequence)
         self._seats.let_in()  # only what cannot run yet counts as waiting
-        if not sequence.seated and len(self._seats.waiting) > self._max_waiting:
+        if not ticket.drawn and not sequence.seated and len(self._seats.waiting) > self._max_waiting:
             self._seats.waiting.remove(sequence)
             raise OverloadedError(f"{self.running} requests run and {len(self._seats.waiting)} wait already")
 
@@ -193,12 +181,15 @@ class Scheduler:
         self._seats.let_in()
         draft = Draft()
         decoding, prompts = self._ready()
-        ready = decoding if self._cohorts is None else self._cohorts.choose(decoding, self._seats.order)
         share = self._decoding_share(len(prompts))
-        together = share if self._cohorts is None else len(ready)
-        most = 0 if prompts else room_for_guesses(self._speculate, together, self._max_step_tokens)
-        ready = [s for s in ready if not _waits(s, most)] if self._speculate else ready
-        self._add_decoding(draft, ready[:share], most)
+        for _ in range(1 if self._cohorts is None else self._micro_batches):
+            ready = decoding if self._cohorts is None else self._cohorts.choose(decoding, self._seats.order)
+            together = share if self._cohorts is None else len(ready)
+            most = 0 if prompts else room_for_guesses(self._speculate, together, self._max_step_tokens)
+            ready = [s for s in ready if not _waits(s, most)] if self._speculate else ready
+            self._add_decoding(draft, ready[:share], most)
+            if draft.flight:
+                break  # else nobody of this cohort found a page, and one of the next takes theirs
         budget = self._prompt_share(len(draft.flight), len(decoding), prompts)
         for sequence in prompts:
             budget -= self._add_prompt(draft, sequence, budget)
@@ -271,6 +262,23 @@ class Scheduler:
     def sign(self, seq: int) -> None:
         """Every stage's roots of this closed sequence match: have them sign."""
         self._signs.append(seq)
+
+    def restart(self, epoch: int) -> list[Committed]:
+        """The stages have forgotten all they knew: what has begun begins anew. Returns what ends instead.
+
+        Nothing drawn is lost, and nothing of the epoch before is answered any more.
+        """
+        self._epoch = epoch
+        self._flights.clear()
+        self._rows.clear()
+        self._signs.clear()
+        self._seats.clear()
+        over = []
+        for sequence in list(self._seats.waiting):
+            ending, sequence.ending = sequence.ending, None
+            if ending is not None and (ended := self.stop(sequence.ticket.seq, ending)) is not None:
+                over.append(ended)
+        return over
 
     def drop(self, seq: int) -> None:
         """A sequence whose step will never come back: free its pages and tell the stages to forget it."""

@@ -100,6 +100,20 @@ class Seats:
         self.order.remove(sequence)
         self.pool.give_back(sequence.pages)
 
+    def clear(self) -> None:
+        """The stages hold nothing any more: all that ran waits again, and no page can be found."""
+        self.closes = []
+        for sequence in list(self.order):
+            self.leave(sequence)
+            if sequence.opened:
+                self.rows_abandoned += sequence.computed - sequence.cached
+                sequence.attempt += 1
+            sequence.unseat()
+            self.wait(sequence)
+        for sequence in self.waiting:
+            sequence.flights, sequence.guesses = 0, ()
+        self.pool.forget()
+
     def _preempt(self, sequence: Sequence) -> None:
         self.leave(sequence)
         if sequence.opened:

@@ -27,6 +27,11 @@ class Ticket:
     stop_ids: frozenset[int]
     priority: int = 0  # the larger goes first
     cache_salt: bytes = b""  # only requests of the same one share pages
+    # Of a request that a pipeline before this one had begun: what it had drawn, whether that is all, and how often it
+    # had begun anew at most.
+    drawn: tuple[int, ...] = ()
+    final: Literal["stop", "length"] | None = None
+    attempt: int = 0
 
 
 class Committed(NamedTuple):
@@ -75,7 +80,9 @@ class Sequence:
         """Of the request that is the `arrival`-th to arrive."""
         n = len(ticket.prompt_ids)
         rank = arrival - ticket.priority * LEVEL_ARRIVALS, arrival
-        return cls(ticket, rank, n, n + ticket.max_tokens, list(ticket.prompt_ids))
+        tokens = [*ticket.prompt_ids, *ticket.drawn]
+        limit = n + ticket.max_tokens
+        return cls(ticket, rank, n, limit, tokens, final=ticket.final, attempt=ticket.attempt)
 
     @property
     def drew(self) -> bool:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import httpx
-import openai
 import pytest
 from openai import OpenAI
 
@@ -149,22 +150,23 @@ def test_an_ingress_that_is_killed_does_not_take_the_pipeline_along(cluster: Clu
     assert client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=4).choices  # type: ignore[arg-type]
 
 
-def test_a_stage_that_is_killed_costs_its_requests_an_error_and_the_service_returns(
-    cluster: Cluster, client: OpenAI
-) -> None:
-    """No hang: the stream ends with an error at once, and a new pipeline answers soon after."""
-    epoch = cluster.state()["pipelines"][0]["epoch"]
-    chunks = client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=400, stream=True, seed=1)  # type: ignore[arg-type]
-    next(iter(chunks))
-    os.kill(next(iter(cluster.processes("ray::_StageProcess"))), signal.SIGKILL)
-    began = time.monotonic()
-    with pytest.raises(openai.APIError, match=r"pipeline failed: .*stage \d is gone"):
-        for _ in chunks:
-            pass
-    assert time.monotonic() - began < 3  # the edges see it at once; the machine may be busy
-    cluster.wait_until_ready()
-    assert eventually(lambda: (cluster.state()["pipelines"] or [{"epoch": epoch}])[0]["epoch"] > epoch, 60)
-    assert client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=4).choices  # type: ignore[arg-type]
+def test_a_stage_that_is_killed_costs_its_requests_a_pause(cluster: Cluster, client: OpenAI) -> None:
+    """The same response goes on with the same text, and its receipt tells of the attempt; the other stage stays."""
+    asked: dict[str, Any] = {"model": NAME, "messages": MESSAGES, "max_tokens": 200, "temperature": 0, "stream": True}
+    undisturbed = _text(client.chat.completions.create(**asked))
+    epoch, before = cluster.state()["pipelines"][0]["epoch"], cluster.processes("ray::_StageProcess")
+    chunks = client.chat.completions.create(**asked)
+    began = [next(chunks) for _ in range(10)]
+    killed = next(iter(before))
+    os.kill(killed, signal.SIGKILL)
+    assert _text(itertools.chain(began, chunks)) == undisturbed
+    pipeline = cluster.state()["pipelines"][0]
+    assert pipeline["epoch"] > epoch and pipeline["resumed"] == 1 and pipeline["failure"] is None
+    assert cluster.processes("ray::_StageProcess").keys() & before.keys() == before.keys() - {killed}
+
+
+def _text(chunks: Iterable[Any]) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 
 def test_ctrl_c_leaves_no_process_and_no_shared_memory(cluster: Cluster) -> None:

@@ -159,6 +159,12 @@ class GpuEngine:
     def use_outbox(self, kind: BoxKind) -> None:
         self._port.use_outbox(kind)
 
+    def release_boxes(self) -> None:
+        self._port.release()
+
+    def drop_boxes(self) -> None:
+        self._port = self._port.renewed()
+
     def run(self, plan: StepPlan, rows: memoryview) -> StepOutput:
         """The step, waited for."""
         return self.launch(plan, rows).result()

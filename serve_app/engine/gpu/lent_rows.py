@@ -36,6 +36,7 @@ _OFFER = struct.Struct(f"<8s{_HANDLE_BYTES}sQQ")
 _REFERENCE = struct.Struct("<8sQQx")
 _OFFER_MAGIC, _REFERENCE_MAGIC = b"llmd-box", b"llmd-row"
 _PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+_FAR = 1 << 20  # numbers: more than can be awaited at a time
 _AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ, which counts round
 
 
@@ -93,11 +94,19 @@ class Driver:
         return device.type == "cuda"
 
     def allocate(self, n_bytes: int) -> int:
-        """The address of so much memory, which is never given back: an inbox lives as long as its process."""
+        """The address of so much memory, full of ones."""
         address = ctypes.c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(n_bytes))
         self._call("cuMemsetD32_v2", address, ctypes.c_uint(0), ctypes.c_size_t(1))
         return int(address.value)
+
+    def free(self, address: int) -> None:
+        """Give back what was allocated there. Nothing uses it any more."""
+        self._call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def unmap(self, address: int) -> None:
+        """Let go of another process's memory."""
+        self._call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
 
     def share(self, address: int) -> bytes:
         """The handle by which another process maps what was allocated there."""
@@ -124,6 +133,14 @@ class Driver:
         stamp, how = ctypes.c_uint32(number), ctypes.c_uint(_AT_LEAST)
         self._call("cuStreamWaitValue32_v2", self._stream(), ctypes.c_uint64(address), stamp, how)
 
+    def stamp_beside(self, address: int, number: int, device: torch.device) -> None:
+        """Write 32 bits there now, whatever the queue of this thread waits for."""
+        beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(beside):
+            stamp = torch.full((1,), number, dtype=torch.int64, device=device)
+            self.copy(address, stamp.data_ptr(), 4)
+        beside.synchronize()
+
     def synchronize(self, device: torch.device) -> None:
         """Wait for all that was queued."""
         torch.cuda.synchronize(device)
@@ -149,10 +166,12 @@ class Inbox:
         """Raises PipelineError where the driver gives no such memory."""
         self._driver = driver
         self._address = driver.allocate(_HEAD_BYTES + places * place_bytes)
+        self._awaited = 0
         self.offer = Offer(driver.share(self._address), places, place_bytes)
 
     def take(self, number: int, out: Tensor) -> None:
         """Queue: wait for what has this number, then copy it to out, which is contiguous."""
+        self._awaited = number
         self._driver.await_stamp(self._address, number & 0xFFFFFFFF)
         place = self._address + _HEAD_BYTES + number % self.offer.places * self.offer.place_bytes
         self._driver.copy(out.data_ptr(), place, out.numel() * out.element_size())
@@ -163,6 +182,14 @@ class Inbox:
         self._driver.copy(found.data_ptr(), self._address, 4)
         self._driver.synchronize(device)
         return int(found.item()) == number
+
+    def release(self, device: torch.device) -> None:
+        """Nothing comes any more: whatever waits goes on, with what lies there."""
+        self._driver.stamp_beside(self._address, (self._awaited + _FAR) & 0xFFFFFFFF, device)
+
+    def close(self) -> None:
+        """Give the memory back. Nothing waits for it."""
+        self._driver.free(self._address)
 
 
 class Outbox:
@@ -175,6 +202,10 @@ class Outbox:
         if size < _HEAD_BYTES + offer.places * offer.place_bytes:
             raise ProtocolError(f"an inbox of {size} bytes, where {offer.places} x {offer.place_bytes} are offered")
         self._stamp = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def close(self) -> None:
+        """Let go of it. Nothing is queued for it any more."""
+        self._driver.unmap(self._address)
 
     def holds(self, content: Tensor) -> bool:
         """Whether a place is large enough."""

@@ -92,6 +92,25 @@ class Port:
         """As engine.LendsRows."""
         self._used.add(kind)
 
+    # -- after the last step
+
+    def release(self) -> None:
+        """As engine.LendsRows."""
+        for box in self._inboxes.values():
+            box.release(self._device)
+
+    def renewed(self) -> Port:
+        """One without neighbours, in place of this one, whose memory is given back. No step is under way."""
+        if self._inboxes or self._outboxes:
+            self._driver.synchronize(self._device)
+        for inbox in self._inboxes.values():
+            inbox.close()
+        for outbox in self._outboxes.values():
+            outbox.close()
+        port = Port(self._device, self._vocab_size, self._driver)
+        port.hand_on = self.hand_on
+        return port
+
     def _probe(self) -> Tensor:
         return torch.full((1,), 7, dtype=torch.int32, device=self._device)
 

@@ -7,7 +7,9 @@ import pytest
 
 from serve_app.messages.request import Sampling
 from serve_app.messages.step import DRAWN_LAST, StepResult
-from serve_app.scheduling.scheduler import Scheduler, Ticket, flights_ahead
+from serve_app.scheduling.flights import flights_ahead
+from serve_app.scheduling.scheduler import Scheduler, Ticket
+from tests.scheduler_drive import Drive, follow, scheduler
 
 STAGE_MS = 5.0  # of a decode step in either stage
 HEAD_MS = 0.5  # until the Head has a step's result
@@ -60,3 +62,9 @@ def test_no_stage_waits_for_a_token(n: int) -> None:
         (milliseconds(*how, n, 200) - milliseconds(*how, n, 100)) / 100 for how in ((1, flights_ahead(2)), (0, 3))
     )
     assert ahead < 2 * STAGE_MS * 1.03 < waiting
+
+
+def test_a_cohort_that_finds_no_page_leaves_its_turn_to_another() -> None:
+    """Of few pages: the first in rank takes one from the last, which stands in another cohort, and nothing stands."""
+    requests = [(0, 1, 9, -1), (0, 11, 4, 0), (4, 1, 19, 1), (0, 1, 16, 0), (0, 25, 17, 0), (0, 9, 9, 0)]
+    follow((requests, []), Drive(scheduler(n_pages=14, max_step_tokens=2, lookahead=1, micro_batches=3), 1, 2, 1))

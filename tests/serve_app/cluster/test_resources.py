@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from serve_app.cluster.pipeline_group import _HEAD_CPUS, _wanted
+from serve_app.cluster.resources import HEAD_CPUS, wanted
 from serve_app.config import AppConfig
 
 
@@ -27,7 +27,7 @@ def config(stages: int) -> AppConfig:
 )
 def test_a_stage_never_asks_for_more_than_a_node_has(nodes: Sequence[float], stages: int, threads: int) -> None:
     """Also with the Head in its bundle."""
-    wants = _wanted(config(stages), nodes, 0.0)
+    wants = wanted(config(stages), nodes, 0.0)
     assert wants.device == "cpu" and wants.threads == threads
-    assert wants.cpus + _HEAD_CPUS <= max(nodes)
-    assert wants.cpus * stages + _HEAD_CPUS <= sum(nodes)
+    assert wants.cpus + HEAD_CPUS <= max(nodes)
+    assert wants.cpus * stages + HEAD_CPUS <= sum(nodes)

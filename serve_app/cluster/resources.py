@@ -1,0 +1,74 @@
+"""What the stages of a pipeline ask of a cluster, and what fits into them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import ray
+
+from serve_app.cluster.specs import Resources, StageReport
+from serve_app.config import AppConfig
+from serve_app.engine.engine import DeviceName
+from serve_app.errors import PipelineError
+from shard_tools.manifest import Manifest
+
+HEAD_CPUS = 0.1  # it plans and hashes; on a two-core laptop whole CPUs would not fit
+SPARE_CPUS = 0.05  # one that waits computes nothing; on its GPU nothing else must be when it is needed
+_STAGE_CPU_SHARE = 0.8  # of the CPUs that would be a stage's, so that ingress and Head find room
+_AUTO_LOADS: dict[DeviceName, tuple[int, int]] = {"cpu": (512, 64), "cuda": (8192, 256)}  # as config.py says
+_GPU_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
+
+
+def resources_of(config: AppConfig) -> Resources:
+    """For this cluster as it is now."""
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    return wanted(config, nodes, ray.cluster_resources().get("GPU", 0.0))
+
+
+def wanted(config: AppConfig, node_cpus: Sequence[float], gpus_there: float) -> Resources:
+    """node_cpus: CPUs of each node. A stage never asks for more than the largest node can give it."""
+    stages = config.pipeline.stages
+    with_cpus = [cpus for cpus in node_cpus if cpus > 0] or [1.0]
+    beside = -(-stages // len(with_cpus))  # stages on one node, if they spread
+    fair = min(sum(with_cpus) / stages, max(with_cpus) / beside)
+    asked = config.pipeline.threads_per_stage
+    threads = max(1, int(fair)) if asked == "auto" else asked
+    cpus = round(min(float(threads), fair * _STAGE_CPU_SHARE), 2)
+    gpus = config.pipeline.gpus_per_stage
+    if config.pipeline.device == "cuda" or (config.pipeline.device == "auto" and gpus_there >= gpus * stages):
+        return Resources("cuda", min(cpus, 1.0), gpus, threads)
+    if asked == "auto" and len(with_cpus) == 1:
+        threads = max(1, int(with_cpus[0]))  # stages of one node take turns (see max_flights): each has all its cores
+    return Resources("cpu", cpus, 0.0, threads)
+
+
+def loads_of(config: AppConfig, device: DeviceName) -> tuple[int, int]:
+    """Tokens in a step and requests running at once, at most."""
+    step_tokens, requests = _AUTO_LOADS[device]
+    asked = config.pipeline.max_step_tokens, config.pipeline.max_requests
+    return step_tokens if asked[0] == "auto" else asked[0], requests if asked[1] == "auto" else asked[1]
+
+
+def pages_of(config: AppConfig, manifest: Manifest, reports: Sequence[StageReport], max_requests: int) -> int:
+    """KV pages that every stage has room for."""
+    if config.pipeline.kv_pages != "auto":
+        return config.pipeline.kv_pages
+    rooms = []
+    for report in reports:
+        profile = report.profile
+        memory = config.pipeline.kv_memory_bytes
+        if profile.device.startswith("cuda"):
+            # Of a shared GPU each stage may fill its share only: all of them saw the same memory free.
+            memory = int(profile.memory_bytes * _GPU_KV_SHARE * config.pipeline.gpus_per_stage)
+        rooms.append(memory // profile.kv_page_bytes)
+    # More than all requests at full length can never be used.
+    useful = max_requests * -(-manifest.context_length // config.pipeline.page_size)
+    pages = min(*rooms, useful)
+    if pages < 1:
+        raise PipelineError("no room for a single KV page: raise pipeline.kv_memory_bytes")
+    return pages
+
+
+def brief(resources: dict[str, float]) -> str:
+    """For people."""
+    return ", ".join(f"{k} {v:g}" for k, v in sorted(resources.items()) if k in ("CPU", "GPU")) or "nothing"

@@ -1,0 +1,64 @@
+"""One request of a Head: what it has told of it, and what the stages say they did for it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from serve_app.messages.request import Event, FinishReason, GenerationRequest
+from serve_app.messages.step import Roots
+from serve_app.receipts.commitment import sampling_key
+from serve_app.receipts.rows import ids_root
+from serve_app.scheduling.sequence import Ticket
+from shard_tools.cid import Cid
+from shard_tools.signing import Envelope
+
+
+@dataclass(slots=True)
+class Running:
+    """What the Head keeps of it until its receipt is out."""
+
+    request: GenerationRequest
+    sink: Callable[[Event], None]
+    hash: bytes
+    node_nonce: bytes
+    tokens: list[int] = field(default_factory=list)
+    reason: FinishReason | None = None
+    attempt: int = 0  # how often it had begun anew when reason was known
+    ended_s: float | None = None  # on the monotonic clock: when reason was known
+    roots: dict[int, Roots] = field(default_factory=dict)
+    statements: dict[int, Envelope] = field(default_factory=dict)
+    resumed_at: int = -1  # tokens it had drawn when stages were lost the last time
+    stalls: int = 0
+
+
+def ticket_of(seq: int, running: Running) -> Ticket:
+    """As the scheduler needs to know the request, which may have drawn already."""
+    request = running.request
+    return Ticket(
+        seq,
+        running.hash,
+        request.prompt_ids,
+        request.max_tokens,
+        request.sampling,
+        sampling_key(request, running.node_nonce),
+        frozenset(request.stop_ids),
+        request.priority,
+        request.cache_salt,
+        tuple(running.tokens),
+        running.reason if running.reason in ("stop", "length") else None,
+        running.attempt,
+    )
+
+
+def mismatch(manifest: Cid, running: Running, chain: Sequence[Roots]) -> str | None:
+    """What is wrong with the stages' roots, or None. Nothing is signed before this is None."""
+    fed = (*running.request.prompt_ids, *running.tokens[:-1])
+    if chain[0].in_root != ids_root(manifest, fed):
+        return "stage 0 did not receive the tokens of this request"
+    for before, after in itertools.pairwise(chain):
+        if before.out_root != after.in_root:
+            return f"stage {after.stage} received other rows than stage {before.stage} sent"
+    short = next((r for r in chain if r.rows != len(fed)), None)
+    return None if short is None else f"stage {short.stage} hashed {short.rows} rows of {len(fed)}"
