@@ -16,7 +16,7 @@ from shard_tools.http_client import ANSWER_S, Patience
 from shard_tools.keeping import Quota
 from shard_tools.store.block_store import BlockSource
 from shard_tools.store.directory import DirectoryStore
-from shard_tools.store.http_source import HttpSource
+from shard_tools.store.gateway import Gateway
 from shard_tools.store.peers import Peers
 from shard_tools.store.tiered import HEDGE_S, TOTAL_S, Haste, Order, TieredStore
 
@@ -101,7 +101,7 @@ def each_outside(ipfs: str, gateways: str, mirrors: str, patience: Patience) -> 
         from shard_tools.store.ipfs import IpfsNode  # its package is an extra
 
         out.append(IpfsNode(ipfs, patience))
-    out += [HttpSource(url, "gateway", patience) for url in gateways.split()]
+    out += [Gateway(url, patience) for url in gateways.split()]
     out += [DirectoryStore.mirror(absolute_path(path)) for path in mirrors.split()]
     return out
 
