@@ -36,6 +36,7 @@ from shard_tools.manifest import Manifest
 from shard_tools.naming import cosign as cosign_model
 from shard_tools.naming import sign_and_name
 from shard_tools.quantised import Scheme
+from shard_tools.ranges import RangeMaps
 from shard_tools.signing import Signer, key_text
 from shard_tools.store.directory import DirectoryStore
 from shard_tools.trust import TrustPolicy
@@ -78,12 +79,17 @@ def shard(
 ) -> None:
     """Cut a checkpoint into shards and show their CIDs; nothing is signed or named."""
     with refusals():
+        from shard_tools.checkpoint.original import original_ranges
         from shard_tools.checkpoint.source import open_checkpoint  # torch and transformers: seconds to import
         from shard_tools.checkpoint.split import split
 
         blocks = DirectoryStore(store.expanduser())
         with filling(store.expanduser()), progress_bar() as progress:
-            model = split(open_checkpoint(checkpoint), blocks, name, _dtype(dtype), progress, _scheme(quantise))  # type: ignore[arg-type]
+            opened = open_checkpoint(checkpoint)
+            model = split(opened, blocks, name, _dtype(dtype), progress, _scheme(quantise))  # type: ignore[arg-type]
+        found = original_ranges(opened, model)
+        if found is not None:
+            RangeMaps(store.expanduser()).put(found)
         _show(model)
         line("Not signed, not named: `llmd publish` does both, and keeps these blocks.")
 
@@ -116,6 +122,7 @@ def publish(
                 progress,
                 _scheme(quantise),
                 valid_days * DAY_S,
+                RangeMaps(root),
             )
         _show(open_record(record, blocks, TrustPolicy.any_of([signer.public])))
         line(f"Published {name}, signed by {key_text(signer.public)}")

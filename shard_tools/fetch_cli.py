@@ -55,6 +55,8 @@ def fetch(
     ipfs: IpfsOption = "",
     gateway: GatewayOption = [],  # noqa: B006
     mirror: MirrorOption = [],  # noqa: B006
+    hub: Annotated[str, typer.Option("--hub", help="Original files: https://huggingface.co/.../resolve/main.")] = "",
+    ranges: Annotated[str, typer.Option("--ranges", help="What --hub holds: ranges/<CID> of the publisher.")] = "",
     index: Annotated[
         str, typer.Option("--index", help="What knows names: http(s)://..., an IPNS name, a folder.")
     ] = "",
@@ -68,15 +70,19 @@ def fetch(
         root = store.expanduser()
         local = DirectoryStore(root)
         if source is not None:
-            if peer or ipfs or gateway or mirror:
-                raise InputError("--from is a whole source; leave out --peer, --ipfs, --gateway and --mirror")
+            if peer or ipfs or gateway or mirror or hub:
+                raise InputError("--from is a whole source; leave out --peer, --ipfs, --gateway, --mirror and --hub")
             if not (source.expanduser() / "blocks").is_dir():
                 raise InputError(f"{source} is no store: it has no blocks/")
             remote: BlockSource = DirectoryStore(source.expanduser())
         else:
             lists = {"peers": " ".join(peer), "gateways": " ".join(gateway), "mirrors": " ".join(mirror)}
+            if ranges:
+                lists |= {"hub": hub, "hub_ranges": str(Path(ranges).expanduser().absolute())}
+            if hub and not ranges:
+                raise InputError("--hub needs --ranges, the publisher's file that says which blocks those files hold")
             if not (ipfs or any(lists.values())):
-                raise InputError("say where from: --from, --peer, --ipfs, --gateway or --mirror")
+                raise InputError("say where from: --from, --peer, --ipfs, --gateway, --mirror or --hub")
             remote = open_store(
                 Choice.of("tiered", cache=str(root.absolute()), ipfs=ipfs, cluster_key=cluster_key, **lists)
             )

@@ -20,6 +20,7 @@ from shard_tools.cid import Cid, Codec
 from shard_tools.errors import FormatError, InputError, LlmdError, NotFoundError
 from shard_tools.fetch import load_manifest, model_blocks
 from shard_tools.index.directory import DirectoryIndex
+from shard_tools.ranges import RangeMaps
 from shard_tools.store.directory import DirectoryStore, HeldBlock
 
 GRACE_S = 3600.0  # for who fills a store by another way than our commands, which hold the lock
@@ -112,6 +113,7 @@ def collect(root: Path, now_s: float, grace_s: float = GRACE_S, dry: bool = Fals
         if not dry:
             for block in garbage:
                 store.delete(block.cid)
+            RangeMaps(root).forget(needed)
     return Collected(len(garbage), sum(b.size for b in garbage), len(left), sum(b.size for b in left))
 
 

@@ -5,18 +5,21 @@ All keep what they got in a directory, `cache`. Lists are text, separated by spa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from shard_tools.choice import absolute_path
 from shard_tools.cid import Cid
 from shard_tools.cluster_key import load_key
-from shard_tools.errors import InputError
+from shard_tools.errors import InputError, NotFoundError
+from shard_tools.fetch import load_manifest
 from shard_tools.http_client import ANSWER_S, Patience
 from shard_tools.keeping import Quota
+from shard_tools.ranges import read_map
 from shard_tools.store.block_store import BlockSource
 from shard_tools.store.directory import DirectoryStore
 from shard_tools.store.gateway import Gateway
+from shard_tools.store.hub import HubSource, Span
 from shard_tools.store.peers import Peers
 from shard_tools.store.tiered import HEDGE_S, TOTAL_S, Haste, Order, TieredStore
 
@@ -32,25 +35,31 @@ def open_tiered(
     ipfs: str = "",
     gateways: str = "",
     mirrors: str = "",
+    hub: str = "",
+    hub_ranges: str = "",
     hedge_s: float = HEDGE_S,
     answer_s: float = ANSWER_S,
     total_s: float = TOTAL_S,
     quota_gb: float = 0.0,
 ) -> TieredStore:
-    """The store `{kind: tiered, cache: folder, ...}`: cache, peers, IPFS node, gateways, mirror folders, in that order.
+    """The store `{kind: tiered, cache: folder, ...}`: cache, peers, IPFS node, gateways, mirrors, hub, in that order.
 
     peers: http://host:port of every node of the cluster, this one among them. ipfs: multiaddr of a node's RPC.
-    gateways: https://host... mirrors: absolute paths of other stores.
+    gateways: https://host... mirrors: absolute paths of other stores. hub: where the model's original files are, as
+    https://huggingface.co/<org>/<model>/resolve/<revision>, and hub_ranges: the file that says which blocks they hold.
     quota_gb: what the cache may hold, of which named and pinned models never go; 0: anything. Raises InputError.
     """
     haste, patience = Haste(_seconds(hedge_s), _seconds(total_s)), Patience(answer_s=_seconds(answer_s))
-    near, far = DirectoryStore(absolute_path(cache)), outside(ipfs, gateways, mirrors, patience)
+    near = DirectoryStore(absolute_path(cache))
+    far = outside(ipfs, gateways, mirrors, patience)
+    if hub or hub_ranges:
+        far = _then(far, open_hub(hub, hub_ranges, near, patience))
     order = far
     if peers.split():
         known = Peers(peers.split(), load_key(absolute_path(cluster_key)), patience)
         order = lambda cid: (*known.order(cid), *far(cid))
-    elif not (ipfs or gateways.split() or mirrors.split()):
-        raise InputError("a tiered store needs at least one of the options peers, ipfs, gateways and mirrors")
+    elif not (ipfs or gateways.split() or mirrors.split() or hub):
+        raise InputError("a tiered store needs at least one of the options peers, ipfs, gateways, mirrors and hub")
     return TieredStore(near, lock_of(cache), order, haste, _quota(quota_gb, absolute_path(cache)))
 
 
@@ -104,6 +113,28 @@ def each_outside(ipfs: str, gateways: str, mirrors: str, patience: Patience) -> 
     out += [Gateway(url, patience) for url in gateways.split()]
     out += [DirectoryStore.mirror(absolute_path(path)) for path in mirrors.split()]
     return out
+
+
+def open_hub(url: str, ranges: str, near: BlockSource, patience: Patience) -> HubSource:
+    """The original files at `url` as a source. near: where the model's manifest is, once a block of it is asked for.
+
+    Raises InputError, and FormatError for what is no range map.
+    """
+    if not (url and ranges):
+        raise InputError("a hub is an address and a range map: give both the options hub and hub_ranges")
+    found = read_map(absolute_path(ranges))
+
+    def spans() -> Mapping[Cid, Span]:
+        try:
+            return found.spans(load_manifest(near, found.manifest))
+        except NotFoundError:
+            return {}  # whoever wants a leaf has read the manifest: so it is another model's
+
+    return HubSource(url, spans, patience)
+
+
+def _then(order: Order, last: BlockSource) -> Order:
+    return lambda cid: (*order(cid), last)
 
 
 def lock_of(cache: str) -> Path:

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from shard_tools.checkpoint.source import Row
 from shard_tools.errors import CheckpointError
 
+MAX_HEADER_BYTES = 100 << 20  # what the library accepts
 MAX_INDEX_BYTES = 64 << 20
 MAX_FILE_BYTES = 64 << 20
 
@@ -59,6 +60,7 @@ class SafetensorsFolder:
         self._open: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         self._table: dict[str, Row] = {}
+        self._starts: dict[str, dict[str, int]] = {}  # of a file that was asked for: tensor -> first byte
         self._read_tables()
 
     @property
@@ -89,6 +91,12 @@ class SafetensorsFolder:
         except SafetensorError as e:
             raise CheckpointError(f"{self._path / self._file_of[name]}: tensor {name!r} cannot be read: {e}") from e
         return tensor
+
+    def place(self, name: str) -> tuple[str, int] | None:
+        part = self._file_of[name]
+        if part not in self._starts:
+            self._starts[part] = _starts(self._path / part)
+        return part, self._starts[part][name]
 
     def files(self) -> dict[str, bytes]:
         if not (self._path / "tokenizer.json").exists():
@@ -143,6 +151,19 @@ class SafetensorsFolder:
         if len(data) > limit:
             raise CheckpointError(f"{path} is larger than {limit} bytes")
         return data
+
+
+def _starts(path: Path) -> dict[str, int]:
+    """The byte of the file at which each tensor begins. The library, which has opened the file before, does not say."""
+    try:
+        with path.open("rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            if size > MAX_HEADER_BYTES:
+                raise CheckpointError(f"{path} has a header of {size} bytes")
+            table = _json_map(f.read(size), path)
+        return {name: 8 + size + int(row["data_offsets"][0]) for name, row in table.items() if name != "__metadata__"}
+    except (OSError, LookupError, TypeError, ValueError) as e:
+        raise CheckpointError(f"the header of {path} cannot be read: {type(e).__name__}: {e}") from e
 
 
 def _json_map(data: bytes, path: Path) -> dict[str, Any]:
