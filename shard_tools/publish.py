@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from shard_tools.checkpoint.original import original_ranges
@@ -30,15 +31,19 @@ def publish(
     scheme: Scheme | None = None,
     lifetime_s: int = LIFETIME_S,
     ranges: RangeMaps | None = None,
+    check: Callable[[Sequence[str]], None] | None = None,
 ) -> ModelRecord:
     """The model is in the store, signed, and `name` means it.
 
     Stopped at any moment it names nothing; run again it keeps the blocks it finds. The manifest's CID depends on
     the checkpoint, name, dtype and scheme, and not on signer, store or machine. ranges: where its range map is kept, if
-    some tensors are stored as they were. Raises CheckpointError, InputError.
+    some tensors are stored as they were. check: told the files of the folder that the model is made of, before one of
+    them is copied; raises if they are not to be published. Raises CheckpointError, InputError.
     """
     check_model_name(name)
     opened = open_checkpoint(checkpoint)
+    if check is not None:
+        check(opened.parts())
     manifest = split(opened, store, name, dtype, progress, scheme)
     found = original_ranges(opened, manifest) if ranges is not None else None
     if ranges is not None and found is not None:

@@ -87,6 +87,9 @@ class GgufFile:
             raise CheckpointError(f"{self._path}: tensor {raw.name!r} is not one parameter of its own")
         return torch.from_numpy(np.array(result.weights, dtype=np.float32, order="C"))  # a copy: the file is mapped
 
+    def parts(self) -> tuple[str, ...]:
+        return ()
+
     def place(self, name: str) -> tuple[str, int] | None:
         return None
 

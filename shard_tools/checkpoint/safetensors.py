@@ -20,6 +20,7 @@ MAX_INDEX_BYTES = 64 << 20
 MAX_FILE_BYTES = 64 << 20
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_README = "README.md"  # whose front matter says the license
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _FILES = (  # what a server reads; weights, READMEs and other frameworks' files stay behind
     "chat_template.jinja",
@@ -74,7 +75,7 @@ class SafetensorsFolder:
     @property
     def license(self) -> str:
         try:
-            readme = (self._path / "README.md").open("rb").read(64 << 10).decode("utf-8", "replace")
+            readme = (self._path / _README).open("rb").read(64 << 10).decode("utf-8", "replace")
         except OSError:
             return ""
         front = readme.split("\n---", 1)[0] if readme.startswith("---") else ""
@@ -91,6 +92,10 @@ class SafetensorsFolder:
         except SafetensorError as e:
             raise CheckpointError(f"{self._path / self._file_of[name]}: tensor {name!r} cannot be read: {e}") from e
         return tensor
+
+    def parts(self) -> tuple[str, ...]:
+        small = (*_FILES, _README, *(() if (self._path / _SINGLE).exists() else (_INDEX,)))
+        return (*(name for name in small if (self._path / name).exists()), *self._open)
 
     def place(self, name: str) -> tuple[str, int] | None:
         part = self._file_of[name]
