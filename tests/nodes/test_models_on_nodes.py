@@ -241,7 +241,6 @@ def test_a_node_that_falls_away_is_made_up_for_by_another(model: Model, tmp_path
         c.connect(b.address)
         push(model, a)
         words = (
-            "ipfs",
             "keep",
             "tiny",
             "--store",
