@@ -280,7 +280,10 @@ def dedup(folder: Path, small: bool) -> dict[str, Any]:
 
     from tests.tiny_models import write_tiny_checkpoint
 
-    shape: dict[str, int] = {"layers": 4} if small else {"layers": 12, "hidden": 768, "vocab": 32000}
+    # 303 MB in float16: layers of 22.5 MB, and a vocabulary of 16,000 that serves twice.
+    wide = {"intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}
+    large: dict[str, Any] = {"layers": 12, "hidden": 1024, "vocab": 16000, "tied": True, "shape": wide}
+    shape: dict[str, Any] = {"layers": 4} if small else large
     base = write_tiny_checkpoint(folder / "base", dtype="float16", **shape)
     layers = shape["layers"]
 
