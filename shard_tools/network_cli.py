@@ -14,7 +14,16 @@ from shard_tools.cluster_key import create_key, load_key
 from shard_tools.console import STORE, StoreOption, line, refusals
 from shard_tools.errors import InputError
 from shard_tools.fetch import load_manifest, model_blocks
-from shard_tools.fetch_cli import ClusterKeyOption, GatewayOption, IpfsOption, MirrorOption, PeerOption
+from shard_tools.fetch_cli import (
+    ClusterKeyOption,
+    GatewayOption,
+    HubOption,
+    IpfsOption,
+    MirrorOption,
+    PeerOption,
+    RangesOption,
+    absolute,
+)
 from shard_tools.http_client import Patience
 from shard_tools.index.directory import DirectoryIndex
 from shard_tools.keeping import StorePins
@@ -53,6 +62,8 @@ def blocks_serve(
     ipfs: IpfsOption = "",
     gateway: GatewayOption = [],  # noqa: B006
     mirror: MirrorOption = [],  # noqa: B006
+    hub: HubOption = "",
+    ranges: RangesOption = "",
     public: Annotated[bool, typer.Option("--public", help="Without the key: on loopback, for anybody there.")] = False,
 ) -> None:
     """Serve this store's blocks and names to the cluster until Ctrl-C, and get for it what none of its nodes has."""
@@ -67,8 +78,9 @@ def blocks_serve(
         near, patience = DirectoryStore(root), Patience()
         peers = Peers(peer, secret, patience) if peer and secret is not None else None
         pull = None
-        if peers or ipfs or gateway or mirror:
-            pull = open_pulling(near, root, peers, outside(ipfs, " ".join(gateway), " ".join(mirror), patience))
+        if peers or ipfs or gateway or mirror or hub or ranges:
+            far = outside(ipfs, " ".join(gateway), " ".join(mirror), patience)
+            pull = open_pulling(near, root, peers, far, hub, absolute(ranges))
         server = BlockServer(near, host.strip("[]"), int(port), secret, pull, DirectoryIndex(root), StorePins(root))
         line(f"Serving {near.label} at http://{host}:{server.port} until Ctrl-C")
         stopped = threading.Event()

@@ -52,14 +52,13 @@ def open_tiered(
     haste, patience = Haste(_seconds(hedge_s), _seconds(total_s)), Patience(answer_s=_seconds(answer_s))
     near = DirectoryStore(absolute_path(cache))
     far = outside(ipfs, gateways, mirrors, patience)
-    if hub or hub_ranges:
-        far = _then(far, open_hub(hub, hub_ranges, near, patience))
     order = far
     if peers.split():
         known = Peers(peers.split(), load_key(absolute_path(cluster_key)), patience)
         order = lambda cid: (*known.order(cid), *far(cid))
     elif not (ipfs or gateways.split() or mirrors.split() or hub):
         raise InputError("a tiered store needs at least one of the options peers, ipfs, gateways, mirrors and hub")
+    order = with_hub(order, hub, hub_ranges, near, lock_of(cache), patience)
     return TieredStore(near, lock_of(cache), order, haste, _quota(quota_gb, absolute_path(cache)))
 
 
@@ -78,8 +77,10 @@ def open_ipfs(*, cache: str, api: str = "/ip4/127.0.0.1/tcp/5001/http") -> Tiere
     return open_tiered(cache=cache, ipfs=api)
 
 
-def open_pulling(near: DirectoryStore, root: Path, peers: Peers | None, far: Order) -> TieredStore:
-    """What a node's endpoint gets a block from that it lacks: what other nodes hold, then outside.
+def open_pulling(
+    near: DirectoryStore, root: Path, peers: Peers | None, far: Order, hub: str = "", ranges: str = ""
+) -> TieredStore:
+    """What a node's endpoint gets a block from that it lacks: what other nodes hold, then outside; hub as of with_hub.
 
     It has a lock of its own: whoever waits for this node's answer on the same machine holds the other.
     """
@@ -87,7 +88,8 @@ def open_pulling(near: DirectoryStore, root: Path, peers: Peers | None, far: Ord
     def order(cid: Cid) -> tuple[BlockSource, ...]:
         return (*(peers.holders(cid) if peers else ()), *far(cid))
 
-    return TieredStore(near, root / "pulling.lock", order)
+    lock = root / "pulling.lock"
+    return TieredStore(near, lock, with_hub(order, hub, ranges, near, lock, Patience()))
 
 
 def outside(ipfs: str, gateways: str, mirrors: str, patience: Patience) -> Order:
@@ -115,26 +117,26 @@ def each_outside(ipfs: str, gateways: str, mirrors: str, patience: Patience) -> 
     return out
 
 
-def open_hub(url: str, ranges: str, near: BlockSource, patience: Patience) -> HubSource:
-    """The original files at `url` as a source. near: where the model's manifest is, once a block of it is asked for.
+def with_hub(order: Order, hub: str, ranges: str, near: DirectoryStore, lock: Path, patience: Patience) -> Order:
+    """The order, and behind it the original files at `hub`, if it is named; ranges: the file that says what they hold.
 
-    Raises InputError, and FormatError for what is no range map.
+    The manifest, without which nobody knows a leaf's place, comes from the others. Raises InputError, and FormatError
+    for what is no range map.
     """
-    if not (url and ranges):
-        raise InputError("a hub is an address and a range map: give both the options hub and hub_ranges")
-    found = read_map(absolute_path(ranges))
+    if not (hub or ranges):
+        return order
+    if not (hub and ranges):
+        raise InputError("a hub is an address and a range map: give both, hub and hub_ranges (--hub and --ranges)")
+    found, others = read_map(absolute_path(ranges)), TieredStore(near, lock, order)
 
     def spans() -> Mapping[Cid, Span]:
         try:
-            return found.spans(load_manifest(near, found.manifest))
+            return found.spans(load_manifest(others, found.manifest))
         except NotFoundError:
-            return {}  # whoever wants a leaf has read the manifest: so it is another model's
+            return {}
 
-    return HubSource(url, spans, patience)
-
-
-def _then(order: Order, last: BlockSource) -> Order:
-    return lambda cid: (*order(cid), last)
+    source = HubSource(hub, spans, patience)
+    return lambda cid: (*order(cid), source)
 
 
 def lock_of(cache: str) -> Path:

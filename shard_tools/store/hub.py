@@ -16,13 +16,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from urllib.parse import quote, urljoin, urlsplit
 
-from shard_tools.cid import Cid
+from shard_tools.cid import Cid, Codec
 from shard_tools.errors import InputError, NotFoundError, UnreachableError
 from shard_tools.http_client import Answer, HttpClient, Patience, parse_url
 from shard_tools.store.block_store import MAX_BLOCK_BYTES, check_block
 
 MAX_HOPS = 3  # the Hub needs one
 LOCATION_S = 300.0  # how long a redirect is remembered; the Hub signs its own for an hour
+AGAIN_S = 30.0  # where no manifest was to be had, it is asked for again so much later
 _MAX_SERVERS = 8  # that redirects may lead to
 
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -49,6 +50,7 @@ class HubSource:
         self._url, self._spans_of, self._patience = url.rstrip("/"), spans, patience
         self._guard = threading.Lock()
         self._spans: Mapping[Cid, Span] = {}
+        self._ask_at = 0.0
         self._servers: dict[str, HttpClient] = {}
         self._moved: dict[str, tuple[str, float]] = {}  # file -> where it was found, until when that holds
 
@@ -87,9 +89,12 @@ class HubSource:
             server.close()
 
     def _span(self, cid: Cid) -> Span | None:
+        if cid.codec is not Codec.RAW:
+            return None  # nor is it looked for what the map says of the manifest that is on its way just now
         with self._guard:
-            if not self._spans:
+            if not self._spans and time.monotonic() >= self._ask_at:
                 self._spans = self._spans_of()
+                self._ask_at = time.monotonic() + AGAIN_S
         return self._spans.get(cid)
 
     def _part(self, span: Span) -> Answer:

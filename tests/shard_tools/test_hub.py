@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from shard_tools import canonical
+from shard_tools.block_server import BlockServer
 from shard_tools.checkpoint.original import original_ranges
 from shard_tools.checkpoint.source import open_checkpoint
 from shard_tools.cid import Cid, Codec
@@ -34,13 +35,17 @@ from shard_tools.manifest import Manifest
 from shard_tools.publish import publish
 from shard_tools.ranges import MAX_OFFSET, Place, RangeMap, RangeMaps, read_map
 from shard_tools.signing import Signer
-from shard_tools.sources import open_tiered
+from shard_tools.sources import open_pulling, open_tiered, outside
 from shard_tools.store.directory import DirectoryStore
 from shard_tools.store.hub import HubSource
+from shard_tools.store.peers import Peers
+from shard_tools.store.tiered import TieredStore
 from tests.shard_tools.http_doubles import answering, ok, saying
 from tests.shard_tools.test_cli import Desk, refusal
+from tests.shard_tools.test_replication import Late
 from tests.tiny_models import write_tiny_checkpoint
 
+SECRET = bytes(32)
 REVISION = "/org/tiny/resolve/main"
 
 
@@ -287,14 +292,36 @@ def test_the_command_fetches_by_name_with_the_hub_for_weights(published: Publish
         words = ("fetch", "tiny", "--mirror", mirror, "--index", published.root, "--hub", url)
         done = desk.run(*words, "--ranges", published.ranges, *trust)
         assert done.exit_code == 0, done.output
-        assert "--hub needs --ranges" in refusal(desk.run(*words, *trust))
+        assert "give both" in refusal(desk.run(*words, *trust))
         assert "cannot read the range map" in refusal(desk.run(*words, "--ranges", tmp_path / "none", *trust))
     assert desk.run("verify", "tiny", *trust).exit_code == 0
 
 
+def test_a_clusters_nodes_take_each_weight_from_the_hub_once(published: Published, tmp_path: Path) -> None:
+    """A node that never had the manifest serves a leaf all the same: it gets the manifest from the others."""
+    mirror = str(published.without_weights(tmp_path / "mirror"))
+    stores = [DirectoryStore(tmp_path / f"node{i}") for i in range(2)]
+    late = [Late(), Late()]
+    servers = [BlockServer(s, "127.0.0.1", 0, SECRET, pull) for s, pull in zip(stores, late, strict=True)]
+    peers = Peers([f"http://127.0.0.1:{server.port}" for server in servers], SECRET, Patience())
+    with hub(published.folder) as (url, state):
+        for i, pull in enumerate(late):
+            far, words = outside("", "", mirror, Patience()), (url, str(published.ranges))
+            pull.source = open_pulling(stores[i], tmp_path / f"node{i}", peers, far, *words)
+        try:
+            for i in range(3):
+                target = DirectoryStore(tmp_path / f"target{i}")
+                there = TieredStore(target, tmp_path / f"lock{i}", peers.order)
+                assert fetch(there, target, published.model.cid) == published.model
+        finally:
+            for server in servers:
+                server.close()
+        assert state.asked["object"] == len({leaf.cid for leaf in published.weights})
+
+
 def test_a_store_of_a_config_names_both_or_neither(tmp_path: Path, published: Published) -> None:
     for options in ({"hub": "https://x"}, {"hub_ranges": str(published.ranges)}):
-        with pytest.raises(InputError, match="both the options"):
+        with pytest.raises(InputError, match="give both"):
             open_tiered(cache=str(tmp_path), mirrors="/x", **options)
     with pytest.raises(InputError, match="is no address"):
         open_tiered(cache=str(tmp_path), hub="huggingface.co/x", hub_ranges=str(published.ranges))
