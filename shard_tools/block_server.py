@@ -165,6 +165,8 @@ class BlockServer:
             if request.target.startswith("/pins/"):
                 return self._send_pin(connection, request, Cid.parse(request.target.removeprefix("/pins/")))
             if request.target.startswith("/names"):
+                if request.method == "PUT":
+                    return _say(connection, 405, "names are published where they are kept", False)
                 return self._send_names(connection, request)
             cid = _cid(request.target)
         except (FormatError, ValueError) as e:

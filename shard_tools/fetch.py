@@ -97,7 +97,9 @@ def fetch(
         _copy_file(source, target, file)
         done += file.size
         progress(file.path, done, total)
-    brought = _bring(source, model, wanted, lambda label, size: progress(label, done + size, total))
+    before = done
+    brought = _bring(source, model, wanted, lambda label, size: progress(label, before + size, total))
+    done += sum(leaf.size for _, leaf in wanted if leaf.cid in brought)
     for label, size in _in_order(lambda item: _copy_leaf(source, target, brought, item), wanted, threads):
         done += size
         progress(label, done, total)
@@ -197,7 +199,7 @@ def _copy_leaf(
     hashed = leaf.cid in brought and target.has(leaf.cid)  # just now, by the store that brought it
     if not hashed and not _held(target, leaf.cid):
         _put(target, leaf.cid, _leaf(source, leaf))
-    return label, leaf.size
+    return label, 0 if leaf.cid in brought else leaf.size
 
 
 def _copy_file(source: BlockSource, target: BlockStore, file: File) -> None:

@@ -29,8 +29,7 @@ def sign_folder(folder: Path, private_key: Path, bundle: Path) -> None:
     _check_key(private_key, private=True)
     if bundle.exists():
         raise InputError(f"{bundle} exists; name a file that does not")
-    inside = [bundle.relative_to(folder)] if bundle.is_relative_to(folder) else []
-    hashed = package.hashing.Config().set_ignored_paths(paths=inside)
+    hashed = package.hashing.Config().set_ignored_paths(paths=_inside(folder, bundle))
     try:
         signing = package.signing.Config().use_elliptic_key_signer(private_key=private_key)
         signing.set_hashing_config(hashed).sign(folder, bundle)
@@ -47,8 +46,12 @@ def check_folder(folder: Path, bundle: Path, public_key: Path, needed: Iterable[
     _check_folder(folder)
     _check_key(public_key, private=False)
     resources = _resources(bundle)
+    verifying = package.verifying.Config()
+    if _inside(folder, bundle):  # as the package's own command: the signature is no file of the model
+        hashed = package.hashing.Config().set_ignored_paths(paths=_inside(folder, bundle))
+        verifying.set_hashing_config(hashed)
     try:
-        package.verifying.Config().use_elliptic_key_verifier(public_key=public_key).verify(folder, bundle)
+        verifying.use_elliptic_key_verifier(public_key=public_key).verify(folder, bundle)
     except Exception as e:  # the same
         raise SignatureError(f"{bundle} is no signature by {public_key} over {folder}: {_said(e)}") from e
     missing = sorted(set(needed) - resources)
@@ -71,6 +74,12 @@ def _package() -> Any:
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder, and these signatures are over the files of one")
+
+
+def _inside(folder: Path, bundle: Path) -> list[Path]:
+    """The bundle's own path in the folder, if it lies there."""
+    top, file = folder.resolve(), bundle.resolve()
+    return [file.relative_to(top)] if file.is_relative_to(top) else []
 
 
 def _check_key(path: Path, private: bool) -> None:

@@ -59,7 +59,9 @@ def package(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-def test_what_we_sign_the_package_verifies_and_what_it_signs_we_check(folder: Path, keys: Keys, tmp_path: Path) -> None:
+def test_what_we_sign_the_package_verifies_and_what_it_signs_we_check(
+    folder: Path, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours, theirs = tmp_path / "ours.sig", folder / "model.sig"
     sign_folder(folder, keys.private, ours)
     said = package("verify", "key", folder, "--signature", ours, "--public_key", keys.public)
@@ -67,6 +69,13 @@ def test_what_we_sign_the_package_verifies_and_what_it_signs_we_check(folder: Pa
     said = package("sign", "key", folder, "--signature", theirs, "--private_key", keys.private)
     assert said.returncode == 0, said.stderr
     check_folder(folder, theirs, keys.public, ["config.json", INDEX])
+    theirs.unlink()
+    shutil.move(ours, theirs)  # as many publish it: beside the files that it is over
+    check_folder(folder, theirs, keys.public, ["config.json", INDEX])
+    theirs.unlink()
+    monkeypatch.chdir(folder.parent)
+    sign_folder(Path(folder.name), keys.private, folder / "absolute.sig")
+    check_folder(folder, Path(folder.name) / "absolute.sig", keys.public)
 
 
 @pytest.mark.parametrize("curve", [ec.SECP384R1(), ec.SECP521R1()], ids=lambda c: c.name)

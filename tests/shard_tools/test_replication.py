@@ -143,6 +143,7 @@ def test_what_is_no_manifest_is_not_pinned(cluster: Cluster) -> None:
     for cid in (cluster.model.shards[0].leaves[0].cid, Cid.of(Codec.DAG_CBOR, b"x"), cluster.blocks[-2]):
         assert client.ask("PUT", f"/pins/{cid}", "*/*", 100).status == 404
     assert Pins(cluster.roots[0]).all() == ()
+    assert client.ask("PUT", "/names/tiny", "*/*", 100).status == 405
     bare = BlockServer(cluster.stores[0], "127.0.0.1", 0, cluster.key)
     try:
         client = HttpClient(f"http://127.0.0.1:{bare.port}", "node", Patience(), cluster.key)
