@@ -1,7 +1,7 @@
 """Signatures of OpenSSF Model Signing (v1.0) over a model's folder: made, and checked before a folder is published.
 
 A bundle is a Sigstore bundle: a DSSE envelope over an in-toto statement that lists the SHA-256 of every file. The
-package model_signing makes and checks it; this is its only home, and it is an extra, for it brings fourteen others.
+package model_signing makes and checks it; this is its only home, and it is an extra, for it brings thirteen others.
 Keys are EC keys (P-256, P-384, P-521) as PEM. It takes no Ed25519 key, which publishers' keys of this project are: so a
 bundle stands beside our own signature, and says nothing of a CID.
 Source: https://github.com/ossf/model-signing-spec, https://github.com/sigstore/model-transparency

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -101,9 +102,10 @@ class HubSource:
         """What the server, or the one that it leads to, says to a request for the span."""
         url, until = self._moved.get(span.file, ("", 0.0))
         if time.monotonic() < until:
-            answer = self._asked(url, span)
-            if answer.status == 206:
-                return answer
+            with suppress(UnreachableError):  # that server, and not the one that led to it
+                answer = self._asked(url, span)
+                if answer.status == 206:
+                    return answer
             self._moved.pop(span.file, None)  # its signature has run out, say
         url = f"{self._url}/{quote(span.file)}"
         for _ in range(MAX_HOPS + 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -221,6 +222,8 @@ def test_a_signed_address_that_ran_out_is_fetched_anew(published: Published) -> 
         state.signature = 2
         assert there.get(two) == published.store.get(two) == there.get(two)
         assert state.asked["resolve"] <= 3
+        there._moved[next(iter(there._moved))] = "http://127.0.0.1:1/gone", time.monotonic() + 60
+        assert there.get(one) == published.store.get(one) and there.get(two) == published.store.get(two)
 
 
 def test_a_file_that_is_missing_or_too_short_is_a_missing_block(published: Published, tmp_path: Path) -> None:
