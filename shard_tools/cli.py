@@ -94,6 +94,7 @@ def shard(
         if found is not None:
             RangeMaps(store.expanduser()).put(found)
         _show(model)
+        _show_ranges(store.expanduser(), model.cid)
         line("Not signed, not named: `llmd publish` does both, and keeps these blocks.")
 
 
@@ -135,6 +136,7 @@ def publish(
                 _signed_check(checkpoint, bundle, bundle_key),
             )
         _show(open_record(record, blocks, TrustPolicy.any_of([signer.public])))
+        _show_ranges(root, record.manifest)
         line(f"Published {name}, signed by {key_text(signer.public)}")
 
 
@@ -251,6 +253,12 @@ def _signed_check(folder: Path, bundle: Path | None, key: Path | None) -> Callab
         line(f"Every file of {folder} is as the owner of {key} signed it")
 
     return check
+
+
+def _show_ranges(root: Path, manifest: Cid) -> None:
+    path = RangeMaps(root).path_of(manifest)
+    if path.exists():
+        line(f"Its weights can be had from wherever these files are: llmd fetch ... --hub ADDRESS --ranges {path}")
 
 
 def _dtype(text: str) -> str:

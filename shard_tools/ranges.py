@@ -97,9 +97,13 @@ class RangeMaps:
     def __init__(self, root: Path) -> None:
         self._folder = root / "ranges"
 
-    def put(self, found: RangeMap) -> Path:
-        """The map is kept; returns its file. Raises InputError."""
-        path = self._folder / str(found.manifest)
+    def path_of(self, manifest: Cid) -> Path:
+        """The file of the map of this manifest, be it there or not."""
+        return self._folder / str(manifest)
+
+    def put(self, found: RangeMap) -> None:
+        """The map is kept. Raises InputError."""
+        path = self.path_of(found.manifest)
         fresh = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +111,6 @@ class RangeMaps:
             fresh.replace(path)
         except OSError as e:
             raise InputError(f"cannot keep a range map in {self._folder}: {e.strerror}") from e
-        return path
 
     def forget(self, kept: frozenset[Cid]) -> None:
         """The maps of manifests that are not among these are gone."""

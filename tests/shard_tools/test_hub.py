@@ -265,7 +265,7 @@ def test_a_converted_or_quantised_tensor_is_in_no_map(published: Published, tmp_
         assert done.exit_code == 0, done.output
         cid = next(word for word in done.stdout.split() if word.startswith("bafyrei"))
         path = desk.store / "ranges" / cid
-        assert path.exists() == mapped
+        assert path.exists() == mapped == (f"--ranges {path}" in done.stdout)
         if scheme == "int8":
             model = load_manifest(DirectoryStore(desk.store), Cid.parse(cid))
             found = {model.shards[p.shard].tensors[p.tensor].dtype for p in read_map(path).places}
