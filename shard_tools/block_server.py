@@ -6,6 +6,9 @@ It speaks as trustless gateways do, hence one client for both. Nothing is hashed
 A block that is not here may be pulled: the node fetches it from outside, keeps it, and answers. All nodes ask the same
 node first (peers.py), so a block comes into a cluster once. A request that has passed a node already is answered
 out of what is here or outside, never by asking a third node, so none goes in circles.
+
+Who has the cluster's key may also tell a node to get a block (`PUT /ipfs/<cid>`) and to keep a model that it has whole
+(`PUT /pins/<cid>`): that is how copies that became too few are made again (replication.py).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 from urllib.parse import unquote
 
 from shard_tools.cid import Cid
@@ -32,9 +36,16 @@ MAX_HEAD_BYTES = 8 << 10
 IDLE_S = 75.0  # a kept connection without a request is closed
 SEND_S = 60.0  # for the largest block: a client that does not read is left
 
+_METHODS = ("GET", "HEAD", "PUT")
 _LOOPBACK = ("127.", "::1", "localhost")
-_REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 405: "Method Not Allowed"}
-_REASONS |= {408: "Request Timeout", 431: "Request Header Fields Too Large", 502: "Bad Gateway"}
+_REASONS = {
+    200: "OK",
+    400: "Bad Request",
+    401: "Unauthorized",
+    404: "Not Found",
+    405: "Method Not Allowed",
+}
+_REASONS |= {403: "Forbidden", 408: "Request Timeout", 431: "Request Header Fields Too Large", 502: "Bad Gateway"}
 _REASONS |= {503: "Service Unavailable"}
 
 
@@ -43,6 +54,16 @@ class _Request:
     method: str
     target: str
     headers: dict[str, str]  # names in lower case
+
+
+class PinBoard(Protocol):
+    """Which models a node keeps whole."""
+
+    def lacks(self, manifest: Cid) -> str:
+        """Why the node does not keep all of the model; empty if it does."""
+
+    def pin(self, manifest: Cid) -> None:
+        """The model, all of which is here, is kept. Raises NotFoundError, InputError."""
 
 
 class BlockServer:
@@ -56,16 +77,17 @@ class BlockServer:
         secret: bytes | None,
         pull: BlockSource | None = None,
         names: ModelIndex | None = None,
+        pins: PinBoard | None = None,
     ) -> None:
         """secret: of the cluster; None lets everybody read, so only on loopback. pull: where else a block may be.
 
-        names: whose records are served beside the blocks.
+        names: whose records are served beside the blocks. pins: what the cluster may have kept here.
 
         Raises InputError if the address cannot be had, or would be open to strangers.
         """
         if secret is None and not host.startswith(_LOOPBACK):
             raise InputError(f"{host} is open to others, and there is no cluster key: make one with `llmd blocks key`")
-        self._store, self._secret, self._pull, self._names = store, secret, pull, names
+        self._store, self._secret, self._pull, self._names, self._pins = store, secret, pull, names, pins
         self._closed = threading.Event()
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -131,19 +153,52 @@ class BlockServer:
         try:
             request = _parse(head)
             depth = int(request.headers.get(DEPTH_HEADER, "0")[:3])
-            if request.method not in ("GET", "HEAD") or request.headers.get("content-length", "0") != "0":
-                return _say(connection, 405, "only GET and HEAD are answered", False)
+            if request.method not in _METHODS or request.headers.get("content-length", "0") != "0":
+                return _say(connection, 405, "only GET, HEAD and PUT are answered, without a body", False)
             if self._secret is not None:
                 given, now_s = request.headers.get("authorization", ""), int(time.time())
                 problem = check_proof(self._secret, request.method, request.target, depth, given, now_s)
                 if problem is not None:
                     return _say(connection, 401, problem, False)
+            if request.method == "PUT" and self._secret is None:
+                return _say(connection, 403, "only who has the cluster's key tells a node what to keep", True)
+            if request.target.startswith("/pins/"):
+                return self._send_pin(connection, request, Cid.parse(request.target.removeprefix("/pins/")))
             if request.target.startswith("/names"):
+                if request.method == "PUT":
+                    return _say(connection, 405, "names are published where they are kept", False)
                 return self._send_names(connection, request)
             cid = _cid(request.target)
         except (FormatError, ValueError) as e:
             return _say(connection, 400, str(e), False)
+        if request.method == "PUT":
+            return self._get_block(connection, cid)
         return self._send_block(connection, request.method, cid, depth)
+
+    def _send_pin(self, connection: socket.socket, request: _Request, manifest: Cid) -> bool:
+        try:
+            if self._pins is None or request.method == "HEAD":
+                raise NotFoundError("a list of pins", "this node")
+            if request.method == "PUT":
+                self._pins.pin(manifest)
+                return _say(connection, 200, "", True)
+            said = self._pins.lacks(manifest)
+        except LlmdError as e:
+            said = str(e) or "it cannot be kept"
+        return _say(connection, 404 if said else 200, said[:1000], True, request.method)
+
+    def _get_block(self, connection: socket.socket, cid: Cid) -> bool:
+        """The block is here, whole, or the answer says why not."""
+        try:
+            if self._pull is not None:
+                self._pull.get(cid)  # which hashes what is here, and replaces what is torn
+            else:
+                self._store.get(cid)
+        except (NotFoundError, CorruptBlockError) as e:
+            return _say(connection, 404, str(e)[:1000], True)
+        except LlmdError as e:
+            return _say(connection, 502, str(e)[:1000], True)
+        return _say(connection, 200, "", True)
 
     def _send_names(self, connection: socket.socket, request: _Request) -> bool:
         """A name's record, or all names, one a line: as a web server gives the folder `names`, but for the list."""

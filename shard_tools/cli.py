@@ -6,12 +6,13 @@ The environment is read by the options of console.py alone.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from shard_tools import car_cli, fetch_cli, keep_cli, network_cli, node_cli, trust_cli
+from shard_tools import bundle_cli, car_cli, fetch_cli, keep_cli, network_cli, node_cli, trust_cli
 from shard_tools import fetch as fetching
 from shard_tools.catalog import open_cid, open_model, open_record
 from shard_tools.cid import Cid
@@ -35,7 +36,9 @@ from shard_tools.keeping import Pins, filling
 from shard_tools.manifest import Manifest
 from shard_tools.naming import cosign as cosign_model
 from shard_tools.naming import sign_and_name
+from shard_tools.openssf import check_folder
 from shard_tools.quantised import Scheme
+from shard_tools.ranges import RangeMaps
 from shard_tools.signing import Signer, key_text
 from shard_tools.store.directory import DirectoryStore
 from shard_tools.trust import TrustPolicy
@@ -62,6 +65,7 @@ def register(app: typer.Typer) -> None:
     keys.command("new")(keys_new)
     keys.command("show")(keys_show)
     app.add_typer(keys, name="keys")
+    bundle_cli.register(app)
     car_cli.register(app)
     trust_cli.register(app)
     network_cli.register(app)
@@ -78,13 +82,19 @@ def shard(
 ) -> None:
     """Cut a checkpoint into shards and show their CIDs; nothing is signed or named."""
     with refusals():
+        from shard_tools.checkpoint.original import original_ranges
         from shard_tools.checkpoint.source import open_checkpoint  # torch and transformers: seconds to import
         from shard_tools.checkpoint.split import split
 
         blocks = DirectoryStore(store.expanduser())
         with filling(store.expanduser()), progress_bar() as progress:
-            model = split(open_checkpoint(checkpoint), blocks, name, _dtype(dtype), progress, _scheme(quantise))  # type: ignore[arg-type]
+            opened = open_checkpoint(checkpoint)
+            model = split(opened, blocks, name, _dtype(dtype), progress, _scheme(quantise))  # type: ignore[arg-type]
+        found = original_ranges(opened, model)
+        if found is not None:
+            RangeMaps(store.expanduser()).put(found)
         _show(model)
+        _show_ranges(store.expanduser(), model.cid)
         line("Not signed, not named: `llmd publish` does both, and keeps these blocks.")
 
 
@@ -96,6 +106,12 @@ def publish(
     quantise: QuantiseOption = "none",
     key: KeyOption = KEY,
     valid_days: DaysOption = 365,
+    bundle: Annotated[
+        Path | None, typer.Option("--model-signing-bundle", help="OpenSSF signature over the folder, checked first.")
+    ] = None,
+    bundle_key: Annotated[
+        Path | None, typer.Option("--model-signing-key", help="The public EC key that made it, as PEM.")
+    ] = None,
 ) -> None:
     """Cut a checkpoint into shards, sign the manifest and name it."""
     with refusals(
@@ -116,8 +132,11 @@ def publish(
                 progress,
                 _scheme(quantise),
                 valid_days * DAY_S,
+                RangeMaps(root),
+                _signed_check(checkpoint, bundle, bundle_key),
             )
         _show(open_record(record, blocks, TrustPolicy.any_of([signer.public])))
+        _show_ranges(root, record.manifest)
         line(f"Published {name}, signed by {key_text(signer.public)}")
 
 
@@ -219,6 +238,27 @@ def _show(model: Manifest) -> None:
         own = [str(model.shards[i].cid) for i in sorted({ref.shard for ref in unit.tensors})]
         line(f"{label:<10} {len(unit.tensors):>3} tensors {size:>9.1f} MB  {' + '.join(own)}")
     line(f"manifest {model.cid} ({model.model_type}, {model.n_layers} layers, {model.dtype})")
+
+
+def _signed_check(folder: Path, bundle: Path | None, key: Path | None) -> Callable[[Sequence[str]], None] | None:
+    if bundle is None and key is None:
+        return None
+    if bundle is None or key is None:
+        raise InputError(
+            "a signature is checked with its key: give both --model-signing-bundle and --model-signing-key"
+        )
+
+    def check(parts: Sequence[str]) -> None:
+        check_folder(folder, bundle, key.expanduser(), parts)
+        line(f"Every file of {folder} is as the owner of {key} signed it")
+
+    return check
+
+
+def _show_ranges(root: Path, manifest: Cid) -> None:
+    path = RangeMaps(root).path_of(manifest)
+    if path.exists():
+        line(f"Its weights can be had from wherever these files are: llmd fetch ... --hub ADDRESS --ranges {path}")
 
 
 def _dtype(text: str) -> str:

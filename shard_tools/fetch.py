@@ -6,8 +6,9 @@ tree nodes, indexes) is rebuilt here instead of fetched, so a source is asked fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,9 +17,11 @@ from shard_tools.cid import Cid, Codec
 from shard_tools.errors import CorruptBlockError, FormatError, LlmdError
 from shard_tools.manifest import File, Leaf, Manifest, Shard, Tensor
 from shard_tools.progress import Progress, silent
-from shard_tools.store.block_store import BlockSource, BlockStore
+from shard_tools.store.block_store import BlockSource, BlockStore, Dag, DagKeeper
 
 _SERIAL_LEAVES = 4  # a tensor of fewer is read before threads have started
+STREAMS = 4  # shards that come at once; each stream hashes as it reads
+_STREAM_LEAVES = 4  # of fewer a stream saves nothing
 THREADS = 8  # enough to hide the latency of a peer; hashing releases the interpreter's lock
 
 T = TypeVar("T")
@@ -94,7 +97,10 @@ def fetch(
         _copy_file(source, target, file)
         done += file.size
         progress(file.path, done, total)
-    for label, size in _in_order(lambda item: _copy_leaf(source, target, item), wanted, threads):
+    before = done
+    brought = _bring(source, model, wanted, lambda label, size: progress(label, before + size, total))
+    done += sum(leaf.size for _, leaf in wanted if leaf.cid in brought)
+    for label, size in _in_order(lambda item: _copy_leaf(source, target, brought, item), wanted, threads):
         done += size
         progress(label, done, total)
     for shard in model.shards:
@@ -149,11 +155,51 @@ def _wanted(model: Manifest, layers: tuple[int, int] | None) -> list[tuple[str, 
     return list(out.values())
 
 
-def _copy_leaf(source: BlockSource, target: BlockStore, item: tuple[str, Leaf]) -> tuple[str, int]:
+def _bring(
+    source: BlockSource, model: Manifest, wanted: Sequence[tuple[str, Leaf]], progress: Callable[[str, int], None]
+) -> set[Cid]:
+    """The leaves that a source has got for itself in streams, one for a shard of which most is wanted.
+
+    progress: told the unit, and the bytes brought so far.
+    """
+    brought: set[Cid] = set()
+    if not isinstance(source, DagKeeper):
+        return brought
+    labels = {leaf.cid: (label, leaf.size) for label, leaf in wanted}
+    guard, stopped, done = threading.Lock(), threading.Event(), 0
+
+    def kept(cid: Cid) -> None:
+        nonlocal done
+        if stopped.is_set():
+            raise CancelledError  # nobody waits for the rest of a stream after Ctrl-C
+        label, size = labels[cid]
+        with guard:
+            brought.add(cid)
+            done += size
+            progress(label, done)
+
+    dags = []
+    for shard in model.shards:
+        sizes = {leaf.cid: leaf.size for leaf in shard.leaves if leaf.cid in labels}
+        if 2 * sum(sizes.values()) >= shard.size and len(sizes) >= _STREAM_LEAVES:
+            dags.append(Dag(shard.cid, shard.size, len(shard.leaves), sizes))
+    pool = ThreadPoolExecutor(STREAMS)
+    try:
+        list(pool.map(lambda dag: source.bring(dag, kept), dags))
+    finally:
+        stopped.set()
+        pool.shutdown(cancel_futures=True)
+    return brought
+
+
+def _copy_leaf(
+    source: BlockSource, target: BlockStore, brought: Collection[Cid], item: tuple[str, Leaf]
+) -> tuple[str, int]:
     label, leaf = item
-    if not _held(target, leaf.cid):
+    hashed = leaf.cid in brought and target.has(leaf.cid)  # just now, by the store that brought it
+    if not hashed and not _held(target, leaf.cid):
         _put(target, leaf.cid, _leaf(source, leaf))
-    return label, leaf.size
+    return label, 0 if leaf.cid in brought else leaf.size
 
 
 def _copy_file(source: BlockSource, target: BlockStore, file: File) -> None:

@@ -39,6 +39,8 @@ ClusterKeyOption = Annotated[str, typer.Option("--cluster-key", help="File of th
 IpfsOption = Annotated[str, typer.Option("--ipfs", help="RPC of an IPFS node, such as /ip4/127.0.0.1/tcp/5001/http.")]
 GatewayOption = Annotated[list[str], typer.Option("--gateway", help="A trustless gateway, https://host.")]
 MirrorOption = Annotated[list[str], typer.Option("--mirror", help="Absolute path of another store.")]
+HubOption = Annotated[str, typer.Option("--hub", help="Original files: https://huggingface.co/.../resolve/main.")]
+RangesOption = Annotated[str, typer.Option("--ranges", help="What --hub holds: ranges/<CID> of the publisher.")]
 PeerOption = Annotated[list[str], typer.Option("--peer", help="A node of the cluster, http://host:port.")]
 
 
@@ -55,6 +57,8 @@ def fetch(
     ipfs: IpfsOption = "",
     gateway: GatewayOption = [],  # noqa: B006
     mirror: MirrorOption = [],  # noqa: B006
+    hub: HubOption = "",
+    ranges: RangesOption = "",
     index: Annotated[
         str, typer.Option("--index", help="What knows names: http(s)://..., an IPNS name, a folder.")
     ] = "",
@@ -68,15 +72,16 @@ def fetch(
         root = store.expanduser()
         local = DirectoryStore(root)
         if source is not None:
-            if peer or ipfs or gateway or mirror:
-                raise InputError("--from is a whole source; leave out --peer, --ipfs, --gateway and --mirror")
+            if peer or ipfs or gateway or mirror or hub:
+                raise InputError("--from is a whole source; leave out --peer, --ipfs, --gateway, --mirror and --hub")
             if not (source.expanduser() / "blocks").is_dir():
                 raise InputError(f"{source} is no store: it has no blocks/")
             remote: BlockSource = DirectoryStore(source.expanduser())
         else:
             lists = {"peers": " ".join(peer), "gateways": " ".join(gateway), "mirrors": " ".join(mirror)}
+            lists |= {"hub": hub, "hub_ranges": absolute(ranges)}
             if not (ipfs or any(lists.values())):
-                raise InputError("say where from: --from, --peer, --ipfs, --gateway or --mirror")
+                raise InputError("say where from: --from, --peer, --ipfs, --gateway, --mirror or --hub")
             remote = open_store(
                 Choice.of("tiered", cache=str(root.absolute()), ipfs=ipfs, cluster_key=cluster_key, **lists)
             )
@@ -136,6 +141,11 @@ def _index(text: str, source: Path | None, peer: list[str], cluster_key: str, ip
     if peer:
         return open_index(Choice.of("http", url=peer[0], cluster_key=cluster_key))
     raise InputError("who knows names? Say --index with an address, an IPNS name or a folder; or fetch by CID")
+
+
+def absolute(path: str) -> str:
+    """As a config has it; empty stays empty."""
+    return str(Path(path).expanduser().absolute()) if path else ""
 
 
 def _layers(text: str, model: Manifest) -> tuple[int, int] | None:

@@ -1,8 +1,8 @@
 """HTTP requests that end in time and in bounds, whatever the server does.
 
 The deadline is kept below the HTTP library, on each read of the socket, so neither headers nor bytes that drip one by
-one outlast it; no more is read than the caller allows. Redirects are not followed, compression is not asked for, and
-proxies of the environment are not used. Knows nothing of blocks or names.
+one outlast it, nor does the lookup of a name; no more is read than the caller allows. Redirects are not followed,
+compression is not asked for, and proxies of the environment are not used. Knows nothing of blocks or names.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from shard_tools.cluster_key import proof
 from shard_tools.errors import InputError, UnreachableError
+from shard_tools.host_lookup import addresses
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -27,6 +30,7 @@ ANSWER_S = 30.0  # 2 MiB at 70 kB/s
 DEPTH_HEADER = "x-llmd-depth"  # how many nodes a request has passed: a peer asked by a peer asks no further peer
 
 _BUFFER_BYTES = 64 << 10  # of headers; a body is read past it
+_MAX_LOCATION = 8 << 10  # signed addresses of object stores have some 2,000 characters
 _IDLE = 32  # connections kept for the next request; as many as a store has threads
 
 
@@ -40,11 +44,15 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """status, and the body of a 200; said: of any other, the first words of its body, for a person."""
+    """status, and the body of a 200 or 206; said: of any other, the first words of its body, for a person.
+
+    location: where a redirect points, as the server wrote it.
+    """
 
     status: int
     body: bytes
     said: str
+    location: str = ""
 
     def problem(self) -> str:
         """What an error says of an answer that is no use."""
@@ -73,9 +81,36 @@ class HttpClient:
         for connection in idle:
             connection.close()
 
-    def ask(self, method: str, target: str, accept: str, max_bytes: int) -> Answer:
-        """The answer to one request. Raises UnreachableError, also for a body of more than max_bytes."""
-        headers = {"Accept": accept, "Accept-Encoding": "identity", "User-Agent": "llmd"}
+    def ask(self, method: str, target: str, accept: str, max_bytes: int, span: tuple[int, int] | None = None) -> Answer:
+        """The answer to one request. Raises UnreachableError, also for a body of more than max_bytes.
+
+        span: only bytes [start, stop) are asked for. A 206 brings them; the body of a 200 is then left unread.
+        """
+        headers = {} if span is None else {"Range": f"bytes={span[0]}-{span[1] - 1}"}
+        with self._asked(method, target, accept, headers) as (_, response):
+            location = (response.getheader("Location") or "")[:_MAX_LOCATION]
+            if response.status not in (200, 206):
+                said = printable(response.read(300).decode("ascii", "replace"))
+                return Answer(response.status, b"", said, location)
+            if span is not None and response.status == 200:
+                return Answer(200, b"", "")
+            return Answer(response.status, _whole(response, max_bytes, method == "HEAD"), "")
+
+    @contextmanager
+    def stream(self, target: str, accept: str, pause_s: float) -> Iterator[Stream]:
+        """An answer that is read as it comes: no longer than pause_s from one `Stream.renew` to the next.
+
+        Raises UnreachableError, also out of what is done inside.
+        """
+        with self._asked("GET", target, accept, {}) as (connection, response):
+            yield Stream(response, connection, pause_s)
+
+    @contextmanager
+    def _asked(
+        self, method: str, target: str, accept: str, more: dict[str, str]
+    ) -> Iterator[tuple[_Connection, http.client.HTTPResponse]]:
+        """One request is sent and its answer has begun; the connection is kept for another if all of it was read."""
+        headers = {"Accept": accept, "Accept-Encoding": "identity", "User-Agent": "llmd", **more}
         if self._secret is not None:
             headers["Authorization"] = proof(self._secret, method, target, self._depth, int(time.time()))
             headers[DEPTH_HEADER] = str(self._depth)
@@ -92,10 +127,10 @@ class HttpClient:
                 connection.close()  # the server had closed a kept connection in the meantime: no fault of anybody
                 connection = self._fresh()
                 response = self._send(connection, method, target, headers, deadline)
-            body, said = self._read(response, method, max_bytes)
+            yield connection, response
         except TimeoutError as e:
             connection.close()
-            raise UnreachableError(self._label, f"did not answer within {self._patience.answer_s:g} s") from e
+            raise UnreachableError(self._label, f"did not answer within {connection.given_s:g} s") from e
         except (OSError, http.client.HTTPException, ValueError) as e:
             connection.close()
             raise UnreachableError(self._label, f"cannot be asked: {_reason(e)}") from e
@@ -103,28 +138,13 @@ class HttpClient:
             connection.close()
             raise
         self._keep(connection, response)
-        return Answer(response.status, body, said)
 
     def _send(
         self, connection: _Connection, method: str, target: str, headers: dict[str, str], deadline: float
     ) -> http.client.HTTPResponse:
-        connection.deadline = deadline
+        connection.deadline, connection.given_s = deadline, self._patience.answer_s
         connection.request(method, self._prefix + target, headers=headers)
         return connection.getresponse()
-
-    def _read(self, response: http.client.HTTPResponse, method: str, max_bytes: int) -> tuple[bytes, str]:
-        if response.status != 200:
-            return b"", printable(response.read(300).decode("ascii", "replace"))
-        if response.length is not None and response.length > max_bytes:
-            raise ValueError(f"it answers with {response.length} bytes where at most {max_bytes} can be right")
-        if method == "HEAD":
-            return b"", ""
-        body = response.read(max_bytes + 1)
-        if response.length:
-            raise ValueError(f"it hung up {response.length} bytes before the end")
-        if len(body) > max_bytes:
-            raise ValueError(f"it answers with more than {max_bytes} bytes")
-        return body, ""
 
     def _keep(self, connection: _Connection, response: http.client.HTTPResponse) -> None:
         whole = response.isclosed() and not response.will_close
@@ -138,16 +158,32 @@ class HttpClient:
         return _Connection(self._host, self._port, self._tls, self._patience.connect_s)
 
 
+class Stream:
+    """The body of an answer that has begun. kind: its Content-Type, in lower case."""
+
+    def __init__(self, response: http.client.HTTPResponse, connection: _Connection, pause_s: float) -> None:
+        self._response, self._connection, self._pause_s = response, connection, pause_s
+        self.status, self.kind = response.status, (response.getheader("Content-Type") or "").lower()
+
+    def read(self, size: int) -> bytes:
+        """At most so many bytes; none at the end. Raises what `HttpClient.stream` makes an UnreachableError of."""
+        return self._response.read(size)
+
+    def renew(self) -> None:
+        """What follows has its own time."""
+        self._connection.deadline, self._connection.given_s = time.monotonic() + self._pause_s, self._pause_s
+
+
 class _Connection(http.client.HTTPConnection):
-    """One connection of which every read and write ends at `deadline`, of time.monotonic."""
+    """One connection of which every read and write ends at `deadline`, of time.monotonic, given_s after it was set."""
 
     def __init__(self, host: str, port: int, tls: ssl.SSLContext | None, connect_s: float) -> None:
         super().__init__(host, port, timeout=connect_s)
         self._tls = tls
-        self.deadline = 0.0
+        self.deadline = self.given_s = 0.0
 
     def connect(self) -> None:
-        plain = socket.create_connection((self.host, self.port), min(self.timeout or 0.0, self.left_s()))
+        plain = self._connected()
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             sock = self._tls.wrap_socket(plain, server_hostname=self.host) if self._tls else plain
@@ -155,6 +191,21 @@ class _Connection(http.client.HTTPConnection):
             plain.close()
             raise
         self.sock: _Timed = _Timed(sock, self)
+
+    def _connected(self) -> socket.socket:
+        """A socket to the first address of the host that takes one, all within the time for connecting."""
+        until = time.monotonic() + min(self.timeout or 0.0, self.left_s())
+        error: OSError = OSError("the name has no address")
+        for family, address in addresses(self.host, self.port, until - time.monotonic()):
+            plain = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                plain.settimeout(max(until - time.monotonic(), 0.001))
+                plain.connect(address)
+                return plain
+            except OSError as e:
+                plain.close()
+                error = e
+        raise error
 
     def left_s(self) -> float:
         """Seconds until the deadline. Raises TimeoutError past it."""
@@ -221,6 +272,19 @@ def parse_url(url: str) -> tuple[str, str, int, str]:
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
         raise InputError(f"{url[:200]!r} is no address of a gateway or peer: {hint}")
     return parts.scheme, parts.hostname, port or (443 if parts.scheme == "https" else 80), parts.path.rstrip("/")
+
+
+def _whole(response: http.client.HTTPResponse, max_bytes: int, head: bool) -> bytes:
+    if response.length is not None and response.length > max_bytes:
+        raise ValueError(f"it answers with {response.length} bytes where at most {max_bytes} can be right")
+    if head:
+        return b""
+    body = response.read(max_bytes + 1)
+    if response.length:
+        raise ValueError(f"it hung up {response.length} bytes before the end")
+    if len(body) > max_bytes:
+        raise ValueError(f"it answers with more than {max_bytes} bytes")
+    return body
 
 
 def _reason(error: Exception) -> str:

@@ -23,19 +23,30 @@ HOW_TO_GET = (
     "Install Kubo 0.40 or newer (https://docs.ipfs.tech/install/command-line/, or the container image ipfs/kubo), or "
     "say where it is with --binary. A cluster needs none: `llmd blocks serve` moves blocks between its nodes."
 )
+ARGUMENTS = ("daemon", "--migrate=true")
+ENVIRONMENT = {"IPFS_TELEMETRY": "off", "LIBP2P_FORCE_PNET": "1"}  # 1: without the swarm's key it does not run
 _INIT_S = 60.0
 _HEADER = "/key/swarm/psk/1.0.0/\n/base16/\n"
+_SCRIPT = """\
+#!/bin/sh
+# A private swarm. Written by shard_tools.ipfs_daemon.container_script, which says why; tests/kuberay holds them equal.
+set -e
+install -m 0600 /run/secrets/swarm.key "$IPFS_PATH/swarm.key"
+"""
 _PEER = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/[0-9A-Za-z.:-]+/tcp/\d+/p2p/[A-Za-z0-9]{40,80}")
 
 
 @dataclass(frozen=True, slots=True)
 class DaemonSettings:
-    """swarm_port: open to the other nodes; api_port and gateway_port: on loopback. peers: multiaddrs kept connected."""
+    """swarm_port: open to the other nodes. api_port, gateway_port: at `host`, which is this machine alone unless a
+    container's network stands around the node. peers: multiaddrs kept connected.
+    """
 
     swarm_port: int = 4001
     api_port: int = 5001
     gateway_port: int = 8080
     peers: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
 
     def __post_init__(self) -> None:
         for peer in self.peers:
@@ -43,37 +54,56 @@ class DaemonSettings:
                 raise InputError(f"{peer[:200]!r} is no node: expected /ip4/10.0.0.7/tcp/4001/p2p/12D3Koo...")
 
 
+def private_swarm(settings: DaemonSettings) -> dict[str, Any]:
+    """What Kubo's configuration must say, key by key: nobody from outside is asked, and only TCP is used."""
+    here = f"/ip4/{settings.host}/tcp/{{}}".format
+    return {
+        "Bootstrap": [],
+        "Addresses.Swarm": [f"/ip4/0.0.0.0/tcp/{settings.swarm_port}", f"/ip6/::/tcp/{settings.swarm_port}"],
+        "Addresses.API": here(settings.api_port),  # it commands the node
+        "Addresses.Gateway": here(settings.gateway_port),
+        "Discovery.MDNS.Enabled": False,
+        "AutoConf.Enabled": False,  # it would fill in the public bootstrap and routers; refused in a private swarm
+        "AutoTLS.Enabled": False,  # asks a public service for certificates
+        "Routing.Type": "dht",
+        "Routing.DelegatedRouters": [],
+        "DNS.Resolvers": {},
+        "Ipns.DelegatedPublishers": [],
+        "Peering.Peers": [_peering(peer) for peer in settings.peers],
+        "Swarm.DisableNatPortMap": True,
+        "Swarm.RelayClient.Enabled": False,
+        "Swarm.RelayService.Enabled": False,
+        # A swarm key works over TCP alone.
+        "Swarm.Transports.Network": dict.fromkeys(
+            ("QUIC", "WebTransport", "WebRTCDirect", "Websocket", "Relay"), False
+        ),
+    }
+
+
 def configured(config: dict[str, Any], settings: DaemonSettings) -> dict[str, Any]:
-    """Kubo's configuration for a private swarm: nobody from outside is asked for anything, and only TCP is used.
+    """Kubo's configuration for a private swarm; what is not said there stays as it is.
 
     Law: configured(configured(c, s), s) == configured(c, s).
     """
     out: dict[str, Any] = json.loads(json.dumps(config))
-    loopback = "/ip4/127.0.0.1/tcp/{}".format
-    out["Bootstrap"] = []
-    out.setdefault("Addresses", {}).update(
-        Swarm=[f"/ip4/0.0.0.0/tcp/{settings.swarm_port}", f"/ip6/::/tcp/{settings.swarm_port}"],
-        API=loopback(settings.api_port),  # it commands the node
-        Gateway=loopback(settings.gateway_port),
-    )
-    out["Discovery"] = {"MDNS": {"Enabled": False}}
-    out["AutoConf"] = {
-        "Enabled": False
-    }  # it would fill in the public bootstrap and routers; refused in a private swarm
-    out["AutoTLS"] = {"Enabled": False}  # asks a public service for certificates
-    out.setdefault("Routing", {})["Type"] = "dht"
-    out.setdefault("DNS", {})["Resolvers"] = {}
-    out.setdefault("Ipns", {})["DelegatedPublishers"] = []
-    out["Routing"]["DelegatedRouters"] = []
-    out["Peering"] = {"Peers": [_peering(peer) for peer in settings.peers]}
-    swarm = out.setdefault("Swarm", {})
-    swarm["DisableNatPortMap"] = True
-    swarm["RelayClient"] = {"Enabled": False}
-    swarm["RelayService"] = {"Enabled": False}
-    # A swarm key works over TCP alone.
-    off = dict.fromkeys(("QUIC", "WebTransport", "WebRTCDirect", "Websocket", "Relay"), False)
-    swarm.setdefault("Transports", {})["Network"] = off
+    for key, value in private_swarm(settings).items():
+        *above, last = key.split(".")
+        place = out
+        for name in above:
+            if not isinstance(place.get(name), dict):
+                place[name] = {}
+            place = place[name]
+        place[last] = value
     return out
+
+
+def container_script(settings: DaemonSettings) -> str:
+    """What the image ipfs/kubo runs before its daemon (/container-init.d): the same, by the node's own command.
+
+    Law: run over a configuration, it leaves what `configured` makes of it.
+    """
+    lines = (f"ipfs config --json {key} '{json.dumps(value)}'" for key, value in private_swarm(settings).items())
+    return _SCRIPT + "\n".join(lines) + "\n"
 
 
 def write_swarm_key(path: Path) -> None:
@@ -90,7 +120,7 @@ def prepare(binary: str, repo: Path, swarm_key: Path, settings: DaemonSettings) 
     if path is None:
         raise InputError(f"there is no program {binary!r} on this machine. {HOW_TO_GET}")
     key = _read_swarm_key(swarm_key)
-    environment = {"IPFS_PATH": str(repo), "IPFS_TELEMETRY": "off", "LIBP2P_FORCE_PNET": "1"}  # 1: or it does not run
+    environment = {"IPFS_PATH": str(repo), **ENVIRONMENT}
     config = repo / "config"
     try:
         repo.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -108,7 +138,7 @@ def prepare(binary: str, repo: Path, swarm_key: Path, settings: DaemonSettings) 
         _replace(repo / "swarm.key", key)
     except (OSError, ValueError, subprocess.TimeoutExpired) as e:
         raise InputError(f"cannot set up an IPFS node in {repo}: {e}") from e
-    return [path, "daemon", "--migrate=true"], environment
+    return [path, *ARGUMENTS], environment
 
 
 def _read_swarm_key(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""`llmd pin`, `unpin`, `gc` and `availability`: what a store keeps, and who else has it."""
+"""`llmd pin`, `unpin`, `gc`, `availability` and `keep`: what a store keeps, who else has it, and who is to have it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from shard_tools.availability import SAMPLE, availability, weakest
 from shard_tools.cid import Cid
 from shard_tools.cluster_key import load_key
 from shard_tools.console import STORE, StoreOption, line, refusals
-from shard_tools.errors import FormatError
-from shard_tools.fetch import load_manifest
+from shard_tools.errors import FormatError, InputError
+from shard_tools.fetch import load_manifest, model_blocks
 from shard_tools.fetch_cli import ClusterKeyOption, GatewayOption, IpfsOption, MirrorOption, PeerOption
 from shard_tools.http_client import Patience
 from shard_tools.index.directory import DirectoryIndex
 from shard_tools.keeping import GRACE_S, Pins, collect, filling
+from shard_tools.replication import Keeper, NodeKeeper, PeerKeeper, keep_copies
 from shard_tools.sources import KEY as CLUSTER_KEY
 from shard_tools.sources import each_outside
 from shard_tools.store.block_store import BlockSource
@@ -33,6 +34,7 @@ def register(app: typer.Typer) -> None:
     app.command("unpin")(unpin)
     app.command("gc")(gc)
     app.command("availability")(show_availability)
+    app.command("keep")(keep)
 
 
 def pin(model: ModelArgument, store: StoreOption = STORE) -> None:
@@ -95,6 +97,44 @@ def show_availability(
         least = weakest(held)
         asked = "every block was asked for" if sample == 0 else f"{sample} blocks of each were asked for"
         line(f"Weakest link: {least.label}, {least.replicas} whole copies ({asked})")
+
+
+def keep(
+    name: Annotated[str, typer.Argument(help="Name of the model in the store.")],
+    peer: PeerOption = [],  # noqa: B006  # typer copies it
+    cluster_key: ClusterKeyOption = CLUSTER_KEY,
+    api: Annotated[list[str], typer.Option("--api", help="RPC of an IPFS node; one for each.")] = [],  # noqa: B006
+    copies: Annotated[int, typer.Option("--copies", min=1, help="Nodes that are to keep it.")] = 2,
+    every_s: Annotated[float, typer.Option("--every-s", min=0, help="Look again so often; 0: once.")] = 0.0,
+    store: StoreOption = STORE,
+) -> None:
+    """See that enough nodes of the cluster and IPFS nodes keep a model; those that lack it get it from the others."""
+    with refusals():
+        if not (peer or api):
+            raise InputError("say which nodes: --peer, --api")
+        record = DirectoryIndex(store.expanduser()).resolve(name)
+        near = DirectoryStore(store.expanduser())
+        blocks = list(model_blocks(load_manifest(near, record.manifest), near.get))
+        secret, patience = load_key(Path(cluster_key).expanduser()) if peer else b"", Patience()
+        keepers: list[Keeper] = [PeerKeeper(url, secret, patience, record.manifest, blocks) for url in peer]
+        if api:
+            from shard_tools.store.ipfs import IpfsNode  # its package is an extra
+
+            links = record.manifest, record.signature
+            keepers += [NodeKeeper(IpfsNode(text, patience), links) for text in api]
+        while True:
+            found = keep_copies(keepers, copies)
+            for label in found.kept:
+                line(f"{label} {'keeps it from now on' if label in found.made else 'keeps it'}")
+            for label, problem in found.problems:
+                line(f"{label} does not: {problem}")
+            if not every_s:
+                break
+            time.sleep(every_s)
+        if len(found.kept) < copies:
+            raise InputError(
+                f"{len(found.kept)} nodes keep {name}, and {copies} should: start more, or name more by --peer or --api"
+            )
 
 
 def _manifest(text: str, root: Path) -> Cid:

@@ -20,6 +20,7 @@ from shard_tools.cid import Cid, Codec
 from shard_tools.errors import FormatError, InputError, LlmdError, NotFoundError
 from shard_tools.fetch import load_manifest, model_blocks
 from shard_tools.index.directory import DirectoryIndex
+from shard_tools.ranges import RangeMaps
 from shard_tools.store.directory import DirectoryStore, HeldBlock
 
 GRACE_S = 3600.0  # for who fills a store by another way than our commands, which hold the lock
@@ -78,6 +79,37 @@ class Pins:
         return tuple(sorted(out))
 
 
+class StorePins:
+    """What a node's endpoint asks of the pins of its store: a PinBoard."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def lacks(self, manifest: Cid) -> str:
+        """Why the store does not keep all of the model; empty if it does. Blocks are there or not: none is hashed."""
+        index = DirectoryIndex(self._root)
+        named = (index.resolve(name).manifest for name in index.names())
+        if manifest not in Pins(self._root).all() and manifest not in named:
+            return f"{manifest} is neither named nor pinned here"
+        return self._missing(manifest)
+
+    def pin(self, manifest: Cid) -> None:
+        """The model is pinned. Raises NotFoundError unless all of it is here, and InputError."""
+        with filling(self._root):
+            missing = self._missing(manifest)
+            if missing:
+                raise NotFoundError(f"the whole of {manifest}", str(self._root), missing)
+            Pins(self._root).add(manifest)
+
+    def _missing(self, manifest: Cid) -> str:
+        store = DirectoryStore(self._root)
+        try:
+            absent = [cid for cid in model_blocks(load_manifest(store, manifest), store.get) if not store.has(cid)]
+        except LlmdError as e:
+            return str(e)
+        return f"{len(absent)} of its blocks are not here, {absent[0]} first" if absent else ""
+
+
 def kept_blocks(root: Path) -> frozenset[Cid]:
     """Every block that a named or pinned model of the store needs, here or not.
 
@@ -112,6 +144,7 @@ def collect(root: Path, now_s: float, grace_s: float = GRACE_S, dry: bool = Fals
         if not dry:
             for block in garbage:
                 store.delete(block.cid)
+            RangeMaps(root).forget(needed)
     return Collected(len(garbage), sum(b.size for b in garbage), len(left), sum(b.size for b in left))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +14,19 @@ from shard_tools.cluster_key import create_key, load_key
 from shard_tools.console import STORE, StoreOption, line, refusals
 from shard_tools.errors import InputError
 from shard_tools.fetch import load_manifest, model_blocks
-from shard_tools.fetch_cli import ClusterKeyOption, GatewayOption, IpfsOption, MirrorOption, PeerOption
+from shard_tools.fetch_cli import (
+    ClusterKeyOption,
+    GatewayOption,
+    HubOption,
+    IpfsOption,
+    MirrorOption,
+    PeerOption,
+    RangesOption,
+    absolute,
+)
 from shard_tools.http_client import Patience
 from shard_tools.index.directory import DirectoryIndex
+from shard_tools.keeping import StorePins
 from shard_tools.sources import KEY as CLUSTER_KEY
 from shard_tools.sources import open_pulling, outside
 from shard_tools.store.directory import DirectoryStore
@@ -34,7 +43,6 @@ def register(app: typer.Typer) -> None:
     app.add_typer(blocks, name="blocks")
     ipfs = typer.Typer(no_args_is_help=True, help="Models in IPFS nodes.")
     ipfs.command("push")(ipfs_push)
-    ipfs.command("keep")(ipfs_keep)
     app.add_typer(ipfs, name="ipfs")
 
 
@@ -54,6 +62,8 @@ def blocks_serve(
     ipfs: IpfsOption = "",
     gateway: GatewayOption = [],  # noqa: B006
     mirror: MirrorOption = [],  # noqa: B006
+    hub: HubOption = "",
+    ranges: RangesOption = "",
     public: Annotated[bool, typer.Option("--public", help="Without the key: on loopback, for anybody there.")] = False,
 ) -> None:
     """Serve this store's blocks and names to the cluster until Ctrl-C, and get for it what none of its nodes has."""
@@ -68,9 +78,10 @@ def blocks_serve(
         near, patience = DirectoryStore(root), Patience()
         peers = Peers(peer, secret, patience) if peer and secret is not None else None
         pull = None
-        if peers or ipfs or gateway or mirror:
-            pull = open_pulling(near, root, peers, outside(ipfs, " ".join(gateway), " ".join(mirror), patience))
-        server = BlockServer(near, host.strip("[]"), int(port), secret, pull, DirectoryIndex(root))
+        if peers or ipfs or gateway or mirror or hub or ranges:
+            far = outside(ipfs, " ".join(gateway), " ".join(mirror), patience)
+            pull = open_pulling(near, root, peers, far, hub, absolute(ranges))
+        server = BlockServer(near, host.strip("[]"), int(port), secret, pull, DirectoryIndex(root), StorePins(root))
         line(f"Serving {near.label} at http://{host}:{server.port} until Ctrl-C")
         stopped = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stopped.set())
@@ -103,32 +114,3 @@ def ipfs_push(
             index = IpnsIndex.of_key(node, ipns)
             index.publish(name, record, blocks.has)
             line(f"Named in IPNS: llmd fetch {name} --ipfs {api} --index {index.name}")
-
-
-def ipfs_keep(
-    name: Annotated[str, typer.Argument(help="Name of the model in the store.")],
-    api: Annotated[list[str], typer.Option("--api", help="RPC of a node; one for each.")],
-    copies: Annotated[int, typer.Option("--copies", min=1, help="Nodes that are to keep it.")] = 2,
-    every_s: Annotated[float, typer.Option("--every-s", min=0, help="Look again so often; 0: once.")] = 0.0,
-    store: StoreOption = STORE,
-) -> None:
-    """See that enough IPFS nodes keep a model; those that lack it fetch it from the others."""
-    with refusals():
-        from shard_tools.replication import keep_copies  # its package is an extra
-        from shard_tools.store.ipfs import IpfsNode
-
-        record = DirectoryIndex(store.expanduser()).resolve(name)
-        nodes = [IpfsNode(text, Patience()) for text in api]
-        while True:
-            found = keep_copies(nodes, (record.manifest, record.signature), copies)
-            for label in found.kept:
-                line(f"{label} {'keeps it from now on' if label in found.made else 'keeps it'}")
-            for label, problem in found.problems:
-                line(f"{label} does not: {problem}")
-            if not every_s:
-                break
-            time.sleep(every_s)
-        if len(found.kept) < copies:
-            raise InputError(
-                f"{len(found.kept)} nodes keep {name}, and {copies} should: start more, or name more by --api"
-            )

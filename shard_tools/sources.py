@@ -5,18 +5,21 @@ All keep what they got in a directory, `cache`. Lists are text, separated by spa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from shard_tools.choice import absolute_path
 from shard_tools.cid import Cid
 from shard_tools.cluster_key import load_key
-from shard_tools.errors import InputError
+from shard_tools.errors import InputError, NotFoundError
+from shard_tools.fetch import load_manifest
 from shard_tools.http_client import ANSWER_S, Patience
 from shard_tools.keeping import Quota
+from shard_tools.ranges import read_map
 from shard_tools.store.block_store import BlockSource
 from shard_tools.store.directory import DirectoryStore
-from shard_tools.store.http_source import HttpSource
+from shard_tools.store.gateway import Gateway
+from shard_tools.store.hub import HubSource, Span
 from shard_tools.store.peers import Peers
 from shard_tools.store.tiered import HEDGE_S, TOTAL_S, Haste, Order, TieredStore
 
@@ -32,25 +35,30 @@ def open_tiered(
     ipfs: str = "",
     gateways: str = "",
     mirrors: str = "",
+    hub: str = "",
+    hub_ranges: str = "",
     hedge_s: float = HEDGE_S,
     answer_s: float = ANSWER_S,
     total_s: float = TOTAL_S,
     quota_gb: float = 0.0,
 ) -> TieredStore:
-    """The store `{kind: tiered, cache: folder, ...}`: cache, peers, IPFS node, gateways, mirror folders, in that order.
+    """The store `{kind: tiered, cache: folder, ...}`: cache, peers, IPFS node, gateways, mirrors, hub, in that order.
 
     peers: http://host:port of every node of the cluster, this one among them. ipfs: multiaddr of a node's RPC.
-    gateways: https://host... mirrors: absolute paths of other stores.
+    gateways: https://host... mirrors: absolute paths of other stores. hub: where the model's original files are, as
+    https://huggingface.co/<org>/<model>/resolve/<revision>, and hub_ranges: the file that says which blocks they hold.
     quota_gb: what the cache may hold, of which named and pinned models never go; 0: anything. Raises InputError.
     """
     haste, patience = Haste(_seconds(hedge_s), _seconds(total_s)), Patience(answer_s=_seconds(answer_s))
-    near, far = DirectoryStore(absolute_path(cache)), outside(ipfs, gateways, mirrors, patience)
+    near = DirectoryStore(absolute_path(cache))
+    far = outside(ipfs, gateways, mirrors, patience)
     order = far
     if peers.split():
         known = Peers(peers.split(), load_key(absolute_path(cluster_key)), patience)
         order = lambda cid: (*known.order(cid), *far(cid))
-    elif not (ipfs or gateways.split() or mirrors.split()):
-        raise InputError("a tiered store needs at least one of the options peers, ipfs, gateways and mirrors")
+    elif not (ipfs or gateways.split() or mirrors.split() or hub):
+        raise InputError("a tiered store needs at least one of the options peers, ipfs, gateways, mirrors and hub")
+    order = with_hub(order, hub, hub_ranges, near, lock_of(cache), patience)
     return TieredStore(near, lock_of(cache), order, haste, _quota(quota_gb, absolute_path(cache)))
 
 
@@ -69,8 +77,10 @@ def open_ipfs(*, cache: str, api: str = "/ip4/127.0.0.1/tcp/5001/http") -> Tiere
     return open_tiered(cache=cache, ipfs=api)
 
 
-def open_pulling(near: DirectoryStore, root: Path, peers: Peers | None, far: Order) -> TieredStore:
-    """What a node's endpoint gets a block from that it lacks: what other nodes hold, then outside.
+def open_pulling(
+    near: DirectoryStore, root: Path, peers: Peers | None, far: Order, hub: str = "", ranges: str = ""
+) -> TieredStore:
+    """What a node's endpoint gets a block from that it lacks: what other nodes hold, then outside; hub as of with_hub.
 
     It has a lock of its own: whoever waits for this node's answer on the same machine holds the other.
     """
@@ -78,7 +88,8 @@ def open_pulling(near: DirectoryStore, root: Path, peers: Peers | None, far: Ord
     def order(cid: Cid) -> tuple[BlockSource, ...]:
         return (*(peers.holders(cid) if peers else ()), *far(cid))
 
-    return TieredStore(near, root / "pulling.lock", order)
+    lock = root / "pulling.lock"
+    return TieredStore(near, lock, with_hub(order, hub, ranges, near, lock, Patience()))
 
 
 def outside(ipfs: str, gateways: str, mirrors: str, patience: Patience) -> Order:
@@ -101,9 +112,31 @@ def each_outside(ipfs: str, gateways: str, mirrors: str, patience: Patience) -> 
         from shard_tools.store.ipfs import IpfsNode  # its package is an extra
 
         out.append(IpfsNode(ipfs, patience))
-    out += [HttpSource(url, "gateway", patience) for url in gateways.split()]
+    out += [Gateway(url, patience) for url in gateways.split()]
     out += [DirectoryStore.mirror(absolute_path(path)) for path in mirrors.split()]
     return out
+
+
+def with_hub(order: Order, hub: str, ranges: str, near: DirectoryStore, lock: Path, patience: Patience) -> Order:
+    """The order, and behind it the original files at `hub`, if it is named; ranges: the file that says what they hold.
+
+    The manifest, without which nobody knows a leaf's place, comes from the others. Raises InputError, and FormatError
+    for what is no range map.
+    """
+    if not (hub or ranges):
+        return order
+    if not (hub and ranges):
+        raise InputError("a hub is an address and a range map: give both, hub and hub_ranges (--hub and --ranges)")
+    found, others = read_map(absolute_path(ranges)), TieredStore(near, lock, order)
+
+    def spans() -> Mapping[Cid, Span]:
+        try:
+            return found.spans(load_manifest(others, found.manifest))
+        except NotFoundError:
+            return {}
+
+    source = HubSource(hub, spans, patience)
+    return lambda cid: (*order(cid), source)
 
 
 def lock_of(cache: str) -> Path:

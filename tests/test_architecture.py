@@ -24,6 +24,7 @@ HOMES = {
     "tokenizers": ("serve_app/api/text.py",),
     "jinja2": ("serve_app/api/text.py",),
     "ipfshttpclient": ("shard_tools/store/ipfs.py",),
+    "model_signing": ("shard_tools/openssf.py",),
 }
 NOWHERE = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}  # they run what they read
 LONGEST = 400  # lines: past it a file holds two ideas

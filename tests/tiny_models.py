@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -30,29 +31,30 @@ def write_tiny_checkpoint(
     context: int = 512,
     max_shard_size: str = "5GB",
     as_published: bool = True,
+    shape: Mapping[str, object] | None = None,
 ) -> Path:
     """A whole Hugging Face folder at `directory`: random weights, a real byte-level tokenizer, a chat template.
 
     Weights are drawn ten times wider than a fresh model's, so that logits differ enough for greedy draws to be
     stable; norms differ from one, so that a swapped norm shows. max_shard_size "200KB" gives a sharded index.
     as_published False: tensors as transformers' modules hold them (experts stacked), not as such models are published.
+    shape: settings of the configuration in place of these.
     Equal arguments give equal bytes. Returns `directory`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    config = AutoConfig.for_model(
-        model_type,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        vocab_size=vocab,
-        max_position_embeddings=context,
-        initializer_range=0.2,
-        tie_word_embeddings=tied,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=0,
-        **_extra(model_type, hidden),
-    )
+    settings: dict[str, object] = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "vocab_size": vocab,
+        "max_position_embeddings": context,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    config = AutoConfig.for_model(model_type, **(settings | _extra(model_type, hidden) | dict(shape or {})))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

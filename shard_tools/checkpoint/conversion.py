@@ -100,6 +100,12 @@ class _Converted:
             return self._inner.read(self._plain[name])
         return self._convert(group, {part: self._inner.read(part) for part in group.names})[name]
 
+    def parts(self) -> tuple[str, ...]:
+        return self._inner.parts()
+
+    def place(self, name: str) -> tuple[str, int] | None:
+        return self._inner.place(self._plain[name]) if name in self._plain else None
+
     def files(self) -> dict[str, bytes]:
         return self._inner.files()
 

@@ -87,6 +87,12 @@ class GgufFile:
             raise CheckpointError(f"{self._path}: tensor {raw.name!r} is not one parameter of its own")
         return torch.from_numpy(np.array(result.weights, dtype=np.float32, order="C"))  # a copy: the file is mapped
 
+    def parts(self) -> tuple[str, ...]:
+        return ()
+
+    def place(self, name: str) -> tuple[str, int] | None:
+        return None
+
     def files(self) -> dict[str, bytes]:
         out = self._tokenizer_files()
         config = self._config.to_dict()

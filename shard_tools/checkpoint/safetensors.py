@@ -15,10 +15,12 @@ from transformers import AutoConfig
 from shard_tools.checkpoint.source import Row
 from shard_tools.errors import CheckpointError
 
+MAX_HEADER_BYTES = 100 << 20  # what the library accepts
 MAX_INDEX_BYTES = 64 << 20
 MAX_FILE_BYTES = 64 << 20
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_README = "README.md"  # whose front matter says the license
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _FILES = (  # what a server reads; weights, READMEs and other frameworks' files stay behind
     "chat_template.jinja",
@@ -59,6 +61,7 @@ class SafetensorsFolder:
         self._open: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         self._table: dict[str, Row] = {}
+        self._starts: dict[str, dict[str, int]] = {}  # of a file that was asked for: tensor -> first byte
         self._read_tables()
 
     @property
@@ -72,7 +75,7 @@ class SafetensorsFolder:
     @property
     def license(self) -> str:
         try:
-            readme = (self._path / "README.md").open("rb").read(64 << 10).decode("utf-8", "replace")
+            readme = (self._path / _README).open("rb").read(64 << 10).decode("utf-8", "replace")
         except OSError:
             return ""
         front = readme.split("\n---", 1)[0] if readme.startswith("---") else ""
@@ -89,6 +92,16 @@ class SafetensorsFolder:
         except SafetensorError as e:
             raise CheckpointError(f"{self._path / self._file_of[name]}: tensor {name!r} cannot be read: {e}") from e
         return tensor
+
+    def parts(self) -> tuple[str, ...]:
+        small = (*_FILES, _README, *(() if (self._path / _SINGLE).exists() else (_INDEX,)))
+        return (*(name for name in small if (self._path / name).exists()), *self._open)
+
+    def place(self, name: str) -> tuple[str, int] | None:
+        part = self._file_of[name]
+        if part not in self._starts:
+            self._starts[part] = _starts(self._path / part)
+        return part, self._starts[part][name]
 
     def files(self) -> dict[str, bytes]:
         if not (self._path / "tokenizer.json").exists():
@@ -143,6 +156,19 @@ class SafetensorsFolder:
         if len(data) > limit:
             raise CheckpointError(f"{path} is larger than {limit} bytes")
         return data
+
+
+def _starts(path: Path) -> dict[str, int]:
+    """The byte of the file at which each tensor begins. The library, which has opened the file before, does not say."""
+    try:
+        with path.open("rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            if size > MAX_HEADER_BYTES:
+                raise CheckpointError(f"{path} has a header of {size} bytes")
+            table = _json_map(f.read(size), path)
+        return {name: 8 + size + int(row["data_offsets"][0]) for name, row in table.items() if name != "__metadata__"}
+    except (OSError, LookupError, TypeError, ValueError) as e:
+        raise CheckpointError(f"the header of {path} cannot be read: {type(e).__name__}: {e}") from e
 
 
 def _json_map(data: bytes, path: Path) -> dict[str, Any]:

@@ -46,6 +46,14 @@ class Checkpoint(Protocol):
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU; nothing else is loaded. Raises CheckpointError."""
 
+    def parts(self) -> tuple[str, ...]:
+        """The files of its folder that the model is made of; none where it is no folder."""
+
+    def place(self, name: str) -> tuple[str, int] | None:
+        """The file, and the byte of it, at which this tensor's bytes begin as a safetensors file has them; None where
+        they stand in no such file.
+        """
+
     def files(self) -> dict[str, bytes]:
         """The small files that a server needs: config, tokenizer, chat template, generation defaults."""
 

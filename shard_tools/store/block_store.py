@@ -8,8 +8,9 @@ Laws, which tests/contracts holds over every implementation:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import CorruptBlockError, InputError
@@ -29,6 +30,37 @@ class BlockSource(Protocol):
 
     def has(self, cid: Cid) -> bool:
         """Whether the source says that it has the block. Raises UnreachableError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dag:
+    """A file's blocks as a tree. size, leaves: of the whole file. wanted: leaves that are needed, and their sizes."""
+
+    root: Cid
+    size: int
+    leaves: int
+    wanted: Mapping[Cid, int]
+
+
+@runtime_checkable
+class DagSource(BlockSource, Protocol):
+    """A BlockSource that gives many blocks for one question."""
+
+    def get_dag(self, dag: Dag) -> Iterator[tuple[Cid, bytes]]:
+        """Those wanted blocks that come in one stream, each hashed, each once; maybe none, for want of a stream.
+
+        Raises what BlockSource.get raises, and FormatError, wherever the stream goes wrong; what came before is right.
+        """
+
+
+@runtime_checkable
+class DagKeeper(BlockSource, Protocol):
+    """A store that can fill itself from a DagSource."""
+
+    def bring(self, dag: Dag, kept: Callable[[Cid], None]) -> None:
+        """Those wanted blocks that come in one stream are here, and `kept` was told of each. Raises nothing: whoever
+        needs the others gets them one by one.
+        """
 
 
 class BlockStore(Protocol):

@@ -11,7 +11,7 @@ Knows nothing of what the blocks mean. Source: https://ipld.io/specs/transport/c
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, Protocol
 
 from shard_tools import canonical
 from shard_tools.canonical import Fields, Value
@@ -23,6 +23,13 @@ MAX_ROOTS = 64
 MAX_HEADER_BYTES = 4 << 10  # 64 roots take 2.7 KB
 _CID_BYTES = 36
 _VARINT_BYTES = 5  # 2^35: more than any length that is accepted
+
+
+class Readable(Protocol):
+    """What a CAR is read from."""
+
+    def read(self, size: int, /) -> bytes:
+        """At most so many bytes; none at the end."""
 
 
 def write_car(out: IO[bytes], roots: Sequence[Cid], blocks: Iterable[tuple[Cid, bytes]]) -> int:
@@ -44,15 +51,26 @@ def read_car(stream: BinaryIO, label: str) -> tuple[tuple[Cid, ...], Iterator[tu
     CorruptBlockError for a block that does not hash to its name; what was yielded before stays right.
     """
     reader = _Reader(stream, label)
-    size = reader.length(MAX_HEADER_BYTES, "header")
-    if size is None:
-        raise FormatError(f"{label} is empty, and no CAR file")
-    with Fields(canonical.decode(reader.take(size), max_bytes=MAX_HEADER_BYTES), f"the header of {label}") as f:
-        f.integer("version", 1, 1)
-        roots = tuple(item for item in f.items("roots", MAX_ROOTS) if isinstance(item, Cid))
+    roots = _roots(reader)
     if not roots:
         raise FormatError(f"{label} names no root that this project knows")
     return roots, _blocks(reader)
+
+
+def read_blocks(stream: Readable, label: str) -> Iterator[tuple[Cid, bytes]]:
+    """As read_car, of a stream whose roots say nothing: a gateway may write there what it likes."""
+    reader = _Reader(stream, label)
+    _roots(reader)
+    yield from _blocks(reader)
+
+
+def _roots(reader: _Reader) -> tuple[Cid, ...]:
+    size = reader.length(MAX_HEADER_BYTES, "header")
+    if size is None:
+        raise FormatError(f"{reader.label} is empty, and no CAR file")
+    with Fields(canonical.decode(reader.take(size), max_bytes=MAX_HEADER_BYTES), f"the header of {reader.label}") as f:
+        f.integer("version", 1, 1)
+        return tuple(item for item in f.items("roots", MAX_ROOTS) if isinstance(item, Cid))
 
 
 def _blocks(reader: _Reader) -> Iterator[tuple[Cid, bytes]]:
@@ -66,7 +84,7 @@ def _blocks(reader: _Reader) -> Iterator[tuple[Cid, bytes]]:
 class _Reader:
     """A stream, and how far it was read."""
 
-    def __init__(self, stream: BinaryIO, label: str) -> None:
+    def __init__(self, stream: Readable, label: str) -> None:
         self._stream, self.label, self.at = stream, label, 0
 
     def length(self, most: int, what: str) -> int | None:

@@ -16,12 +16,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import CorruptBlockError, InputError, LlmdError, NotFoundError, UnavailableError
-from shard_tools.store.block_store import BlockSource
+from shard_tools.store.block_store import BlockSource, Dag, DagSource
 from shard_tools.store.directory import DirectoryStore
 from shard_tools.store.flights import Flights
 
@@ -104,6 +104,25 @@ class TieredStore:
                 raise bad from e
             self._keep(cid, block, anew=bad is not None)
             return block
+
+    def bring(self, dag: Dag, kept: Callable[[Cid], None]) -> None:
+        """As DagKeeper.bring, of the source that is to be asked first, if it has streams: never past a peer.
+
+        Who asks for one of the blocks in the meantime does not wait for the stream.
+        """
+        source = next(iter(self._ranked(dag.root)), None)
+        if not isinstance(source, DagSource):
+            return
+        with self._flights.alone(dag.root, self._haste.total_s):
+            missing = {cid: size for cid, size in dag.wanted.items() if not self._near.has(cid)}
+            if 2 * sum(missing.values()) < dag.size:
+                return  # a stream would carry more that is here already
+            try:
+                for cid, block in source.get_dag(replace(dag, wanted=missing)):
+                    self._keep(cid, block, anew=False)
+                    kept(cid)
+            except LlmdError as e:
+                self._failed(source, e)
 
     def has(self, cid: Cid) -> bool:
         return self._near.has(cid)

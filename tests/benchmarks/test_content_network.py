@@ -26,3 +26,8 @@ def test_fine_tunes_cost_what_they_change(tmp_path: Path) -> None:
 def test_copies_and_blocks_over_http_have_rates(tmp_path: Path) -> None:
     assert measure("directory", tmp_path / "a", "tiny", 0, 0)["fetch_mb_per_s"] > 0
     assert measure("http", tmp_path / "b", "tiny", 0, blocks=5)["verified_4_threads_mb_per_s"] > 0
+
+
+def test_a_gateway_is_fetched_from_in_both_ways(tmp_path: Path) -> None:
+    figures = measure("gateway", tmp_path, "tiny", 0, 0)
+    assert all(figures[f"late_{ms}_ms"][how] > 0 for ms in (0, 5, 50) for how in ("streams", "blocks"))

@@ -18,6 +18,7 @@ from shard_tools.errors import CorruptBlockError, NotFoundError
 from shard_tools.http_client import Patience
 from shard_tools.store.block_store import MAX_BLOCK_BYTES, BlockSource
 from shard_tools.store.directory import DirectoryStore
+from shard_tools.store.gateway import Gateway
 from shard_tools.store.http_source import HttpSource
 
 SECRET = bytes(range(32))
@@ -35,7 +36,8 @@ def source(request: pytest.FixtureRequest, origin: DirectoryStore) -> Iterator[B
     """What gives the blocks of origin."""
     secret = SECRET if request.param == "peer" else None
     server = BlockServer(origin, "127.0.0.1", 0, secret)
-    source = HttpSource(f"http://127.0.0.1:{server.port}", request.param, Patience(), secret)
+    url = f"http://127.0.0.1:{server.port}"
+    source = HttpSource(url, "peer", Patience(), secret) if secret else Gateway(url, Patience())
     yield source
     source.close()
     server.close()

@@ -8,9 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jsonschema import Draft202012Validator
+from jsonschema import Draft201909Validator, Draft202012Validator
 
-CRD = Path(__file__).with_name("crds") / "rayservice-v1.json.gz"
+_FOLDER = Path(__file__).with_name("crds")
+CRD = _FOLDER / "rayservice-v1.json.gz"
+KUBERNETES, COMPOSE = _FOLDER / "kubernetes-1.37.json.gz", _FOLDER / "compose-spec.json.gz"
 
 # The API server knows these from its own ObjectMeta; the CRD says only "object".
 _OBJECT_META = {
@@ -24,6 +26,19 @@ _OBJECT_META = {
         "annotations": {"type": "object", "additionalProperties": {"type": "string"}},
     },
 }
+
+
+@cache
+def built_in(kind: str) -> Draft202012Validator:
+    """Checks a ConfigMap, Service, StatefulSet or NetworkPolicy of Kubernetes 1.37."""
+    known = json.loads(gzip.decompress(KUBERNETES.read_bytes()))
+    return Draft202012Validator({"$ref": f"#/definitions/{known['roots'][kind]}", "definitions": known["definitions"]})
+
+
+@cache
+def compose() -> Draft201909Validator:
+    """Checks a Compose file."""
+    return Draft201909Validator(json.loads(gzip.decompress(COMPOSE.read_bytes())))
 
 
 @cache
@@ -54,6 +69,7 @@ def strict(node: Any) -> Any:
     return out
 
 
-def complaints(document: Any) -> list[str]:
-    """What is wrong with a RayService, with the place of each."""
-    return [f"{error.json_path}: {error.message}" for error in ray_service().iter_errors(document)]
+def complaints(document: Any, validator: Draft202012Validator | Draft201909Validator | None = None) -> list[str]:
+    """What is wrong with a document, with the place of each. validator: of a RayService if not given."""
+    found = (validator or ray_service()).iter_errors(document)
+    return [f"{error.json_path}: {error.message}" for error in found]

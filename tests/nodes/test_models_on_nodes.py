@@ -18,15 +18,18 @@ from shard_tools.choice import Choice
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import UnavailableError
 from shard_tools.fetch import fetch, load_manifest, model_blocks, verify
+from shard_tools.http_client import Patience
 from shard_tools.index.directory import DirectoryIndex
 from shard_tools.manifest import Manifest
 from shard_tools.publish import publish
 from shard_tools.signing import Signer, key_text
-from shard_tools.store.block_store import BlockStore
+from shard_tools.store.block_store import BlockStore, Dag
 from shard_tools.store.directory import DirectoryStore
+from shard_tools.store.gateway import CAR, Gateway
 from shard_tools.store.stores import open_store
 from shard_tools.trust import TrustPolicy
 from tests.nodes.nodes import JsNode, fresh_swarm_key, js_ipfs_missing, js_node, kubo_core, kubo_missing
+from tests.shard_tools.http_doubles import answering, ok, saying
 from tests.shard_tools.test_cli import Desk
 from tests.tiny_models import write_tiny_checkpoint
 
@@ -118,6 +121,18 @@ def test_a_file_of_the_model_reads_from_a_node_under_our_cid(model: Model, pair:
     shard = model.manifest.shards[1]
     whole = b"".join(model.store.get(leaf.cid) for leaf in shard.leaves)
     assert pair[1].rpc("cat", str(shard.cid)).content == whole
+
+
+@needs_js
+def test_a_cars_blocks_are_the_shards_whoever_wrote_it(model: Model, pair: tuple[JsNode, JsNode]) -> None:
+    """js-ipfs exports a shard under our CID; what a gateway would send of it is taken leaf by leaf."""
+    push(model, pair[0])
+    shard = model.manifest.shards[1]
+    car = pair[0].rpc("dag/export", str(shard.cid)).content
+    wanted = {leaf.cid: leaf.size for leaf in shard.leaves}
+    with answering(saying(ok(car, kind=f"{CAR}; version=1"))) as url:
+        got = dict(Gateway(url, Patience()).get_dag(Dag(shard.cid, shard.size, len(wanted), wanted)))
+    assert got == {cid: model.store.get(cid) for cid in wanted}
 
 
 @needs_js
@@ -241,7 +256,6 @@ def test_a_node_that_falls_away_is_made_up_for_by_another(model: Model, tmp_path
         c.connect(b.address)
         push(model, a)
         words = (
-            "ipfs",
             "keep",
             "tiny",
             "--store",
