@@ -46,7 +46,8 @@ from tests.e2e.cluster import eventually
 DEFAULT_KILL = "stage=0.7,head=0.1,supervisor=0.1,node=0.1"
 QUESTIONS = 8
 AGAIN_S = 0.5  # before the next question, after one that was refused or failed
-SETTLE_S = 40.0  # after a load: until all parts are there again and nothing of those that died is
+NOTICED_S = 5.0  # after a load, whose last death may be a moment ago: until it shows at the latest
+SETTLE_S = 60.0  # after a load: until all parts are there again and nothing of those that died is
 
 
 @dataclass(slots=True)
@@ -83,9 +84,11 @@ def main() -> int:
         parser.error(f"{len(a.minutes)} of --minutes for {len(a.every)} of --every")
     nodes = a.stages + 1 if "node" in a.kill else 0  # one more than needed: where one dies, there is room at once
     server = OwnServer(a.model, a.stages, nodes=nodes, kv_memory_bytes=256 << 20)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server must not outlive this process
     with server:
         before = _ours(server)
         loads, interrupted = asyncio.run(_all_loads(a, server))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # asyncio gave it back to the system
         eventually(lambda: _ours(server) == before, SETTLE_S, every_s=1.0)
         after = _ours(server)
         settle_margins(server.model, loads, a.exact_margin)
@@ -144,7 +147,6 @@ async def _all_loads(a: argparse.Namespace, server: OwnServer) -> tuple[list[Loa
             break
         print("no deaths" if every_s is None else f"a death every {every_s:g} s", f"for {seconds:g} s", flush=True)
         loads.append(await _load(a, asker, known, reaper, Load(every_s), seconds, interrupted))
-        await asyncio.to_thread(eventually, server.ready, SETTLE_S)
     return loads, interrupted.is_set()
 
 
@@ -180,6 +182,9 @@ async def _load(
     stop.set()
     await asyncio.gather(*clients, *deaths)  # every client's answer ends within its deadline
     load.ended_s = time.perf_counter()
+    await asyncio.sleep(NOTICED_S)
+    while health.changes and not health.changes[-1][1] and time.perf_counter() < load.ended_s + SETTLE_S:
+        await asyncio.sleep(AGAIN_S)
     watch.cancel()
     health.mark(load.deaths)
     return load

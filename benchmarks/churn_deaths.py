@@ -122,7 +122,10 @@ class Reaper:
                 break
             await _stopped(stop, LIST_EVERY_S)
         if joined is not None:
-            await joined
+            try:
+                await joined
+            except RuntimeError as e:
+                print(f"  no node joined in its place: {e}", flush=True)
         print(f"  {death.victim}: {self._what.name}, in its place after {death.back_after_s} s", flush=True)
         return death
 

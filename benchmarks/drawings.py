@@ -244,10 +244,11 @@ def churn(figure: Figure, f: Figures) -> None:
     left.plot(rates, [run["goodput_tokens_per_s"] for run in runs], "o-", color=BLUE)
     for rate, run in zip(rates, runs, strict=True):
         said = f"{run['right_percent']:g} %\nright"
-        left.annotate(said, (rate, run["goodput_tokens_per_s"]), (4, -6), textcoords="offset points", fontsize=7)
-    left.set_ylim(bottom=0)
-    left.margins(x=0.18, y=0.18)
-    left.set_xlabel("deaths a minute")
+        left.annotate(said, (rate, run["goodput_tokens_per_s"]), (4, 5), textcoords="offset points", fontsize=7)
+    left.set_ylim(0, 1.25 * max(1.0, *(run["goodput_tokens_per_s"] for run in runs)))
+    for ax in (left, right):
+        ax.set_xlim(-0.1 * max(1.0, *rates), 1.3 * max(1.0, *rates))
+        ax.set_xlabel("deaths a minute")
     left.set_ylabel("tokens/s of right answers")
     left.set_title(f"{f['clients']} streams, {f['stages']} stages, {f['signal']}")
     for key, label, colour, marker in (
@@ -258,9 +259,8 @@ def churn(figure: Figure, f: Figures) -> None:
         if seen:
             right.plot([r for r, _ in seen], [p["p50"] for _, p in seen], marker, color=colour, label=label)
             right.vlines([r for r, _ in seen], [p["p50"] for _, p in seen], [p["p99"] for _, p in seen], color=colour)
-    right.set_ylim(bottom=0)
-    right.margins(x=0.18, y=0.25)
-    right.set_xlabel("deaths a minute")
+    longest = [run[key]["p99"] for run in runs for key in ("stall_s", "ready_s") if run[key]]
+    right.set_ylim(0, 1.4 * max([1.0, *longest]))
     right.set_ylabel("s, median and up to p99")
     right.set_title("How long")
     if right.get_legend_handles_labels()[0]:

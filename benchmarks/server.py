@@ -131,12 +131,9 @@ class OwnServer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
 
-    def start_node(self) -> int:
-        """A further Ray node for stages is there; returns the process id of its raylet."""
-        before = self.processes("raylet/raylet").keys()
+    def start_node(self) -> None:
+        """A further Ray node for stages is there. Raises RuntimeError."""
         self._ray_start(f"--address=127.0.0.1:{self._ray_port}", f"--labels={LABEL}=stage")
-        (raylet,) = self.processes("raylet/raylet").keys() - before
-        return raylet
 
     def _ray_start(self, *where: str) -> None:
         # Several nodes on one host: no port may be a fixed one.
@@ -144,9 +141,12 @@ class OwnServer:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--disable-usage-stats"]
         memory = f"--object-store-memory={100 << 20}"
         environment = {k: v for k, v in self._environment.items() if k != "RAY_ADDRESS"}
-        ended = subprocess.run(
-            [*command, memory, *ports, *where], env=environment, capture_output=True, text=True, timeout=120
-        )
+        try:
+            ended = subprocess.run(
+                [*command, memory, *ports, *where], env=environment, capture_output=True, text=True, timeout=120
+            )
+        except subprocess.TimeoutExpired as e:
+            raise RuntimeError(f"a Ray node did not start within {e.timeout:.0f} s") from e
         if ended.returncode:
             raise RuntimeError(f"a Ray node did not start:\n{ended.stdout[-1500:]}\n{ended.stderr[-1500:]}")
 

@@ -11,6 +11,7 @@ from benchmarks.churn import Load, shares, stalls, summary, table
 from benchmarks.churn_deaths import Death, Health
 from benchmarks.http_client import Reply
 from benchmarks.known_answers import Judged, Known, Question
+from benchmarks.report import Result
 from benchmarks.workload import Arrival
 from tests.e2e.parts import dashboard_of
 
@@ -62,6 +63,15 @@ def test_only_right_answers_count_as_goodput() -> None:
     assert [figures[name] for name in ("correct", "parted", "wrong", "failed", "refused", "again")] == [1] * 6
     assert (figures["right_percent"], figures["goodput_tokens_per_s"], figures["died"]) == (40.0, 2.0, 1)
     assert len(table([figures | {"goodput_percent": 50.0}])) == 2
+
+
+def test_a_run_can_be_drawn_even_where_nobody_stalled(tmp_path: Path) -> None:
+    plot = pytest.importorskip("benchmarks.plot", reason="needs the extra [bench]", exc_type=ImportError)
+    calm = summary(Load(None, 0.0, 2.0))
+    churned = calm | {"every_s": 20.0, "stall_s": {"p50": 1.0, "p90": 2.0, "p99": 3.0}}
+    for runs in ([calm], [calm, churned]):
+        figures = {"model": "tiny", "clients": 4, "stages": 2, "signal": "SIGKILL", "runs": runs}
+        assert plot.picture(Result("churn", figures), tmp_path).exists()
 
 
 def test_the_dashboard_is_found_in_a_coloured_log(tmp_path: Path) -> None:

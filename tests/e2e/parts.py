@@ -46,7 +46,8 @@ class Parts:
     """Asks one Ray's dashboard."""
 
     def __init__(self, dashboard: str, token_file: Path) -> None:
-        self._url = f"{dashboard}/api/v0/actors?limit=1000"
+        # Those that died stay listed, and would fill the limit in time.
+        self._url = f"{dashboard}/api/v0/actors?limit=1000&filter_keys=state&filter_predicates==&filter_values=ALIVE"
         self._headers = {"Authorization": f"Bearer {token_file.read_text().strip()}"}
 
     def alive(self, timeout_s: float = 10.0) -> list[Part]:
