@@ -70,8 +70,8 @@ bench: $(READY)
 # Some forty minutes on an otherwise idle machine: parts of the running application die every 120 s, 60 s, and then for
 # half an hour every 20 s, under load. The short form, four deaths, is tests/chaos, part of `make test-ray`.
 chaos: $(READY)
-	$(BENCH).churn --every 120 60 20 --minutes 4 4 30 --out build/chaos
-	$(BENCH).plot churn --results build/chaos
+	$(BENCH).churn --every 120 60 20 --minutes 4 4 30 --out build/chaos; failed=$$?; \
+	$(BENCH).plot churn --results build/chaos; exit $$failed
 
 clean:
 	rm -rf $(VENV) build *.egg-info
