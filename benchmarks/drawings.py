@@ -236,6 +236,37 @@ def speculate(figure: Figure, f: Figures) -> None:
         ax.set_title(f"{name.replace('_', ' ')}: {f[name]['ratio']} times ({said})", fontsize=9)
 
 
+def churn(figure: Figure, f: Figures) -> None:
+    """Goodput against the rate of deaths, and how long streams stood still."""
+    left, right = figure.subplots(1, 2)
+    runs = sorted(f["runs"], key=lambda run: 60 / run["every_s"] if run["every_s"] else 0)
+    rates = [60 / run["every_s"] if run["every_s"] else 0 for run in runs]
+    left.plot(rates, [run["goodput_tokens_per_s"] for run in runs], "o-", color=BLUE)
+    for rate, run in zip(rates, runs, strict=True):
+        said = f"{run['right_percent']:g} %\nright"
+        left.annotate(said, (rate, run["goodput_tokens_per_s"]), (4, 5), textcoords="offset points", fontsize=7)
+    left.set_ylim(0, 1.25 * max(1.0, *(run["goodput_tokens_per_s"] for run in runs)))
+    for ax in (left, right):
+        ax.set_xlim(-0.1 * max(1.0, *rates), 1.3 * max(1.0, *rates))
+        ax.set_xlabel("deaths a minute")
+    left.set_ylabel("tokens/s of right answers")
+    left.set_title(f"{f['clients']} streams, {f['stages']} stages, {f['signal']}")
+    for key, label, colour, marker in (
+        ("stall_s", "streams that went on stood still", BLUE, "o"),
+        ("ready_s", "not ready, where it said so", VERMILION, "^"),
+    ):
+        seen = [(rate, run[key]) for rate, run in zip(rates, runs, strict=True) if run[key]]
+        if seen:
+            right.plot([r for r, _ in seen], [p["p50"] for _, p in seen], marker, color=colour, label=label)
+            right.vlines([r for r, _ in seen], [p["p50"] for _, p in seen], [p["p99"] for _, p in seen], color=colour)
+    longest = [run[key]["p99"] for run in runs for key in ("stall_s", "ready_s") if run[key]]
+    right.set_ylim(0, 1.4 * max([1.0, *longest]))
+    right.set_ylabel("s, median and up to p99")
+    right.set_title("How long")
+    if right.get_legend_handles_labels()[0]:
+        right.legend(loc="upper left", fontsize=7)
+
+
 def plain(figure: Figure, f: Figures) -> None:
     """Of a benchmark without a drawing of its own: its numbers as bars, by unit, of the commonest two units."""
     by_unit: dict[str, list[tuple[str, float]]] = {}
@@ -275,6 +306,7 @@ DRAWINGS: Mapping[str, tuple[str, Callable[[Figure, Figures], None]]] = {
     "gpu_serving": ("How long a decode step takes a GPU", gpu_serving),
     "serving": ("Serving under load, through HTTP, receipts on", serving),
     "soak": ("Still serving after everything that clients do", soak),
+    "churn": ("What clients see while parts die", churn),
     "cold_start": ("From shards on disk to the first token", cold_start),
     "receipts_cost": ("What receipts cost", receipts_cost),
     "prefill": ("How fast a prompt is read", prefill),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,16 +48,19 @@ async def ask(
     *,
     headers: Mapping[str, str] | None = None,
     hang_up_after: int | None = None,
+    heard: Callable[[Reply], None] = lambda reply: None,
     timeout_s: float = 600.0,
 ) -> Reply:
     """The streamed answer to `body`. hang_up_after: close the connection after so many pieces of text.
+
+    heard: called after every event, with what came so far.
 
     Never raises for what the server or the network does: `error` says what went wrong.
     """
     reply = Reply(time.perf_counter())
     try:
         async with asyncio.timeout(timeout_s):
-            await _ask(reply, url, path, body, headers or {}, hang_up_after)
+            await _ask(reply, url, path, body, headers or {}, hang_up_after, heard)
     except TimeoutError:
         reply.error = f"no end after {timeout_s:.0f} s"
     except Exception as e:  # whatever a server sends or a network does is part of what was measured
@@ -73,6 +76,7 @@ async def _ask(
     body: Mapping[str, Any],
     headers: Mapping[str, str],
     hang_up_after: int | None,
+    heard: Callable[[Reply], None],
 ) -> None:
     parts = urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
@@ -96,6 +100,7 @@ async def _ask(
             if event == b"[DONE]":
                 return
             _take(reply, json.loads(event), at)
+            heard(reply)
             if hang_up_after is not None and len(reply.piece_s) >= hang_up_after:
                 reply.hung_up = True
                 return

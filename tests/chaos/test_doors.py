@@ -1,0 +1,78 @@
+"""More clients than there is room for, and a door that dies: the others are served as if nothing were."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from benchmarks.known_answers import Asker, Question
+from benchmarks.server import OwnServer
+from benchmarks.workload import Arrival
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+RUNNING, WAITING = 4, 2
+ANSWER_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[OwnServer]:
+    limits = {"max_requests": RUNNING, "max_waiting": WAITING, "kv_memory_bytes": 16 << 20}
+    with OwnServer("tiny", 2, ingress={"replicas": 2}, **limits) as server:
+        yield server
+
+
+@pytest.fixture
+def asker(server: OwnServer) -> Asker:
+    return Asker(server.url, server.model.text, server.operator)
+
+
+def question(server: OwnServer, tokens: int) -> Question:
+    return Question.of(server.model.manifest.name, Arrival(0, "music doctor ocean", tokens), chat=True, whole=True)
+
+
+def test_what_there_is_no_room_for_is_told_to_come_again(server: OwnServer) -> None:
+    """Of many requests at once some are answered; every other gets 429 with the seconds to wait, and soon."""
+    asked = question(server, 200)
+
+    async def everybody() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=ANSWER_S) as client:
+            return await asyncio.gather(*(client.post(asked.path, json=asked.body) for _ in range(24)))
+
+    answers = asyncio.run(everybody())
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert len(answers) - len(refused) >= RUNNING + WAITING
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+    assert all(answer.json()["error"]["code"] == "rate_limit_exceeded" for answer in refused)
+
+
+def test_streams_of_the_other_door_do_not_notice_that_one_dies(server: OwnServer, asker: Asker) -> None:
+    """Those of the killed door see their connection end within a second; the pipeline stays as it is."""
+    epoch = server.state()["epoch"]
+
+    async def over_a_death() -> None:
+        known = await asker.learn(question(server, 1000), ANSWER_S)
+        streams = [asyncio.create_task(asker.ask(known.question, ANSWER_S)) for _ in range(RUNNING)]
+        door = await asyncio.to_thread(server.parts().one, "ingress")
+        while server.state()["running"] < RUNNING:
+            await asyncio.sleep(0.05)
+        assert door.hear(signal.SIGKILL)
+        killed_s = time.perf_counter()
+        verdicts = {"correct": 0, "failed": 0}
+        for reply, nonce in await asyncio.gather(*streams):
+            judged = asker.judge(known, reply, nonce)
+            verdicts[judged.verdict] += 1
+            assert judged.verdict == "correct" or reply.ended_s - killed_s < 1.0
+        # Serve sends a request to whichever door has fewer: both had some.
+        assert verdicts["correct"] and verdicts["failed"], verdicts
+        again, nonce = await asker.ask(known.question, ANSWER_S)
+        assert asker.judge(known, again, nonce).verdict == "correct"
+
+    asyncio.run(over_a_death())
+    assert server.state()["epoch"] == epoch
