@@ -25,7 +25,7 @@ from shard_tools.manifest import Manifest
 from shard_tools.store.block_store import BlockStore
 
 _DTYPES: tuple[ActivationDtype, ...] = ("bfloat16", "float16", "float32")
-_PAGE = 64  # positions; a replay has its pages to itself, so their size matters to nobody
+REPLAY_PAGE = 64  # positions; a replay has its pages to itself, so their size matters to nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +87,11 @@ def replay(
         rows = [floats_of(r, dtype, manifest.hidden_size).astype("<f4").tobytes() for r in rows]
     profile = ""
     for layer in range(start, stop):
-        engine = load_layers(store, manifest, layer, layer + 1, replace(options, page_size=_PAGE))
+        engine = load_layers(store, manifest, layer, layer + 1, replace(options, page_size=REPLAY_PAGE))
         size = 4 if layer == 0 else manifest.hidden_size * (4 if options.dtype == "float32" else 2)
-        engine.reserve(max(-(-len(r) // size // _PAGE) for r in rows), 1)
+        engine.reserve(max(-(-len(r) // size // REPLAY_PAGE) for r in rows), 1)
         try:
-            rows = [bytes(engine.run(_whole(len(r) // size), memoryview(r)).hidden) for r in rows]
+            rows = [bytes(engine.run(whole_pass(len(r) // size), memoryview(r)).hidden) for r in rows]
         except ProtocolError as e:
             raise AuditError(f"the rows that were received cannot be computed from: {e}") from e
         profile = engine.profile.description
@@ -104,8 +104,8 @@ def _root(boundary: Boundary, rows: bytes) -> bytes:
     return tree.root()
 
 
-def _whole(n: int) -> StepPlan:
-    """One sequence of n rows, which opens and closes with the step."""
-    opens, pages = np.zeros(1, OPEN), np.arange(-(-n // _PAGE), dtype="<u4")
+def whole_pass(n: int) -> StepPlan:
+    """The plan of one sequence of n rows in one pass, which opens and closes with it; pages of REPLAYREPLAY_PAGE."""
+    opens, pages = np.zeros(1, OPEN), np.arange(-(-n // REPLAY_PAGE), dtype="<u4")
     spans, closes = np.array([(0, 0, n, len(pages), 0)], SPAN), np.array([(0, n, 0)], CLOSE)
     return StepPlan(0, 0, opens, spans, pages, closes, np.zeros(0, "<u8"))
