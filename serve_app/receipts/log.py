@@ -1,8 +1,8 @@
 """An append-only log that cannot tell two stories: what is in it, and that it only grew, is proved in a few hashes.
 
 The tree and both proofs are those of RFC 9162 (sections 2.1.1, 2.1.3 and 2.1.4), over the bytes of entries: CIDs of
-receipts and verdicts, whatever an operator answers for. A *tree head* is the size and root, signed; two heads of one size
-with different roots, or two that no proof connects, convict whoever signed them.
+receipts and verdicts, whatever an operator answers for. A *tree head* is the size and root, signed; two heads of one
+size with different roots, or two that no proof connects, convict whoever signed them.
 Laws: a proof made by `Log` is accepted by `require_included` or `require_grown`; for other entries, roots or sizes it
 is not. Bytes: PROTOCOL.md. Pure: hashes are kept in memory, and where entries are stored is another's business.
 """
