@@ -5,6 +5,7 @@ Exit codes: 0 done (demo: the cheat was found and nobody else blamed), 1 not so,
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,7 @@ def calibrate(
     text: Annotated[Path | None, typer.Option("--text", help="To cut prompts from; default: Python's help.")] = None,
 ) -> None:
     """Measure honest stages against replays of them, and put a calibration file for each stage into the store."""
+    _be_quiet()
     from serve_app.audit_demo import calibrate_stages, choose_options, help_text
     from shard_tools.cid import Cid, Codec
     from shard_tools.fetch import load_manifest
@@ -68,6 +70,7 @@ def demo(
     requests: Annotated[int, typer.Option("--requests", min=1, help="Honest requests to calibrate by.")] = 40,
 ) -> None:
     """Let one of three stages of a real model cheat, and show how it is found: receipt, verdicts, quarantine."""
+    _be_quiet()
     from serve_app.audit_demo import run_demo
 
     try:
@@ -75,3 +78,8 @@ def demo(
     except LlmdError as e:
         typer.echo(f"llmd: {e}", err=True)
         raise typer.Exit(2) from e
+
+
+def _be_quiet() -> None:
+    """A pipeline that is closed behind its last answer says so as a failure, which it is where one serves."""
+    logging.getLogger("serve_app.pipeline.head").setLevel(logging.CRITICAL)

@@ -74,6 +74,10 @@ class Auditor:
         replayed = self._replay(said, dtype, [record])[0]
         calibration = next((c for c in calibrations if c.auditor == replayed.profile), calibrations[0])
         calibration.require_for(said, replayed.profile)
+        if len(calibration.sizes) != self._manifest.hidden_size:
+            raise AuditError(
+                f"calibration {calibration.cid}: {len(calibration.sizes)} channels, the model has other rows"
+            )
         judgement = judge(whitened_errors(sent, replayed.rows, calibration.channel_sizes), calibration)
         verdict = Verdict.of(
             judgement,

@@ -49,6 +49,8 @@ def opened(statement: StageStatement, record: StageRecord, manifest: Manifest) -
             f"stage {statement.stage} loaded other shards than layers [{statement.start}, {statement.stop})"
         )
     width, n = manifest.hidden_size, statement.n_rows
+    if n > manifest.context_length:  # nobody is kept busy by a pass over more than the model can have run
+        raise AuditError(f"stage {statement.stage} speaks of {n} rows in a context of {manifest.context_length}")
     for dtype in _DTYPES:
         outlet = Boundary(manifest.cid, statement.stop, dtype, width)
         if len(record.sent) == n * outlet.row_bytes and _root(outlet, record.sent) == statement.out_root:

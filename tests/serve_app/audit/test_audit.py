@@ -79,11 +79,15 @@ def test_what_cannot_be_judged_gets_no_verdict() -> None:
     with pytest.raises(AuditError, match="profile of the auditor"):
         other = dataclasses.replace(calibrations()[1], auditor="somebody else's")
         Auditor(*model(), REPLAY, (other,), AUDITOR).audit(one.statements[1], one.records[1], OTHER.public, NOW_MS)
+    with pytest.raises(AuditError, match="channels"):
+        narrow = dataclasses.replace(calibrations()[1], sizes=calibrations()[1].sizes[:-1])
+        Auditor(*model(), REPLAY, (narrow,), AUDITOR).audit(one.statements[1], one.records[1], OTHER.public, NOW_MS)
     for changes, match in (
         ({"profile": "an H100"}, "nothing is calibrated"),
         ({"shards": said.shards[:-1]}, "other shards"),
         ({"start": 0}, "other shards"),
         ({"stop": 99}, "not in"),
+        ({"n_rows": 1 << 20}, "in a context of"),
     ):
         statement = Envelope("", dataclasses.replace(said, **changes).encode(), OTHER.public, bytes(64))
         with pytest.raises(AuditError, match=match):
