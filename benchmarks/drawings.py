@@ -276,18 +276,20 @@ def audit_detection(figure: Figure, f: Figures) -> None:
         honest = name.startswith("honest")
         colour = GREY if honest else PALETTE[i % len(PALETTE)]
         style = {"linestyle": "--" if honest or i > len(PALETTE) else "-", "marker": "osD^v<>ph*X"[i % 11]}
-        left.plot(list(shares), [s[0] for s in shares.values()], color=colour, label=name, **style)
+        tokens = sorted(shares, key=int)
+        left.plot(tokens, [shares[n][0] for n in tokens], color=colour, label=name, **style)
     left.set_xlabel("tokens of one request")
     left.set_ylabel("share past the limit")
-    left.legend(fontsize=5.5, loc="center right")
+    left.legend(fontsize=5.5, loc="center left", bbox_to_anchor=(0.4, 0.3))
     stages = sorted(key for key in f["cases"][names[0]] if key.startswith("stage_"))
     for stage, colour in zip(stages, PALETTE, strict=False):
         medians = [f["cases"][name][stage]["median_error"] for name in names]
         right.plot(medians, range(len(names)), "o", color=colour, label=stage.replace("_", " "))
-        right.axvline(list(f[f"limits_{stage}"].values())[-1], color=colour, linestyle=":", linewidth=1)
+        limits = f[f"limits_{stage}"]
+        right.axvline(limits[max(limits, key=int)], color=colour, linestyle=":", linewidth=1)
     right.set_xscale("log")
     right.set_yticks(range(len(names)), [name.removeprefix("honest: ") for name in names], fontsize=6)
-    right.set_title("Median error of a row; dotted: limits")
+    right.set_title("Median error; dotted: limit", fontsize=8)
     right.legend(fontsize=6)
 
 
