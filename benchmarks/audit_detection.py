@@ -5,8 +5,9 @@
 A real pipeline answers `--requests` prompts for the calibration and as many others for the test, prefill and decode in
 the batches of its scheduler. Each stage of each is replayed in float32. A cheat is the stage's own recorded input,
 computed again by an engine that cheats, in the dtype of the stages. One window of n rows a request, the last ones; the
-limit is the larger of the fitted tail at 1e-6 and 1.25 x the largest honest window of the calibration, as verdict.py has
-it for one window (it looks at all of a request, and divides 1e-6 among them). Prompts are windows of Python's own source, one after another, none over another.
+limit is the larger of the fitted tail at 1e-6 and 1.25 x the largest honest window of the calibration, as verdict.py
+has it for one window (it looks at all of a request, and divides 1e-6 among them). Prompts are windows of Python's own
+source, one after another, none over another.
 """
 
 from __future__ import annotations
