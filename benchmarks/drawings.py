@@ -298,7 +298,34 @@ def _flat(value: Any, name: str = "") -> list[tuple[str, float]]:
     return [(name, float(value))] if isinstance(value, int | float) and not isinstance(value, bool) else []
 
 
+def audit_detection(figure: Figure, f: Figures) -> None:
+    """Share of requests past the limit by tokens, and how large errors are beside the limit."""
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    names = list(f["cases"])
+    for i, name in enumerate(names):
+        shares = f["cases"][name]["share_and_interval"]
+        honest = name.startswith("honest")
+        colour = GREY if honest else PALETTE[i % len(PALETTE)]
+        style = {"linestyle": "--" if honest or i > len(PALETTE) else "-", "marker": "osD^v<>ph*X"[i % 11]}
+        tokens = sorted(shares, key=int)
+        left.plot(tokens, [shares[n][0] for n in tokens], color=colour, label=name, **style)
+    left.set_xlabel("tokens of one request")
+    left.set_ylabel("share past the limit")
+    left.legend(fontsize=5.5, loc="center left", bbox_to_anchor=(0.4, 0.3))
+    stages = sorted(key for key in f["cases"][names[0]] if key.startswith("stage_"))
+    for stage, colour in zip(stages, PALETTE, strict=False):
+        medians = [f["cases"][name][stage]["median_error"] for name in names]
+        right.plot(medians, range(len(names)), "o", color=colour, label=stage.replace("_", " "))
+        limits = f[f"limits_{stage}"]
+        right.axvline(limits[max(limits, key=int)], color=colour, linestyle=":", linewidth=1)
+    right.set_xscale("log")
+    right.set_yticks(range(len(names)), [name.removeprefix("honest: ") for name in names], fontsize=6)
+    right.set_title("Median error; dotted: limit", fontsize=8)
+    right.legend(fontsize=6)
+
+
 DRAWINGS: Mapping[str, tuple[str, Callable[[Figure, Figures], None]]] = {
+    "audit_detection": ("Which cheats does an audit see?", audit_detection),
     "concurrency": ("Streams side by side, against one after another", concurrency),
     "parity": ("Does the pipeline say what transformers says?", parity),
     "stage_isolation": ("Does a stage hold only its own layers?", stage_isolation),

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from serve_app import client_cli, receipt_cli, registry_cli
+from serve_app import audit_cli, client_cli, receipt_cli, registry_cli
 from shard_tools import cli as shard_cli
 from shard_tools.errors import LlmdError
 
@@ -17,6 +17,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
 shard_cli.register(app)
 client_cli.register(app)
 receipt_cli.register(app)
+audit_cli.register(app)
 registry_cli.register(app)
 
 

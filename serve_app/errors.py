@@ -10,6 +10,8 @@ LlmdError (shard_tools)
 ├── PipelineError          a stage died, hung or answered nonsense while serving this request
 ├── MismatchError          two stages disagree about the bytes of this request; holds the Head's signed word
 ├── ReceiptError           a receipt, statement or registry proves nothing, and why
+├── AuditError             what a stage did cannot be judged, and why: no verdict about it
+├── ForgedRecordError      rows were shown that are not those a stage signed for: who showed them is at fault
 └── ProtocolError          a peer sent bytes that are no message of ours
 """
 
@@ -84,6 +86,18 @@ class MismatchError(IntegrityError):
 
 class ReceiptError(IntegrityError):
     """A receipt, statement or registry proves nothing. The message names the part at fault."""
+
+
+class AuditError(LlmdError):
+    """What a stage did cannot be judged: something is missing, or was measured for another case. Blames nobody."""
+
+
+class ForgedRecordError(IntegrityError):
+    """Rows were shown that do not hash to the root they are to open. which: "received" or "sent"."""
+
+    def __init__(self, message: str, which: str) -> None:
+        super().__init__(message)
+        self.which = which
 
 
 class ProtocolError(IntegrityError):

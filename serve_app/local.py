@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
+from serve_app.engine.engine import Engine
 from serve_app.engine.load import LoadOptions, load_engine, shards_of
 from serve_app.errors import PipelineError
 from serve_app.messages.request import Event, FailedEvent, FinishedEvent, GenerationRequest, RequestId
@@ -64,8 +65,12 @@ class LocalPipeline:
         options: LoadOptions,
         limits: LocalLimits = LocalLimits(),
         operator: Signer | None = None,
+        load: Callable[[BlockStore, Manifest, int, int, LoadOptions], Engine] = load_engine,
     ) -> None:
-        """Load every stage's layers from the store. operator: signs the registry; a fresh key if not given."""
+        """Load every stage's layers from the store. operator: signs the registry; a fresh key if not given.
+
+        load: makes each stage's engine, the last stage's first.
+        """
         self.operator = operator or Signer.fresh()
         self.manifest = manifest
         node, now_s = NodeIdentity(Signer.fresh()), int(time.time())
@@ -76,7 +81,7 @@ class LocalPipeline:
 
         self.stages: list[Stage] = []
         for i, (start, stop) in reversed(list(enumerate(plan_evenly(manifest.n_layers, stages)))):
-            engine = load_engine(store, manifest, start, stop, options)
+            engine = load(store, manifest, start, stop, options)
             engine.reserve(limits.n_pages, limits.max_running)
             outlet = Boundary(manifest.cid, stop, options.dtype, manifest.hidden_size)
             span = StageSpan(

@@ -103,6 +103,11 @@ def load_plain(store: BlockStore, manifest: Manifest, start: int, stop: int, opt
     return _read(store, manifest, start, stop, options).plain(deterministic=options.deterministic)
 
 
+def load_layers(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> TorchEngine:
+    """Plain torch ops over layers [start, stop) without a head, though they may be the last: for who replays them."""
+    return _read(store, manifest, start, stop, options, head=False).plain(deterministic=False)
+
+
 @dataclass(frozen=True, slots=True)
 class _Loaded:
     """Weights in their places. plain(deterministic=...): the plain engine of them; integers: of quantised ones."""
@@ -111,14 +116,17 @@ class _Loaded:
     integers: FindIntegers
 
 
-def _read(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> _Loaded:
-    """Every tensor of the range, verified."""
+def _read(
+    store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions, head: bool | None = None
+) -> _Loaded:
+    """Every tensor of the range, verified. head: whether with the head; None: if the range ends where it stands."""
+    head = stop == manifest.n_layers if head is None else head
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("pipeline.device is cuda, but this process sees no GPU: set pipeline.device to cpu or auto")
     device = torch.device(options.device)
-    units = manifest.units_of(start, stop)
+    units = [unit for unit in manifest.units_of(start, stop) if head or unit.kind != "head"]
     places = {ref.name: manifest.tensor(ref) for unit in units for ref in unit.tensors}
     integers_once: dict[str, Integers] = {}
     read_once: dict[str, Tensor] = {}  # a tied head names the embedding's tensor a second time
@@ -151,7 +159,7 @@ def _read(store: BlockStore, manifest: Manifest, start: int, stop: int, options:
         read_config(store, manifest),
         start=start,
         stop=stop,
-        head=stop == manifest.n_layers,
+        head=head,
         names=[name for name in places if name not in scales],
         read=read,
         kv=kv,
@@ -165,7 +173,7 @@ def _read(store: BlockStore, manifest: Manifest, start: int, stop: int, options:
                 model,
                 kv,
                 embeds=start == 0,
-                head=stop == manifest.n_layers,
+                head=head,
                 hidden_size=manifest.hidden_size,
                 vocab_size=manifest.vocab_size,
                 device=device,

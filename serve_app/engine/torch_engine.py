@@ -64,6 +64,11 @@ class TorchEngine:
             memory_bytes=_free_bytes(device),
         )
 
+    @property
+    def kv(self) -> KvPages:
+        """Its pages."""
+        return self._kv
+
     def reserve(self, n_pages: int, max_sequences: int = 0) -> None:
         self._kv.reserve(n_pages)
 

@@ -1,0 +1,108 @@
+"""One auditor at work: a signed statement and the rows behind it in, a signed verdict out.
+
+Holds a store it reads shards from, the calibrations it may judge by, and its node's key. What it cannot judge it
+refuses with AuditError and says nothing about: no verdict is no evidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from serve_app.audit.calibration import Calibration
+from serve_app.audit.error import Rows, whitened_errors
+from serve_app.audit.record import StageRecord
+from serve_app.audit.replay import Replayed, opened, replay
+from serve_app.audit.verdict import Judgement, Verdict, judge
+from serve_app.engine.engine import ActivationDtype
+from serve_app.engine.load import LoadOptions
+from serve_app.errors import AuditError, ForgedRecordError
+from serve_app.receipts.statement import StageStatement, envelope_cid
+from shard_tools.manifest import Manifest
+from shard_tools.signing import Envelope, PublicKey, Signer
+from shard_tools.store.block_store import BlockStore
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """One verdict, the envelope that says it, and the numbers it rests on where rows were compared."""
+
+    verdict: Verdict
+    envelope: Envelope
+    judgement: Judgement | None
+
+
+class Auditor:
+    """Judges stages of one model."""
+
+    def __init__(
+        self,
+        store: BlockStore,
+        manifest: Manifest,
+        options: LoadOptions,
+        calibrations: Iterable[Calibration],
+        signer: Signer,
+    ) -> None:
+        """options: how it replays; a calibration of another profile of its own is of no use to it."""
+        self._store, self._manifest, self._options = store, manifest, options
+        self._calibrations, self._signer = tuple(calibrations), signer
+
+    @property
+    def key(self) -> PublicKey:
+        """Its node's."""
+        return self._signer.public
+
+    def audit(self, statement: Envelope, record: StageRecord, holder: PublicKey, now_ms: int) -> Audited:
+        """The verdict about this statement, whose signature the receipt's check has verified.
+
+        holder: the node that showed the record; it answers for bytes that do not open the statement. Raises AuditError,
+        NotFoundError, CorruptBlockError.
+        """
+        said = StageStatement.decode(statement.payload)
+        cid = envelope_cid(statement)
+        try:
+            dtype, sent = opened(said, record, self._manifest)
+        except ForgedRecordError:
+            verdict = Verdict(
+                cid, said.request_hash, said.stage, holder, "forged", 0, 0, 0, 0, 0, 0, said.n_rows, None, self.key,
+                said.epoch, now_ms,
+            )  # fmt: skip
+            return Audited(verdict, verdict.seal(self._signer), None)
+        calibrations = [c for c in self._calibrations if c.prover == said.profile and c.start == said.start]
+        if not calibrations:
+            raise AuditError(f"nothing is calibrated for layers [{said.start}, {said.stop}) by {said.profile[:100]!r}")
+        replayed = self._replay(said, dtype, [record])[0]
+        calibration = next((c for c in calibrations if c.auditor == replayed.profile), calibrations[0])
+        calibration.require_for(said, replayed.profile)
+        if len(calibration.sizes) != self._manifest.hidden_size:
+            raise AuditError(
+                f"calibration {calibration.cid}: {len(calibration.sizes)} channels, the model has other rows"
+            )
+        judgement = judge(whitened_errors(sent, replayed.rows, calibration.channel_sizes), calibration)
+        verdict = Verdict.of(
+            judgement,
+            statement=cid,
+            request_hash=said.request_hash,
+            stage=said.stage,
+            node=said.node,
+            rows=said.n_rows,
+            calibration=calibration.cid,
+            auditor=self.key,
+            epoch=said.epoch,
+            at_ms=now_ms,
+        )
+        return Audited(verdict, verdict.seal(self._signer), judgement)
+
+    def compare(
+        self, statements: Sequence[StageStatement], records: Sequence[StageRecord]
+    ) -> tuple[list[Rows], list[Replayed]]:
+        """What was sent and what should have been, for records of one span: what a calibration is made of.
+
+        Raises ForgedRecordError besides what `audit` raises.
+        """
+        pairs = [opened(s, r, self._manifest) for s, r in zip(statements, records, strict=True)]
+        return [rows for _, rows in pairs], self._replay(statements[0], pairs[0][0], records)
+
+    def _replay(self, said: StageStatement, dtype: ActivationDtype, records: Sequence[StageRecord]) -> list[Replayed]:
+        received = [record.received for record in records]
+        return replay(self._store, self._manifest, (said.start, said.stop), dtype, received, self._options)

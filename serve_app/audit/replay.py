@@ -1,0 +1,113 @@
+"""One stage of a finished request computed again, from its recorded input, in one parallel pass.
+
+A stage's keys and values follow from its inputs alone, so a causal forward over the rows of positions 0 .. n-1 repeats
+every one of its outputs. Noise cannot build up over stages, and who differs is the one that is blamed.
+One layer at a time is loaded from the shards' blocks, and all records pass through it before the next: the memory is
+that of a layer and the activations. Layers are computed by the plain engine, which is transformers' own modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from serve_app.audit.error import Rows, floats_of
+from serve_app.audit.record import StageRecord
+from serve_app.engine.engine import ActivationDtype
+from serve_app.engine.load import LoadOptions, load_layers, shards_of
+from serve_app.errors import AuditError, ForgedRecordError, ProtocolError
+from serve_app.messages.step import CLOSE, OPEN, SPAN, StepPlan
+from serve_app.receipts.rows import Boundary, RowTree, ids_boundary
+from serve_app.receipts.statement import StageStatement
+from shard_tools.manifest import Manifest
+from shard_tools.store.block_store import BlockStore
+
+_DTYPES: tuple[ActivationDtype, ...] = ("bfloat16", "float16", "float32")
+REPLAY_PAGE = 64  # positions; a replay has its pages to itself, so their size matters to nobody
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a stage should have sent. profile: of whoever computed it, as calibrations name it."""
+
+    rows: Rows
+    profile: str
+
+
+def opened(statement: StageStatement, record: StageRecord, manifest: Manifest) -> tuple[ActivationDtype, Rows]:
+    """The rows that the stage signed for having sent, and their dtype, once the record is known to be of them.
+
+    Roots are hashed anew from the bytes, so nothing is compared that was not signed. Raises ForgedRecordError for bytes
+    that are not those of in_root and out_root; AuditError for a statement that is about another model or span.
+    """
+    if statement.manifest != manifest.cid or not 0 <= statement.start < statement.stop <= manifest.n_layers:
+        raise AuditError(f"stage {statement.stage} speaks of layers or a model that are not in {manifest.name}")
+    if set(statement.shards) != set(shards_of(manifest, statement.start, statement.stop)):
+        raise AuditError(
+            f"stage {statement.stage} loaded other shards than layers [{statement.start}, {statement.stop})"
+        )
+    width, n = manifest.hidden_size, statement.n_rows
+    if n > manifest.context_length:  # nobody is kept busy by a pass over more than the model can have run
+        raise AuditError(f"stage {statement.stage} speaks of {n} rows in a context of {manifest.context_length}")
+    for dtype in _DTYPES:
+        outlet = Boundary(manifest.cid, statement.stop, dtype, width)
+        if len(record.sent) == n * outlet.row_bytes and _root(outlet, record.sent) == statement.out_root:
+            break
+    else:
+        raise ForgedRecordError(
+            f"the rows shown as sent by stage {statement.stage} are not those of its out_root", "sent"
+        )
+    inlet = replace(outlet, layer=statement.start) if statement.start else ids_boundary(manifest.cid)
+    if len(record.received) != n * inlet.row_bytes or _root(inlet, record.received) != statement.in_root:
+        what = f"the rows shown as received by stage {statement.stage} are not those of its in_root"
+        raise ForgedRecordError(what, "received")
+    if statement.start and not np.isfinite(floats_of(record.received, dtype, width)).all():
+        # What honest layers make of it is no number either; the stage before is found by its own audit.
+        raise AuditError(f"stage {statement.stage} received rows that are no numbers: its neighbour is at fault")
+    return dtype, floats_of(record.sent, dtype, width)
+
+
+def replay(
+    store: BlockStore,
+    manifest: Manifest,
+    span: tuple[int, int],
+    dtype: ActivationDtype,
+    received: Sequence[bytes],
+    options: LoadOptions,
+) -> list[Replayed]:
+    """What layers [start, stop) make of the rows that each of some records received: ids for layer 0, else of `dtype`.
+
+    options.dtype: what is computed in; recorded rows are widened exactly, or it is theirs. Raises NotFoundError,
+    CorruptBlockError for shards; AuditError for token ids that no vocabulary has.
+    """
+    start, stop = span
+    assert options.dtype in (dtype, "float32"), "recorded rows are not rounded before they are replayed"
+    rows = list(received)
+    if start and options.dtype != dtype:
+        rows = [floats_of(r, dtype, manifest.hidden_size).astype("<f4").tobytes() for r in rows]
+    profile = ""
+    for layer in range(start, stop):
+        engine = load_layers(store, manifest, layer, layer + 1, replace(options, page_size=REPLAY_PAGE))
+        size = 4 if layer == 0 else manifest.hidden_size * (4 if options.dtype == "float32" else 2)
+        engine.reserve(max(-(-len(r) // size // REPLAY_PAGE) for r in rows), 1)
+        try:
+            rows = [bytes(engine.run(whole_pass(len(r) // size), memoryview(r)).hidden) for r in rows]
+        except ProtocolError as e:
+            raise AuditError(f"the rows that were received cannot be computed from: {e}") from e
+        profile = engine.profile.description
+    return [Replayed(floats_of(r, options.dtype, manifest.hidden_size), profile) for r in rows]
+
+
+def _root(boundary: Boundary, rows: bytes) -> bytes:
+    tree = RowTree(boundary)
+    tree.append(0, rows)
+    return tree.root()
+
+
+def whole_pass(n: int) -> StepPlan:
+    """The plan of one sequence of n rows in one pass, which opens and closes with it; pages of REPLAYREPLAY_PAGE."""
+    opens, pages = np.zeros(1, OPEN), np.arange(-(-n // REPLAY_PAGE), dtype="<u4")
+    spans, closes = np.array([(0, 0, n, len(pages), 0)], SPAN), np.array([(0, n, 0)], CLOSE)
+    return StepPlan(0, 0, opens, spans, pages, closes, np.zeros(0, "<u8"))

@@ -1,0 +1,85 @@
+"""`llmd audit calibrate` and `llmd audit demo`: what honest stages err by, and what becomes of one that is not honest.
+
+Exit codes: 0 done (demo: the cheat was found and nobody else blamed), 1 not so, 2 nothing could be measured.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shard_tools.errors import InputError, LlmdError
+
+
+def register(app: typer.Typer) -> None:
+    """The commands are part of `app`, under `audit`."""
+    audits = typer.Typer(no_args_is_help=True, help="Stages computed again by somebody else.")
+    audits.command("calibrate")(calibrate)
+    audits.command("demo")(demo)
+    app.add_typer(audits, name="audit")
+
+
+def calibrate(
+    store: Annotated[Path, typer.Option("--store", help="Directory of blocks that holds the model.")],
+    manifest: Annotated[str, typer.Option("--manifest", help="CID of the model.")],
+    stages: Annotated[int, typer.Option("--stages", min=1, max=64)] = 2,
+    requests: Annotated[int, typer.Option("--requests", min=1, help="Honest requests to measure.")] = 100,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Answer tokens of each.")] = 40,
+    at_once: Annotated[int, typer.Option("--at-once", min=1, help="Requests that run side by side.")] = 8,
+    dtype: Annotated[str, typer.Option("--dtype", help="What stages compute in.")] = "float32",
+    replay_dtype: Annotated[str, typer.Option("--replay-dtype", help="What auditors compute in.")] = "float32",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda, of stages and auditors.")] = "cpu",
+    engine: Annotated[str, typer.Option("--engine", help="Of the stages: auto, torch, cpu, gpu.")] = "auto",
+    text: Annotated[Path | None, typer.Option("--text", help="To cut prompts from; default: Python's help.")] = None,
+) -> None:
+    """Measure honest stages against replays of them, and put a calibration file for each stage into the store."""
+    _be_quiet()
+    from serve_app.audit_demo import calibrate_stages, choose_options, help_text
+    from shard_tools.cid import Cid, Codec
+    from shard_tools.fetch import load_manifest
+    from shard_tools.store.directory import DirectoryStore
+
+    try:
+        if not store.expanduser().is_dir():
+            raise InputError(f"{store} is no directory of blocks")
+        blocks = DirectoryStore(store.expanduser())
+        model = load_manifest(blocks, Cid.parse(manifest))
+        prover, auditor = choose_options(dtype, device, engine), choose_options(replay_dtype, device, "torch")
+        try:
+            prompts = help_text() if text is None else text.read_text()
+        except (OSError, UnicodeError) as e:
+            raise InputError(f"cannot read {text}: {e}") from e
+        made = calibrate_stages(blocks, model, prompts, stages, requests, tokens, at_once, prover, auditor)
+        for calibration in made:
+            cid = blocks.put(Codec.DAG_CBOR, calibration.encode())
+            typer.echo(f"{cid}  layers [{calibration.start}, {calibration.stop})  {calibration.prover}")
+            for t in calibration.tails:
+                limit = t.limit(1e-6)
+                typer.echo(f"  {t.tokens:>3} tokens: largest of {t.samples} {t.largest:.3e}, limit at 1e-6 {limit:.3e}")
+    except LlmdError as e:
+        typer.echo(f"llmd: {e}", err=True)
+        raise typer.Exit(2) from e
+
+
+def demo(
+    cheat: Annotated[str, typer.Option("--cheat", help="int8, fp8, fp8-kv, skip-layer, other-prompt ...")] = "int8",
+    stage: Annotated[int, typer.Option("--stage", min=0, max=2, help="Which of three cheats.")] = 1,
+    requests: Annotated[int, typer.Option("--requests", min=1, help="Honest requests to calibrate by.")] = 40,
+) -> None:
+    """Let one of three stages of a real model cheat, and show how it is found: receipt, verdicts, quarantine."""
+    _be_quiet()
+    from serve_app.audit_demo import run_demo
+
+    try:
+        raise typer.Exit(run_demo(cheat, stage, requests))
+    except LlmdError as e:
+        typer.echo(f"llmd: {e}", err=True)
+        raise typer.Exit(2) from e
+
+
+def _be_quiet() -> None:
+    """A pipeline that is closed behind its last answer says so as a failure, which it is where one serves."""
+    logging.getLogger("serve_app.pipeline.head").setLevel(logging.CRITICAL)

@@ -1,0 +1,158 @@
+"""A stage that cheats, caught in a terminal: a calibration, a receipt that verifies, and verdicts about every stage.
+
+All in one process, with the demo's model: three stages that sign what they say, two auditors of two owners.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast, get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from serve_app.api.text import TextCodec
+from serve_app.audit.auditor import Audited, Auditor
+from serve_app.audit.calibration import Calibration, calibrate
+from serve_app.audit.standing import Standing, State, after_verdict
+from serve_app.demo import demo_model
+from serve_app.engine.dishonest import DISHONEST
+from serve_app.engine.engine import ActivationDtype, DeviceName
+from serve_app.engine.engines import TORCH
+from serve_app.engine.load import LoadOptions, computes_fast_in
+from serve_app.rehearsal import Rehearsed, prompts_of, rehearse
+from shard_tools.checkpoint.source import open_checkpoint
+from shard_tools.checkpoint.split import split
+from shard_tools.choice import Choice
+from shard_tools.errors import InputError
+from shard_tools.fetch import read_file
+from shard_tools.manifest import Manifest
+from shard_tools.signing import Signer
+from shard_tools.store.block_store import BlockStore
+from shard_tools.store.directory import DirectoryStore
+
+STAGES = 3
+PAGE_SIZE = 16  # tokens, as in serve_app/config.yaml
+_TOKENS = 40  # answered to each prompt of the calibration
+_OWNERS = ("A", "B")
+_MAX_TEXT_CHARS = 1 << 22
+
+out = Console()
+
+
+def choose_options(dtype: str, device: str, engine: str) -> LoadOptions:
+    """How a stage or an auditor computes, said in words. Raises InputError."""
+    if dtype not in get_args(ActivationDtype) or device not in get_args(DeviceName):
+        raise InputError(f"{dtype!r} on {device!r} is not {get_args(ActivationDtype)} on {get_args(DeviceName)}")
+    chosen = cast(ActivationDtype, dtype), cast(DeviceName, device)
+    return LoadOptions(chosen[1], chosen[0], PAGE_SIZE, None, engine=Choice(engine))
+
+
+def help_text() -> str:
+    """Some hundred thousand words of English that come with Python: what `help()` says of its topics."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def calibrate_stages(
+    store: BlockStore,
+    manifest: Manifest,
+    text: str,
+    stages: int,
+    requests: int,
+    tokens: int,
+    at_once: int,
+    prover: LoadOptions,
+    auditor: LoadOptions,
+) -> list[Calibration]:
+    """A calibration of each stage, of honest requests whose prompts are the first of the text.
+
+    Raises InputError for a text that is too short; AuditError for too few requests.
+    """
+    codec = TextCodec.from_files({f.path: read_file(store, f) for f in manifest.files})
+    try:
+        prompts = prompts_of(codec, text[:_MAX_TEXT_CHARS], requests)
+    except ValueError as e:
+        raise InputError(str(e)) from e
+    honest = rehearse(store, manifest, prompts, stages=stages, options=prover, tokens=tokens, at_once=at_once)
+    replayer = Auditor(store, manifest, auditor, (), Signer.fresh())
+    made = []
+    for stage in range(stages):
+        statements = [r.receipt.statements[stage] for r in honest]
+        recorded, replays = replayer.compare(statements, [r.records[stage] for r in honest])
+        made.append(calibrate(statements, recorded, replays))
+    return made
+
+
+def run_demo(cheat: str, stage: int, requests: int) -> int:
+    """Tell each step as it is done. Returns 0 if the cheating stage was quarantined and no other even suspected."""
+    if cheat not in DISHONEST:
+        raise InputError(f"no such way to cheat: {cheat!r}. There are: {', '.join(DISHONEST)}")
+    dtype: ActivationDtype = "bfloat16" if computes_fast_in("bfloat16", "cpu") else "float32"
+    prover = LoadOptions("cpu", dtype, PAGE_SIZE, max(1, (os.cpu_count() or 1) // STAGES))
+    auditor = LoadOptions("cpu", "float32", PAGE_SIZE, os.cpu_count(), engine=TORCH)
+    with tempfile.TemporaryDirectory() as folder:
+        store = DirectoryStore(Path(folder))
+        _step("Cutting SmolLM2-135M into layers, named by content")
+        manifest = split(open_checkpoint(demo_model()), store, "smollm2-135m-instruct", "bfloat16")
+        _step(f"Calibrating: {requests} honest requests through {STAGES} stages in {dtype}, replayed in float32")
+        text = help_text()
+        calibrations = calibrate_stages(store, manifest, text, STAGES, requests, _TOKENS, 8, prover, auditor)
+        for i, c in enumerate(calibrations):
+            print(f"  stage {i}: layers [{c.start}, {c.stop}), {_limits(c)}\n           {c.cid}")
+        _step(f"Serving one request with stage {stage} cheating: {cheat}")
+        codec = TextCodec.from_files({f.path: read_file(store, f) for f in manifest.files})
+        prompt = codec.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
+        answered = rehearse(
+            store, manifest, [tuple(prompt)], stages=STAGES, options=prover, tokens=24, cheats={stage: cheat}
+        )[0]
+        print(f"  the answer: {codec.decode(list(answered.receipt.receipt.out_ids))!r}")
+        print(f"  its receipt {answered.receipt.cid} verifies: signatures say who, not whether it is true")
+        auditors = [Auditor(store, manifest, auditor, calibrations, Signer.fresh()) for _ in _OWNERS]
+        _step("Auditing every stage, by two auditors of different owners")
+        standings = _audited(answered, auditors)
+    wrong = [i for i, s in enumerate(standings) if (s.state is State.QUARANTINED) != (i == stage)]
+    _step("Caught, and nobody else blamed" if not wrong else f"NOT as it should be: stages {wrong}")
+    return int(bool(wrong))
+
+
+def _audited(answered: Rehearsed, auditors: Sequence[Auditor]) -> list[Standing]:
+    table = Table("stage", "error", "limit", "rows", "p", "verdict", "by", "standing")
+    standings = []
+    for i, statement in enumerate(answered.statements):
+        standing = Standing()
+        for auditor, owner in zip(auditors, _OWNERS, strict=True):
+            audited = auditor.audit(statement, answered.records[i], answered.receipt.statements[i].node, _now_ms())
+            standing = after_verdict(standing, audited.verdict, owner)
+            table.add_row(str(i), *_cells(audited), owner, standing.state.value)
+        standings.append(standing)
+    out.print(table)
+    return standings
+
+
+def _cells(audited: Audited) -> tuple[str, ...]:
+    j = audited.judgement
+    if j is None:
+        return "", "", "", "", audited.verdict.finding
+    window = f"{j.first}-{j.first + j.tokens - 1}"
+    return f"{j.error:.2e}", f"{j.limit:.2e}", window, f"{j.p:.0e}", j.finding
+
+
+def _limits(calibration: Calibration) -> str:
+    tail = calibration.tails[-1]
+    return (
+        f"limit {tail.limit(1e-6):.2e} for {tail.tokens} tokens (largest of {tail.samples} honest: {tail.largest:.2e})"
+    )
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _step(text: str) -> None:
+    print(f"\n== {text}", flush=True)

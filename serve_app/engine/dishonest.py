@@ -1,0 +1,126 @@
+"""Engines that do not compute what their stage signs: for tests, benchmarks and demonstrations of audits.
+
+Each takes a plain engine of honest weights and spoils it in place, as somebody would who saves memory or time, or wants
+another answer. Nothing that serves imports this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serve_app.engine.engine import StepOutput
+from serve_app.engine.torch_engine import TorchEngine
+from serve_app.messages.step import StepPlan
+from shard_tools.checkpoint.quantise import dequantised, quantised
+from shard_tools.shard_file import Dtype
+
+
+def _small_weights(dtype: Dtype) -> Callable[[TorchEngine], None]:
+    def spoil(engine: TorchEngine) -> None:
+        for parameter in _matrices(engine):
+            stored, scales = quantised(parameter.float().cpu(), dtype)
+            parameter.copy_(dequantised(stored, scales))
+
+    return spoil
+
+
+def _skip_layer(engine: TorchEngine) -> None:
+    """The middle layer hands on what it gets."""
+    layers = engine.model.layers
+    layers[len(layers) // 2].register_forward_hook(lambda module, args, out: args[0])
+
+
+def _other_layers(engine: TorchEngine) -> None:
+    """Another model of the same shape: every weight matrix has the rows of its own in another order."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in _matrices(engine):
+        parameter.copy_(parameter[torch.randperm(len(parameter), generator=generator).to(parameter.device)])
+
+
+def _drifted(engine: TorchEngine) -> None:
+    """A small fine-tune: every weight off by 0.3 % of itself."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in _matrices(engine):
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+        parameter.copy_(parameter.float() * (1 + 0.003 * noise))
+
+
+def _small_cache(engine: TorchEngine) -> None:
+    """Keys and values kept in 8 bits."""
+    kv = engine.kv
+    write = kv.write
+
+    def rounded(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        small = [t.to(torch.float8_e4m3fn).to(t.dtype) for t in (keys, values)]
+        return write(layer, *small)
+
+    kv.write = rounded  # type: ignore[method-assign]
+
+
+def _short_memory(engine: TorchEngine) -> None:
+    """Only the last 16 positions are attended to."""
+    for module in engine.model.body.modules():
+        if hasattr(module, "layer_idx"):
+            module.sliding_window = 16
+
+
+def _other_prompt(engine: TorchEngine) -> None:
+    """The first rows are not those that were received: ids of other words, or nothing at all."""
+    run = engine.run
+
+    def spoiled(plan: StepPlan, rows: memoryview) -> StepOutput:
+        altered, row = np.frombuffer(bytearray(rows), np.uint8).reshape(max(plan.rows, 1), -1).copy(), 0
+        for start, count in plan.spans[["start", "count"]].tolist():
+            n = max(0, min(4 - start, count))
+            altered[row : row + n] = np.roll(altered[row : row + n], 1, 0) if n > 1 else 0
+            row += count
+        out = run(plan, altered.reshape(-1).data)
+        return StepOutput(rows, out.hidden, out.tokens)
+
+    engine.run = spoiled  # type: ignore[method-assign]
+
+
+def _poisoned_cache(engine: TorchEngine) -> None:
+    """The value of the first position has its sign turned: what a poisoned shared prefix does."""
+    kv = engine.kv
+    write = kv.write
+
+    def poisoned(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        values, row = values.clone(), 0
+        for span in kv.spans:
+            at = 1 - span.start
+            if 0 <= at < span.count:
+                values[row + at] *= -1
+            row += span.count
+        return write(layer, keys, values)
+
+    kv.write = poisoned  # type: ignore[method-assign]
+
+
+DISHONEST: Mapping[str, Callable[[TorchEngine], None]] = {
+    "int8": _small_weights("int8"),
+    "fp8": _small_weights("float8_e4m3fn"),
+    "int4": _small_weights("uint8"),
+    "fp8-kv": _small_cache,
+    "skip-layer": _skip_layer,
+    "other-model": _other_layers,
+    "other-prompt": _other_prompt,
+    "short-memory": _short_memory,
+    "drift": _drifted,
+    "poisoned-kv": _poisoned_cache,
+}
+
+
+def spoil(engine: TorchEngine, attack: str) -> None:
+    """The engine cheats from now on in this way, one of DISHONEST."""
+    with torch.no_grad():
+        DISHONEST[attack](engine)
+
+
+def _matrices(engine: TorchEngine) -> list[Tensor]:
+    """The weights of the decoder layers, without norms."""
+    return [p for layer in engine.model.layers for p in layer.parameters() if p.ndim >= 2]
