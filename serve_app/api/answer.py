@@ -134,7 +134,7 @@ def _as_error(event: FailedEvent) -> LlmdError:
             return RequestError(event.message)
         case "overloaded":
             return OverloadedError(event.message)
-        case "pipeline":
+        case "pipeline" | "lost":
             return PipelineError(event.message)
         case "integrity":
             return MismatchError(event.message, event.evidence)

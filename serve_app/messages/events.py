@@ -12,6 +12,7 @@ from serve_app.messages.request import (
     MAX_REQUEST_BYTES,
     MAX_TOKENS,
     MAX_VOCAB,
+    NONCE_BYTES,
     Event,
     FailedEvent,
     FinishedEvent,
@@ -23,17 +24,41 @@ from shard_tools import canonical
 from shard_tools.canonical import Fields, Value
 from shard_tools.errors import FormatError
 
-MAX_MESSAGE_BYTES = MAX_REQUEST_BYTES + (1 << 16)
+MAX_RESUMED = 16  # times that a request may change its Head
+MAX_MESSAGE_BYTES = 2 * MAX_REQUEST_BYTES + (1 << 16)  # a request, and what it has drawn
 _MAX_EVENTS = 1 << 16
 _MAX_RECEIPT_BYTES = 1 << 24
 _MAX_MESSAGE_CHARS = 4000
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """What an ingress holds of a request whose Head is gone, so that another one can go on with it."""
+
+    drawn: tuple[int, ...]
+    stopped: bool  # the answer ends with these
+    node_nonce: bytes  # keys its noise
+    times: int  # how often it has been resumed, this time counted
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.times <= MAX_RESUMED or (self.stopped and not self.drawn):
+            raise ProtocolError(f"a request resumed {self.times} times, where {MAX_RESUMED} are accepted, or not begun")
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The Head has taken the request in. node_nonce: its part of the noise key, for a Head that may have to go on."""
+
+    id: RequestId
+    node_nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Submit:
-    """Run this request and tell me of it."""
+    """Run this request and tell me of it. begun: what another Head had done of it."""
 
     request: GenerationRequest
+    begun: Begun | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +87,8 @@ class Status:
 def encode_call(call: Call) -> bytes:
     """The bytes of what an ingress says."""
     match call:
-        case Submit(request):
-            return canonical.encode({"c": "submit", "r": request.encode()})
+        case Submit(request, begun):
+            return canonical.encode({"c": "submit", "r": request.encode(), "b": _begun_value(begun)})
         case Stop(id, keep):
             return canonical.encode({"c": "stop", "id": id, "keep": keep})
         case AskStatus():
@@ -76,7 +101,7 @@ def decode_call(data: bytes) -> Call:
         with Fields(canonical.decode(data, max_bytes=MAX_MESSAGE_BYTES), "call") as f:
             kind = f.text("c", 10)
             if kind == "submit":
-                return Submit(GenerationRequest.decode(f.data("r", 1, MAX_REQUEST_BYTES)))
+                return Submit(GenerationRequest.decode(f.data("r", 1, MAX_REQUEST_BYTES)), _begun(f.any("b")))
             if kind == "stop":
                 return Stop(RequestId(f.text("id", 100)), f.boolean("keep"))
             if kind == "status":
@@ -86,12 +111,26 @@ def decode_call(data: bytes) -> Call:
         raise ProtocolError(f"not an ingress's call: {e}") from e
 
 
-def encode_events(events: list[Event], status: Status | None = None) -> bytes:
+def _begun_value(begun: Begun | None) -> Value:
+    if begun is None:
+        return None
+    return {"t": list(begun.drawn), "end": begun.stopped, "n": begun.node_nonce, "x": begun.times}
+
+
+def _begun(value: Value) -> Begun | None:
+    if value is None:
+        return None
+    with Fields(value, "begun") as f:
+        drawn, stopped = f.integers("t", MAX_TOKENS, 0, MAX_VOCAB), f.boolean("end")
+        return Begun(drawn, stopped, f.data("n", NONCE_BYTES, NONCE_BYTES), f.integer("x", 1, MAX_RESUMED))
+
+
+def encode_events(events: list[Event | Accepted], status: Status | None = None) -> bytes:
     """The bytes of what a Head tells one ingress after a step."""
     return canonical.encode({"ev": [_event_value(e) for e in events], "st": status.facts if status else None})
 
 
-def decode_events(data: bytes) -> tuple[list[Event], Status | None]:
+def decode_events(data: bytes) -> tuple[list[Event | Accepted], Status | None]:
     """Read encode_events's bytes. Raises ProtocolError."""
     try:
         with Fields(canonical.decode(data, max_bytes=_MAX_RECEIPT_BYTES * 4), "events") as f:
@@ -104,8 +143,10 @@ def decode_events(data: bytes) -> tuple[list[Event], Status | None]:
         raise ProtocolError(f"not a Head's events: {e}") from e
 
 
-def _event_value(event: Event) -> Value:
+def _event_value(event: Event | Accepted) -> Value:
     match event:
+        case Accepted(id, nonce):
+            return {"e": "in", "id": id, "n": nonce}
         case TokensEvent(id, tokens):
             return {"e": "tokens", "id": id, "t": list(tokens)}
         case FinishedEvent(id, reason, receipt):
@@ -116,9 +157,11 @@ def _event_value(event: Event) -> Value:
             return {"e": "fail", "id": id, "k": kind, "m": said, "s": evidence}
 
 
-def _event(value: Value) -> Event:
+def _event(value: Value) -> Event | Accepted:
     with Fields(value, "event") as f:
         kind, id = f.text("e", 10), RequestId(f.text("id", 100))
+        if kind == "in":
+            return Accepted(id, f.data("n", NONCE_BYTES, NONCE_BYTES))
         if kind == "tokens":
             return TokensEvent(id, f.integers("t", MAX_TOKENS, 0, MAX_VOCAB))
         if kind == "end":
@@ -128,7 +171,7 @@ def _event(value: Value) -> Event:
             return FinishedEvent(id, why, f.data("r", 0, _MAX_RECEIPT_BYTES))  # type: ignore[arg-type]
         if kind == "fail":
             what = f.text("k", 20)
-            if what not in ("request", "overloaded", "pipeline", "integrity"):
+            if what not in ("request", "overloaded", "pipeline", "integrity", "lost"):
                 raise FormatError(f"a failure of kind {what!r}")
             return FailedEvent(id, what, f.text("m", _MAX_MESSAGE_CHARS), f.data("s", 0, 1 << 16))  # type: ignore[arg-type]
         raise FormatError(f"an event of unknown kind {kind!r}")

@@ -216,11 +216,12 @@ class FinishedEvent:
 class FailedEvent:
     """The request cannot be finished; nothing follows. message is for the client.
 
+    kind "lost": the pipeline is given up, and another one can go on with the request (events.Begun).
     evidence: for kind "integrity", the encoded Envelope of the Head's signed error (PROTOCOL.md).
     """
 
     id: RequestId
-    kind: Literal["request", "overloaded", "pipeline", "integrity"]
+    kind: Literal["request", "overloaded", "pipeline", "integrity", "lost"]
     message: str
     evidence: bytes = b""
 

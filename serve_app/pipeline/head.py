@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 from serve_app.errors import ContextLengthError, PipelineError, ProtocolError, RequestError
+from serve_app.messages.events import Begun
 from serve_app.messages.request import (
     NONCE_BYTES,
     Event,
@@ -87,20 +88,26 @@ class Head:
         self._scheduler.look_ahead(1)
         self._max_flights = flights_ahead(self._facts.n_stages)
 
-    def submit(self, request: GenerationRequest, sink: Sink) -> None:
+    def submit(self, request: GenerationRequest, sink: Sink, begun: Begun | None = None) -> bytes:
         """Take the request in; its events go to sink, the last one a FinishedEvent or FailedEvent.
 
-        Raises RequestError, OverloadedError, PipelineError; then nothing was taken in.
+        begun: it goes on behind what was drawn. Returns the nonce that keys its noise. Raises RequestError,
+        OverloadedError, PipelineError; then nothing was taken in.
         """
         if self._failure is not None:
             raise PipelineError(f"the pipeline has failed ({self._failure}) and is being rebuilt; try again soon")
-        self._check(request)
-        seq, nonce = next(self._seqs), secrets.token_bytes(NONCE_BYTES)
+        self._check(request, begun)
+        seq = next(self._seqs)
+        nonce = secrets.token_bytes(NONCE_BYTES) if begun is None else begun.node_nonce
         running = Running(request, sink, request_hash(request), nonce)
+        if begun is not None:
+            running.go_on(begun)
         self._scheduler.admit(ticket_of(seq, running))
+        running.reason = None
         self._running[seq] = running
         self._by_id[request.id] = seq
         self._pump()
+        return nonce
 
     def stop(self, id: RequestId, *, keep: bool) -> None:
         """End a request now. keep: what it drew so far counts and is signed; else it is forgotten."""
@@ -194,7 +201,7 @@ class Head:
             _log.error("pipeline epoch %d failed: %s", self._facts.epoch, why)
             self._failure = why
             for seq in list(self._running):
-                self._end(seq, FailedEvent(self._running[seq].request.id, "pipeline", f"the pipeline failed: {why}"))
+                self._end(seq, FailedEvent(self._running[seq].request.id, "lost", f"the pipeline failed: {why}"))
 
     def status(self) -> dict[str, Value]:
         """Load and counters, for people."""
@@ -218,7 +225,7 @@ class Head:
             "receipts_issued": self.receipts_issued,
         }
 
-    def _check(self, request: GenerationRequest) -> None:
+    def _check(self, request: GenerationRequest, begun: Begun | None) -> None:
         prompt, limit = len(request.prompt_ids), self._facts.context_length
         if request.manifest != self._facts.manifest:
             raise RequestError(f"this pipeline serves {self._facts.manifest}, not {request.manifest}", "model")
@@ -226,8 +233,11 @@ class Head:
             raise RequestError("the prompt is empty", "prompt")
         if prompt + request.max_tokens > limit:
             raise ContextLengthError(limit, prompt, request.max_tokens)
-        if max(request.prompt_ids) >= self._facts.vocab_size:
-            raise RequestError(f"token id {max(request.prompt_ids)} is not in the vocabulary", "prompt")
+        drawn = () if begun is None else begun.drawn
+        if len(drawn) > request.max_tokens:
+            raise RequestError(f"{len(drawn)} tokens were drawn of {request.max_tokens}", "begun")
+        if max(*request.prompt_ids, *drawn, 0) >= self._facts.vocab_size:
+            raise RequestError(f"token id {max(*request.prompt_ids, *drawn, 0)} is not in the vocabulary", "prompt")
         beyond = next((id for id, _ in request.sampling.logit_bias if id >= self._facts.vocab_size), None)
         if beyond is not None:
             raise RequestError(f"token id {beyond} is not in the vocabulary", "logit_bias")

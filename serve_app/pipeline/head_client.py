@@ -1,39 +1,82 @@
 """The ingress's side of a Head: implements api/generator.py's Generator over one link, and keeps that link alive.
 
-While there is no link, requests are refused with a PipelineError; those on the way when it broke end with one.
+A request outlives its Head. What is needed to go on with it is held here, prompt and tokens so far, and submitted to
+the Head that comes next; whoever reads its events sees a pause. Before the first Head requests are refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, field, replace
 
 from serve_app.errors import OverloadedError, PipelineError
-from serve_app.messages.events import AskStatus, Call, Stop, Submit, decode_events, encode_call
-from serve_app.messages.request import Event, FailedEvent, FinishedEvent, GenerationRequest, RequestId
+from serve_app.messages.events import (
+    MAX_RESUMED,
+    Accepted,
+    AskStatus,
+    Begun,
+    Call,
+    Stop,
+    Submit,
+    decode_events,
+    encode_call,
+)
+from serve_app.messages.request import Event, FailedEvent, FinishedEvent, GenerationRequest, RequestId, TokensEvent
 from serve_app.transport.link import Link, LinkAddress, connect
 from shard_tools.canonical import Value
 from shard_tools.errors import LlmdError
 
 _log = logging.getLogger(__name__)
-_RETRY_S = 0.5
+_RETRY_S = 0.2
 _STATUS_EVERY_S = 1.0
 _MAX_FRAME_BYTES = 64 << 20
+WAIT_S = 180.0  # for the next Head: as long as a Head waits for a stage, or a pipeline of some gigabytes to be built
 
 Locate = Callable[[], Awaitable[LinkAddress]]
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A request on its way."""
+
+    request: GenerationRequest
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)  # max_tokens bounds it: one event a token
+    drawn: list[int] = field(default_factory=list)
+    nonce: bytes = b""  # of the Head that took it in first
+    stopped: bool = False
+    times: int = 0  # it was resumed
+    wire_id: RequestId | None = None  # its id with the Head it is with: the last one may still run it under another
+    ended: bool = False
+
+    def call(self) -> Submit:
+        """What the next Head is told."""
+        if not self.nonce:
+            self.wire_id = self.request.id
+            return Submit(self.request)
+        self.times += 1
+        self.wire_id = RequestId(f"{self.request.id}~{self.times}")
+        begun = Begun(tuple(self.drawn), self.stopped and bool(self.drawn), self.nonce, self.times)
+        return Submit(replace(self.request, id=self.wire_id), begun)
 
 
 class HeadClient:
     """Requests to one pipeline, wherever its Head is now."""
 
-    def __init__(self, locate: Locate) -> None:
-        """locate: where the Head listens now; asked again whenever the link broke. May raise PipelineError."""
-        self._locate = locate
+    def __init__(self, locate: Locate, wait_s: float = WAIT_S) -> None:
+        """locate: where the Head listens now; asked again whenever the link broke. May raise PipelineError.
+
+        wait_s: how long requests wait for the next Head.
+        """
+        self._locate, self._wait_s = locate, wait_s
         self._link: Link | None = None
-        self._events: dict[RequestId, asyncio.Queue[Event]] = {}
+        self._asked: dict[RequestId, _Asked] = {}
+        self._by_wire: dict[RequestId, _Asked] = {}
         self._facts: dict[str, Value] = {}
         self._why_not = "the pipeline is still starting"
+        self._lost_s: float | None = None  # since when there is no Head, if there was one
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -44,34 +87,41 @@ class HeadClient:
         """Let go of the Head; requests on the way end with an error."""
         if self._task is not None:
             self._task.cancel()
-        self._lose("this ingress is shutting down")
+        self._link, self._lost_s = None, None
+        self._give_up("this ingress is shutting down")
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """The events of one request; closing the generator early cancels it.
 
-        Raises OverloadedError when the pipeline has no room, PipelineError when there is none.
+        Raises OverloadedError when the pipeline has no room, PipelineError when there has been none yet.
         """
-        if self._link is None:
+        if self._link is None and self._lost_s is None:
             raise PipelineError(f"no pipeline is ready: {self._why_not}")
-        queue: asyncio.Queue[Event] = asyncio.Queue()  # max_tokens bounds it: at most one event a token
-        self._events[request.id] = queue
-        self._say(Submit(request))
+        asked = _Asked(request)
+        self._asked[request.id] = asked
+        if self._link is not None:
+            self._submit(asked)
         ended = False
         try:
             while not ended:
-                event = await queue.get()
+                event = await asked.events.get()
                 ended = isinstance(event, FinishedEvent | FailedEvent)
                 if isinstance(event, FailedEvent) and event.kind == "overloaded":
                     raise OverloadedError(event.message)
                 yield event
         finally:
-            self._events.pop(request.id, None)
-            if not ended:
-                self._say(Stop(request.id, keep=False))
+            self._asked.pop(request.id, None)
+            self._leave(asked)
+            if not ended and asked.wire_id is not None:
+                self._say(Stop(asked.wire_id, keep=False))
 
     async def stop(self, id: RequestId) -> None:
         """End the request and keep its tokens so far."""
-        self._say(Stop(id, keep=True))
+        asked = self._asked.get(id)
+        if asked is not None:
+            asked.stopped = True
+            if asked.wire_id is not None:
+                self._say(Stop(asked.wire_id, keep=True))
 
     def status(self) -> dict[str, Value]:
         """What the Head last said of its pipeline."""
@@ -87,15 +137,39 @@ class HeadClient:
         if self._link is not None:
             self._link.send(encode_call(call))
 
+    def _submit(self, asked: _Asked) -> None:
+        self._leave(asked)
+        if asked.times >= MAX_RESUMED:
+            self._end(asked, FailedEvent(asked.request.id, "pipeline", f"{asked.times} pipelines were lost"))
+            return
+        call = asked.call()
+        self._by_wire[call.request.id] = asked
+        self._say(call)
+
+    def _leave(self, asked: _Asked) -> None:
+        """Whatever is still told of it under its id so far is not heard."""
+        if asked.wire_id is not None:
+            self._by_wire.pop(asked.wire_id, None)
+
+    def _end(self, asked: _Asked, event: FinishedEvent | FailedEvent) -> None:
+        self._leave(asked)
+        asked.ended = True
+        asked.events.put_nowait(event)
+
     async def _stay_connected(self) -> None:
         while True:
             try:
                 link = await connect(await self._locate(), _MAX_FRAME_BYTES)
             except LlmdError as e:
                 self._why_not = str(e)
+                if self._lost_s is not None and time.monotonic() - self._lost_s > self._wait_s:
+                    self._lost_s = None
+                    self._give_up(f"no pipeline is there after {self._wait_s:.0f} s: {e}")
                 await asyncio.sleep(_RETRY_S)
                 continue
-            self._link = link
+            self._link, self._lost_s = link, None
+            for asked in [asked for asked in self._asked.values() if not asked.ended]:
+                self._submit(asked)
             asking = asyncio.create_task(self._ask_status())
             try:
                 await self._listen(link)
@@ -104,7 +178,8 @@ class HeadClient:
             finally:
                 asking.cancel()
                 link.close()
-                self._lose("the connection to the pipeline's head was lost")
+                self._link, self._facts, self._lost_s = None, {}, time.monotonic()
+                self._why_not = "the connection to the pipeline's head was lost"
 
     async def _listen(self, link: Link) -> None:
         while (frame := await link.receive()) is not None:
@@ -112,16 +187,28 @@ class HeadClient:
             if status is not None:
                 self._facts = status.facts
             for event in events:
-                queue = self._events.get(event.id)
-                if queue is not None:  # else the client is gone and the Head has been told
-                    queue.put_nowait(event)
+                asked = self._by_wire.get(event.id)
+                if asked is not None:  # else the client is gone and the Head has been told
+                    self._hear(asked, event)
+
+    def _hear(self, asked: _Asked, event: Event | Accepted) -> None:
+        match event:
+            case Accepted():
+                asked.nonce = asked.nonce or event.node_nonce
+            case TokensEvent():
+                asked.drawn += event.tokens
+                asked.events.put_nowait(replace(event, id=asked.request.id))
+            case FailedEvent(kind="lost"):
+                self._leave(asked)  # the Head ends, and with it this link; it goes on with the next one
+            case _:
+                self._end(asked, replace(event, id=asked.request.id))
 
     async def _ask_status(self) -> None:
         while True:
             self._say(AskStatus())
             await asyncio.sleep(_STATUS_EVERY_S)
 
-    def _lose(self, why: str) -> None:
-        self._link, self._facts, self._why_not = None, {}, why
-        for id, queue in self._events.items():
-            queue.put_nowait(FailedEvent(id, "pipeline", why))
+    def _give_up(self, why: str) -> None:
+        for id, asked in self._asked.items():
+            if not asked.ended:
+                self._end(asked, FailedEvent(id, "pipeline", why))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from serve_app.errors import OverloadedError, PipelineError, ProtocolError, RequestError
 from serve_app.messages.events import (
     MAX_MESSAGE_BYTES,
+    Accepted,
     AskStatus,
     Call,
     Status,
@@ -84,23 +85,23 @@ class _Caller:
     def __init__(self, head: Head, link: Link, facts: Callable[[], dict[str, Value]]) -> None:
         self._head, self._link, self._facts = head, link, facts
         self._requests: set[RequestId] = set()
-        self._events: list[Event] = []
+        self._events: list[Event | Accepted] = []
 
     def take(self, call: Call) -> None:
         match call:
-            case Submit(request):
+            case Submit(request, begun):
                 if request.id in self._requests:
                     # A refusal under this id would end the one that runs, for its reader.
                     raise ProtocolError(f"request {request.id} was submitted twice")
                 self._requests.add(request.id)  # before: submit may tell of its end at once
                 try:
-                    self._head.submit(request, self._tell)
+                    self._tell(Accepted(request.id, self._head.submit(request, self._tell, begun)))
                 except RequestError as e:
                     self._tell(FailedEvent(request.id, "request", str(e)))
                 except OverloadedError as e:
                     self._tell(FailedEvent(request.id, "overloaded", str(e)))
                 except PipelineError as e:
-                    self._tell(FailedEvent(request.id, "pipeline", str(e)))
+                    self._tell(FailedEvent(request.id, "lost", str(e)))
             case Stop(id, keep):
                 if id in self._requests:  # never another ingress's
                     self._head.stop(id, keep=keep)
@@ -111,7 +112,7 @@ class _Caller:
         for id in list(self._requests):
             self._head.stop(id, keep=False)
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, event: Event | Accepted) -> None:
         if isinstance(event, FinishedEvent | FailedEvent):
             self._requests.discard(event.id)
         if not self._events:

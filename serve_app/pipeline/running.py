@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from serve_app.messages.events import Begun
 from serve_app.messages.request import Event, FinishReason, GenerationRequest
 from serve_app.messages.step import Roots
 from serve_app.receipts.commitment import sampling_key
@@ -13,6 +14,8 @@ from serve_app.receipts.rows import ids_root
 from serve_app.scheduling.sequence import Ticket
 from shard_tools.cid import Cid
 from shard_tools.signing import Envelope
+
+_ATTEMPTS = 1 << 10  # of one Head: those of the next begin above, so that no two of a request have one number
 
 
 @dataclass(slots=True)
@@ -31,6 +34,14 @@ class Running:
     statements: dict[int, Envelope] = field(default_factory=dict)
     resumed_at: int = -1  # tokens it had drawn when stages were lost the last time
     stalls: int = 0
+
+    def go_on(self, begun: Begun) -> None:
+        """Behind what it had drawn with another Head. reason: if that is all."""
+        self.tokens, self.attempt = list(begun.drawn), begun.times * _ATTEMPTS
+        if begun.stopped or (begun.drawn and begun.drawn[-1] in self.request.stop_ids):
+            self.reason = "stop"
+        elif len(begun.drawn) == self.request.max_tokens:
+            self.reason = "length"
 
 
 def ticket_of(seq: int, running: Running) -> Ticket:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -11,11 +12,21 @@ from dataclasses import replace
 import pytest
 
 from serve_app.engine.load import LoadOptions
-from serve_app.errors import OverloadedError, PipelineError
+from serve_app.errors import OverloadedError, PipelineError, ProtocolError, RequestError
 from serve_app.local import LocalLimits, LocalPipeline
-from serve_app.messages.request import Event, FailedEvent, FinishedEvent, GenerationRequest, RequestId, Sampling
+from serve_app.messages.events import MAX_RESUMED, Begun
+from serve_app.messages.request import (
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    GenerationRequest,
+    RequestId,
+    Sampling,
+    TokensEvent,
+)
 from serve_app.pipeline.head_client import HeadClient
 from serve_app.pipeline.head_server import LOOPBACK, HeadServer
+from serve_app.receipts.check import Expected, check
 from serve_app.transport.link import LinkAddress, accept, connect
 from shard_tools.manifest import Manifest
 from shard_tools.store.memory import MemoryStore
@@ -26,7 +37,7 @@ PAGES = 64
 
 @asynccontextmanager
 async def house(
-    tiny: Tiny, **limits: int
+    tiny: Tiny, wait_s: float = 10, **limits: int
 ) -> AsyncIterator[tuple[LocalPipeline, HeadServer, HeadClient, list[LinkAddress]]]:
     """A pipeline whose Head listens, and a client that finds it through `where` (its last entry)."""
     store, manifest = tiny
@@ -42,7 +53,7 @@ async def house(
             raise PipelineError("nowhere")
         return where[-1]
 
-    client = HeadClient(locate)
+    client = HeadClient(locate, wait_s)
     client.start()
     try:
         await until(client.ready)
@@ -124,7 +135,7 @@ def test_a_peer_that_says_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_caller_that_sends_too_large_a_frame_or_noise_is_cut_off_and_others_go_on(tiny: Tiny) -> None:
     async def main() -> None:
         async with house(tiny) as (_, _, client, where):
-            for frame in (b"noise", bytes(9 << 20)):
+            for frame in (b"noise", bytes(17 << 20)):
                 rude = await connect(where[0], 1000)
                 rude.send(frame)
                 assert await asyncio.wait_for(rude.receive(), 5) is None
@@ -140,34 +151,91 @@ def test_an_ingress_that_dies_has_its_requests_cancelled(tiny: Tiny) -> None:
             await anext(stream)
             assert client._link is not None
             client._link.close()
+            client.close()
 
             async def idle() -> bool:
                 return pipeline.head.status()["free_pages"] == PAGES
 
             await until(idle)
             last = [event async for event in stream][-1]
-            assert isinstance(last, FailedEvent) and last.kind == "pipeline"
+            assert isinstance(last, FailedEvent) and "shutting down" in last.message
 
     asyncio.run(main())
 
 
-def test_when_the_head_dies_requests_end_and_its_successor_is_found(tiny: Tiny) -> None:
-    """No reader waits for ever; while there is no Head, requests are refused with the reason."""
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(900_000)], ids=["greedy", "random"])
+@pytest.mark.parametrize("at", [1, 7, 39])
+def test_a_request_goes_on_with_the_next_head_behind_the_tokens_it_has(tiny: Tiny, sampling: Sampling, at: int) -> None:
+    """Every token once and in order, drawn with the noise it began with; the receipt is of all of them."""
 
     async def main() -> None:
         async with house(tiny) as (pipeline, server, client, where):
+            asked = replace(request(tiny[1], tokens=40), sampling=sampling)
+            stream, tokens = client.generate(asked), list[int]()
+            while len(tokens) < at:
+                event = await anext(stream)
+                assert isinstance(event, TokensEvent)
+                tokens += event.tokens
+            where.clear()
+            server.close()
+            successor = HeadServer(pipeline.head, lambda: {"ready": True, "pipelines": []})
+            where.append(await successor.listen(LOOPBACK))
+            rest = [event async for event in stream]
+            assert all(event.id == asked.id for event in rest) and isinstance(rest[-1], FinishedEvent)
+            tokens += [token for event in rest if isinstance(event, TokensEvent) for token in event.tokens]
+            expected = Expected(out_ids=tuple(tokens), prompt_ids=asked.prompt_ids)
+            checked = check(rest[-1].receipt, pipeline.operator.public, now_s=int(time.time()), request=expected)
+            assert len(tokens) == 40 and checked.receipt.attempt == 1024
+            if not sampling.temperature_micro:
+                undisturbed = [event async for event in pipeline.generate(replace(asked, id=RequestId("alone")))]
+                alone = [token for event in undisturbed if isinstance(event, TokensEvent) for token in event.tokens]
+                assert tokens == alone
+            successor.close()
+
+    asyncio.run(main())
+
+
+def test_one_that_had_come_to_its_end_is_given_its_receipt_by_the_next_head(tiny: Tiny) -> None:
+    async def main() -> None:
+        async with house(tiny) as (pipeline, _, _, _):
+            whole = [event async for event in pipeline.generate(request(tiny[1], tokens=6))]
+            drawn = tuple(token for event in whole if isinstance(event, TokensEvent) for token in event.tokens)
+            heard: asyncio.Queue[Event] = asyncio.Queue()
+            begun = Begun(drawn[:4], True, bytes(32), 1)
+            pipeline.head.submit(request(tiny[1], "stopped"), heard.put_nowait, begun)
+            last = await asyncio.wait_for(heard.get(), 5)
+            assert isinstance(last, FinishedEvent) and last.reason == "stop"
+            checked = check(last.receipt, pipeline.operator.public, now_s=int(time.time()))
+            assert checked.receipt.out_ids == drawn[:4]
+
+    asyncio.run(main())
+
+
+def test_without_a_next_head_requests_end_in_time_and_new_ones_are_refused_with_the_reason(
+    tiny: Tiny,
+) -> None:
+    async def main() -> None:
+        async with house(tiny, wait_s=0.5) as (_, server, client, where):
             stream = client.generate(request(tiny[1], tokens=200))
             await anext(stream)
             where.clear()
             server.close()
             last = [event async for event in stream][-1]
-            assert isinstance(last, FailedEvent) and last.kind == "pipeline"
+            assert isinstance(last, FailedEvent) and "no pipeline is there after" in last.message
             with pytest.raises(PipelineError, match="no pipeline is ready"):
                 await events(client, request(tiny[1], "again"))
-            successor = HeadServer(pipeline.head, lambda: {"ready": True, "pipelines": []})
-            where.append(await successor.listen(LOOPBACK))
-            await until(client.ready)
-            assert isinstance((await events(client, request(tiny[1], "after")))[-1], FinishedEvent)
-            successor.close()
+
+    asyncio.run(main())
+
+
+def test_what_no_head_can_have_begun_is_refused(tiny: Tiny) -> None:
+    async def main() -> None:
+        async with house(tiny) as (pipeline, _, _, _):
+            for drawn in ((5,) * 6, (1 << 20,)):
+                with pytest.raises(RequestError):
+                    pipeline.head.submit(request(tiny[1]), print, Begun(drawn, False, bytes(32), 1))
+            for times, stopped in ((0, False), (MAX_RESUMED + 1, False), (1, True)):
+                with pytest.raises(ProtocolError):
+                    Begun((), stopped, bytes(32), times)
 
     asyncio.run(main())
