@@ -65,6 +65,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["smollm2", "tiny"], default="smollm2")
     parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--spares", type=int, default=0, help="processes that wait to take a stage's place")
     parser.add_argument("--clients", type=int, default=4, help="streams at any time")
     parser.add_argument("--every", type=float, nargs="+", default=[60.0, 20.0], help="seconds between deaths")
     parser.add_argument("--minutes", type=float, nargs="+", default=[2.0], help="for all of --every, or one for each")
@@ -83,7 +84,7 @@ def main() -> int:
     if len(a.minutes) not in (1, len(a.every)):
         parser.error(f"{len(a.minutes)} of --minutes for {len(a.every)} of --every")
     nodes = a.stages + 1 if "node" in a.kill else 0  # one more than needed: where one dies, there is room at once
-    server = OwnServer(a.model, a.stages, nodes=nodes, kv_memory_bytes=256 << 20)
+    server = OwnServer(a.model, a.stages, nodes=nodes, kv_memory_bytes=256 << 20, spares=a.spares)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server must not outlive this process
     with server:
         before = _ours(server)
@@ -102,7 +103,7 @@ def main() -> int:
             problems.append(f"{of}: {run['wrong']} answers are wrong, the first: {run['first_wrong']}")
         if run["right_percent"] < a.need:
             problems.append(f"{of}: {run['right_percent']} % of the requests came out right, {a.need} are needed")
-    figures = {"model": a.model, "stages": a.stages, "nodes": nodes, "clients": a.clients, "kill": a.kill}
+    figures = {"model": a.model, "stages": a.stages, "spares": a.spares, "nodes": nodes, "clients": a.clients, "kill": a.kill}
     figures |= {"signal": a.signal, "answer_tokens": a.answers, "interrupted": interrupted, "runs": runs}
     save(Result("churn", figures | {"problems": problems}), a.out)
     print("\n".join(table(runs)))
