@@ -103,8 +103,14 @@ def main() -> int:
             problems.append(f"{of}: {run['wrong']} answers are wrong, the first: {run['first_wrong']}")
         if run["right_percent"] < a.need:
             problems.append(f"{of}: {run['right_percent']} % of the requests came out right, {a.need} are needed")
-    figures = {"model": a.model, "stages": a.stages, "spares": a.spares, "nodes": nodes, "clients": a.clients, "kill": a.kill}
-    figures |= {"signal": a.signal, "answer_tokens": a.answers, "interrupted": interrupted, "runs": runs}
+    figures = {"model": a.model, "stages": a.stages, "spares": a.spares, "nodes": nodes, "clients": a.clients}
+    figures |= {
+        "kill": a.kill,
+        "signal": a.signal,
+        "answer_tokens": a.answers,
+        "interrupted": interrupted,
+        "runs": runs,
+    }
     save(Result("churn", figures | {"problems": problems}), a.out)
     print("\n".join(table(runs)))
     for problem in problems:

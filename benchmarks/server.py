@@ -189,7 +189,7 @@ class OwnServer:
     def parts(self) -> Parts:
         """Its actors, as Ray's state API knows them. Raises LookupError."""
         dashboard = f"http://127.0.0.1:{self._dashboard}" if self._nodes else dashboard_of(self.log)
-        return Parts(dashboard, self.root / "token")
+        return Parts(dashboard, self.root / "token", self.url)
 
     def processes(self, title: str = "") -> dict[int, str]:
         """Processes of this server whose command line contains `title`, and their command lines."""

@@ -267,6 +267,7 @@ class _StageProcess:
             return {}
         return {
             "stage": self._spec.stage,
+            "actor": ray.get_runtime_context().get_actor_name() or "",
             "layers": [self._spec.start, self._spec.stop],
             "host": socket.gethostname(),
             "device": self._engine.profile.device,

@@ -45,7 +45,9 @@ class Part:
 class Parts:
     """Asks one Ray's dashboard."""
 
-    def __init__(self, dashboard: str, token_file: Path) -> None:
+    def __init__(self, dashboard: str, token_file: Path, application: str) -> None:
+        """application: its URL; it says which spare has become which stage."""
+        self._application = application
         # Those that died stay listed, and would fill the limit in time.
         self._url = f"{dashboard}/api/v0/actors?limit=1000&filter_keys=state&filter_predicates==&filter_values=ALIVE"
         self._headers = {"Authorization": f"Bearer {token_file.read_text().strip()}"}
@@ -57,8 +59,17 @@ class Parts:
             actors = answer["data"]["result"]["result"]
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as e:
             raise LookupError(f"Ray's state API does not answer: {type(e).__name__}: {e}") from e
-        parts = [_part(actor) for actor in actors if actor["state"] == "ALIVE" and actor["pid"]]
+        roles = self._roles(timeout_s)
+        parts = [_part(actor, roles) for actor in actors if actor["state"] == "ALIVE" and actor["pid"]]
         return sorted((part for part in parts if part), key=lambda part: (part.kind, part.index, part.pid))
+
+    def _roles(self, timeout_s: float) -> dict[str, int]:
+        """Stages by the name of their actor, as the application knows them; none while it does not say."""
+        try:
+            state = httpx.get(f"{self._application}/v1/cluster/state", timeout=timeout_s).json()
+            return {s["actor"]: s["stage"] for pipeline in state["pipelines"] for s in pipeline["stages"]}
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return {}
 
     def one(self, kind: Kind, index: int = 0) -> Part:
         """This part. Raises LookupError if there is none."""
@@ -76,7 +87,7 @@ def dashboard_of(log: Path) -> str:
     return found[1]
 
 
-def _part(actor: dict[str, Any]) -> Part | None:
+def _part(actor: dict[str, Any], roles: dict[str, int]) -> Part | None:
     name, kind, index = actor["name"] or "", "", 0
     if actor["class_name"] == _INGRESS:
         kind = "ingress"
@@ -84,4 +95,6 @@ def _part(actor: dict[str, Any]) -> Part | None:
         stage = re.search(r"stage-(\d+)", name)
         kind = "stage" if stage else "head" if "head" in name else "supervisor" if "supervisor" in name else ""
         index = int(stage[1]) if stage else 0
+        if name in roles:
+            kind, index = "stage", roles[name]
     return Part(kind, index, actor["pid"], actor["node_id"]) if kind else None  # type: ignore[arg-type]
