@@ -127,8 +127,8 @@ async def repair_group(config: AppConfig, group: PipelineGroup, dead: Collection
     for name in dead:
         kill_actor(parts[name][0])
     await kill_processes([parts[name][1] for name in dead])
-    group = _replaced(group, dead)
     try:
+        group = _replaced(group, dead)
         async with asyncio.timeout(_LOAD_S):
             reports = await _take_places(group)
             loaded = time.monotonic()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -75,9 +76,7 @@ class _SupervisorProcess:
         self._leases[ingress] = time.monotonic()
         if args != self._args and began > self._args_began:
             self._args_began = began
-            before, self._args, self._config = self._config, args, AppConfig.parse(args)
-            if digest_of(before) != digest_of(self._config):
-                await self._lose("the configuration changed")
+            self._args, self._config = args, AppConfig.parse(args)  # whether it makes a difference, the next check sees
         if self._main is None:
             self._main = asyncio.get_running_loop().create_task(self._supervise())
 
@@ -107,10 +106,15 @@ class _SupervisorProcess:
     async def _supervise(self) -> None:
         await self._adopt()
         while self._wanted():
-            if self._group is None:
-                await self._build()
-            else:
-                await self._check(self._group)
+            try:
+                if self._group is None:
+                    await self._build()
+                else:
+                    await self._check(self._group)
+            except Exception as e:  # whatever it was: nobody would miss a watch that had ended
+                _log.exception("the pipeline cannot be watched")
+                await self._lose(f"{type(e).__name__}: {e}")
+                await asyncio.sleep(_REBUILD_PAUSE_S)
             if self._polls:  # sooner if a part is in trouble
                 await asyncio.wait(self._polls, timeout=_WATCH_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
             else:
@@ -154,6 +158,9 @@ class _SupervisorProcess:
 
     async def _check(self, group: PipelineGroup) -> None:
         """Replace what is dead, if something is."""
+        if group.spec.config_digest != digest_of(self._config):
+            await self._lose("the configuration changed")
+            return
         # What hangs keeps its answer waiting for seconds, and its neighbours may know sooner.
         asking = asyncio.ensure_future(self._dead(group, frozenset()))
         waited: set[asyncio.Future[Any]] = {asking, *self._polls}
@@ -175,8 +182,24 @@ class _SupervisorProcess:
             return
         assert group.head is not None
         group.head.ping.remote(stages)  # whether it answers, the next check sees
-        if len(group.spares) < self._config.pipeline.spares:
+        group = replace(group, spares=await self._living(group.spares))
+        if sum(spare is not None for spare in group.spares) < self._config.pipeline.spares:
             self._group = await replenish(self._config, group)
+
+    async def _living(self, spares: Sequence[Any]) -> tuple[Any | None, ...]:
+        """None in place of those that died while they waited."""
+
+        async def ask(spare: Any) -> Any | None:
+            try:
+                async with asyncio.timeout(_NAMED_S):
+                    await spare.ready.remote()
+            except RayError:
+                return None
+            except TimeoutError:
+                pass  # it loads
+            return spare
+
+        return tuple(await asyncio.gather(*(ask(spare) for spare in spares)))
 
     async def _dead(self, group: PipelineGroup, named: frozenset[str]) -> tuple[frozenset[str], list[Value]]:
         """Parts that do not live, and what the stages said of themselves."""
