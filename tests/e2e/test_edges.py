@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from typing import Any
 
 import httpx
-import openai
 import pytest
 from openai import OpenAI
 
@@ -26,7 +24,7 @@ def serving(edges: str) -> Cluster:
     return cluster
 
 
-def test_over_tls_a_stopped_stage_is_named_soon_and_the_service_returns() -> None:
+def test_over_tls_a_stopped_stage_is_replaced_and_the_stream_goes_on() -> None:
     """A stage that is stopped (SIGSTOP) holds its connections open and says nothing: only heartbeats tell."""
     cluster = serving("tcp")
     try:
@@ -34,16 +32,14 @@ def test_over_tls_a_stopped_stage_is_named_soon_and_the_service_returns() -> Non
         request = {"model": NAME, "prompt": "a", "max_tokens": 3}
         assert httpx.post(f"{cluster.url}/v1/completions", json=request, timeout=60).json()["llmd"]["receipt"]
         client = OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=60)
-        chunks = client.completions.create(model=NAME, prompt="a", max_tokens=400, stream=True, seed=1)
-        next(iter(chunks))
+        asked: dict[str, Any] = {"model": NAME, "prompt": "a", "max_tokens": 400, "temperature": 0, "stream": True}
+        undisturbed = "".join(chunk.choices[0].text for chunk in client.completions.create(**asked) if chunk.choices)
+        chunks = client.completions.create(**asked)
+        text = next(chunks).choices[0].text
         stopped = min(cluster.processes("ray::_StageProcess"))
         os.kill(stopped, signal.SIGSTOP)
-        began = time.monotonic()
-        with pytest.raises(openai.APIError, match=r"stage \d is gone: its process is stopped"):
-            for _ in chunks:
-                pass
-        assert time.monotonic() - began < 4
-        cluster.wait_until_ready()
+        text += "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+        assert text == undisturbed
         assert eventually(lambda: stopped not in cluster.processes(), 30)
     finally:
         cluster.close()
