@@ -90,13 +90,12 @@ def find_actor(name: str) -> Any | None:
 
 def names_of(group: int) -> list[str]:
     """Its named actors."""
-    named = ray.util.list_named_actors(all_namespaces=True)
-    return [a["name"] for a in named if a["namespace"] == NAMESPACE and group_of(a["name"]) == group]
+    return [name for name in _named_actors() if group_of(name) == group]
 
 
 def known_groups() -> set[int]:
     """Pipelines that have an actor or a placement group, whole or not."""
-    names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE]
+    names = _named_actors()
     names += [g["name"] for g in placement_group_table().values() if g["state"] != "REMOVED"]
     return {group for name in names if name and (group := group_of(name)) is not None}
 
@@ -107,7 +106,11 @@ def tear_down(group: int) -> None:
         kill_actor(find_actor(name))
     for made in placement_group_table().values():
         if made["name"] == group_name(group) and made["state"] != "REMOVED":
-            remove_placement_group(ray.util.get_placement_group(made["name"]))
+            remove_placement_group(room_of(group))
+
+
+def _named_actors() -> list[str]:
+    return [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE]
 
 
 def kill_actor(actor: Any | None) -> None:

@@ -340,9 +340,8 @@ async def _lead(config: AppConfig, group: PipelineGroup, reports: Sequence[Stage
 
 
 async def _first_token(head: Any, place: Place, epoch: int) -> LinkAddress:
-    started, trouble = (
-        asyncio.ensure_future(_of(ref)) for ref in (head.start.remote(place), head.trouble.remote(epoch))
-    )
+    started = asyncio.ensure_future(head.start.remote(place))
+    trouble = asyncio.ensure_future(head.trouble.remote(epoch))
     try:
         await asyncio.wait((started, trouble), return_when=asyncio.FIRST_COMPLETED)
         if not started.done():
@@ -353,10 +352,6 @@ async def _first_token(head: Any, place: Place, epoch: int) -> LinkAddress:
     finally:
         started.cancel()
         trouble.cancel()
-
-
-async def _of(ref: Any) -> Any:
-    return await ref
 
 
 async def _activation_dtype(config: AppConfig, manifest: Manifest, stages: Sequence[Any]) -> ActivationDtype:

@@ -64,7 +64,7 @@ class _SupervisorProcess:
         self._problem = "the pipeline is starting"
         self._rebuilds = -1
         self._repairs = 0
-        self._polls: dict[asyncio.Future[Trouble], str] = {}  # what each part will say when it is in trouble
+        self._polls: list[asyncio.Future[Trouble]] = []  # what each part will say when it is in trouble
         self._main: asyncio.Task[None] | None = None
 
     async def lease(self, ingress: str, args: dict[str, Any], began: float) -> None:
@@ -153,8 +153,8 @@ class _SupervisorProcess:
         """Have every part tell of trouble in this epoch."""
         for poll in self._polls:
             poll.cancel()
-        parts = {name: actor for name, (actor, _) in group.parts().items() if actor is not None}
-        self._polls = {asyncio.ensure_future(_of(a.trouble.remote(group.epoch))): name for name, a in parts.items()}
+        actors = [actor for actor, _ in group.parts().values() if actor is not None]
+        self._polls = [asyncio.ensure_future(actor.trouble.remote(group.epoch)) for actor in actors]
 
     async def _check(self, group: PipelineGroup) -> None:
         """Replace what is dead, if something is."""
@@ -165,12 +165,13 @@ class _SupervisorProcess:
         asking = asyncio.ensure_future(self._dead(group, frozenset()))
         waited: set[asyncio.Future[Any]] = {asking, *self._polls}
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        ended = [(poll, name) for poll, name in self._polls.items() if poll.done()]
-        if any(poll.exception() is None and poll.result().fatal for poll, _ in ended):
+        ended = [poll for poll in self._polls if poll.done()]
+        said = [poll.result() for poll in ended if poll.exception() is None]
+        fatal = next((trouble for trouble in said if trouble.fatal), None)
+        if fatal is not None:
             asking.cancel()
-            await self._lose(next(poll.result().why for poll, _ in ended if poll.exception() is None))
+            await self._lose(fatal.why)
             return
-        said = [poll.result() for poll, _ in ended if poll.exception() is None]
         named = frozenset().union(*(trouble.gone for trouble in said))
         if ended:
             asking.cancel()
@@ -213,11 +214,10 @@ class _SupervisorProcess:
                 return e
 
         parts = group.parts()
-        found = await asyncio.gather(*(ask(name, actor) for name, (actor, _) in parts.items() if actor is not None))
-        answers = dict(zip((name for name, (actor, _) in parts.items() if actor is not None), found, strict=True))
-        dead = {name for name in parts if isinstance(answers.get(name, TimeoutError()), BaseException)}
-        stages = [said for name, said in answers.items() if name != HEAD and not isinstance(said, BaseException)]
-        return frozenset(dead), stages
+        here = {name: actor for name, (actor, _) in parts.items() if actor is not None}
+        found = await asyncio.gather(*(ask(name, actor) for name, actor in here.items()))
+        answers = {name: said for name, said in zip(here, found, strict=True) if not isinstance(said, BaseException)}
+        return frozenset(parts) - answers.keys(), [said for name, said in answers.items() if name != HEAD]
 
     async def _repair(self, group: PipelineGroup, dead: frozenset[str], why: str) -> None:
         """Replace these parts, and those that turn out to be dead meanwhile."""
@@ -247,7 +247,7 @@ class _SupervisorProcess:
         self._problem = f"the pipeline is being rebuilt: {why}"
         for poll in self._polls:
             poll.cancel()
-        self._polls = {}
+        self._polls = []
         if group is None:
             return
         _log.error("pipeline %d is given up: %s", group.group, why)
@@ -264,10 +264,6 @@ class _SupervisorProcess:
         now = time.monotonic()
         self._leases = {i: t for i, t in self._leases.items() if now - t < LEASE_S}
         return bool(self._leases) or now - self._born < _FIRST_LEASE_S
-
-
-async def _of(ref: Any) -> Any:
-    return await ref
 
 
 SupervisorActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(_SupervisorProcess)

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import BinaryIO, Protocol
 from urllib.parse import parse_qs, urlsplit
@@ -28,6 +28,7 @@ from shard_tools.errors import LlmdError
 from shard_tools.store.car import write_car
 from shard_tools.store.directory import DirectoryStore
 from shard_tools.unixfs import node_links
+from tests.shard_tools.http_doubles import serving
 
 RAW, CAR = "application/vnd.ipld.raw", "application/vnd.ipld.car"
 
@@ -96,16 +97,8 @@ def gateway(
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", log
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(5)
+    with serving(Handler) as url:
+        yield url, log
 
 
 def walked(root: Cid, blocks: Blocks) -> Iterator[tuple[Cid, bytes]]:

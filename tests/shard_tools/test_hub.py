@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -41,7 +40,7 @@ from shard_tools.store.directory import DirectoryStore
 from shard_tools.store.hub import HubSource
 from shard_tools.store.peers import Peers
 from shard_tools.store.tiered import TieredStore
-from tests.shard_tools.http_doubles import answering, ok, saying
+from tests.shard_tools.http_doubles import answering, ok, saying, serving
 from tests.shard_tools.test_cli import Desk, refusal
 from tests.shard_tools.test_replication import Late
 from tests.tiny_models import write_tiny_checkpoint
@@ -135,16 +134,8 @@ def hub(folder: Path) -> Iterator[tuple[str, Hub]]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}{REVISION}", state
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(5)
+    with serving(Handler) as url:
+        yield f"{url}{REVISION}", state
 
 
 def source(published: Published, url: str) -> HubSource:
