@@ -74,5 +74,9 @@ chaos: $(READY)
 	$(BENCH).churn --every 120 60 20 --minutes 4 4 30 --out build/chaos; failed=$$?; \
 	$(BENCH).plot churn --results build/chaos; exit $$failed
 
+# Every part at every one of some tokens, then five hundred at random: fifty minutes.
+kills: $(READY)
+	$(BENCH).kills --random 500 --out build/chaos
+
 clean:
 	rm -rf $(VENV) build *.egg-info

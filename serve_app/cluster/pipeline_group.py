@@ -48,6 +48,8 @@ _log = logging.getLogger(__name__)
 _LOAD_S = 1800.0  # for all stages to load: 140 GB at 100 MB/s
 _START_S = 60.0  # for a new process; of a node that is gone its bundle may find no other
 _ADOPT_S = 5.0
+_KEPT_S = 30.0  # for a stage that lives to forget the epoch before: its step ends within 5 s or it is of no use
+_JOIN_S = 120.0  # to join all anew: a new process on a GPU compiles and captures its graphs meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,27 +124,29 @@ async def repair_group(config: AppConfig, group: PipelineGroup, dead: Collection
 
     dead: names as in PipelineGroup.parts. They are killed first, should they live.
     """
-    began = time.monotonic()
+    began, noticed = time.monotonic(), time.time()
     parts = group.parts()
     for name in dead:
         kill_actor(parts[name][0])
     await kill_processes([parts[name][1] for name in dead])
     try:
         group = _replaced(group, dead)
-        async with asyncio.timeout(_LOAD_S):
-            reports = await _take_places(group)
-            loaded = time.monotonic()
-            group = _with_reports(group, reports)
+        kept = frozenset(name for name, (actor, _) in parts.items() if actor is not None) - set(dead)
+        reports = await _take_places(group, kept)
+        loaded = time.monotonic()
+        group = _with_reports(group, reports)
+        async with asyncio.timeout(_JOIN_S):
             made = await _lead(config, group, reports)
     except (LlmdError, RayError, TimeoutError, ValueError) as e:
         if isinstance(e, BrokenError):
             raise
-        raise BrokenError(_cause(e) if isinstance(e, RayError) else str(e), group, frozenset()) from e
+        raise BrokenError(_cause(e), group, frozenset()) from e
     _log.warning(
-        "pipeline %d goes on in epoch %d; replaced: %s; %.1f s to load, %.1f s to join",
+        "pipeline %d goes on in epoch %d; replaced: %s; noticed at %.2f, %.2f s to load, %.2f s to join",
         made.group,
         made.epoch,
         ", ".join(sorted(dead)) or "nothing",
+        noticed,
         loaded - began,
         time.monotonic() - loaded,
     )
@@ -279,14 +283,18 @@ async def _build(config: AppConfig, group: int) -> PipelineGroup:
     return made
 
 
-async def _take_places(group: PipelineGroup) -> Sequence[StageReport]:
-    """Every stage has its layers, and is in the group's epoch. Raises BrokenError naming those that are of no use."""
+async def _take_places(group: PipelineGroup, kept: Collection[str]) -> Sequence[StageReport]:
+    """Every stage has its layers, and is in the group's epoch. Raises BrokenError naming those that are of no use.
+
+    kept: stages that hold their layers since the epoch before, and are therefore not waited for long.
+    """
     plan = group.spec.plan
 
     async def take(actor: Any, spec: StageSpec) -> StageReport:
         async with asyncio.timeout(_START_S):
             await actor.ready.remote()
-        report: StageReport = await actor.take.remote(spec, plan.dtype)
+        async with asyncio.timeout(_KEPT_S if f"stage {spec.stage}" in kept else _LOAD_S):
+            report: StageReport = await actor.take.remote(spec, plan.dtype)
         return report
 
     taken = [take(actor, spec) for actor, spec in zip(group.stages, plan.stages, strict=True)]
@@ -321,10 +329,21 @@ def _enrol(config: AppConfig, reports: Sequence[StageReport], head: Party | None
 
 async def _lead(config: AppConfig, group: PipelineGroup, reports: Sequence[StageReport]) -> PipelineGroup:
     """The Head leads these stages: a new one, which has generated a token, or the one there is, with its requests."""
-    head, place, spec = group.head, group.head_place, group.spec
-    if head is None:
-        place = Place(actor_name(group.group, "head", spec.epoch), spec.plan.places[0].bundle)
-        head = make_head(spec, place, room_of(group.group))
+    if group.head is not None:
+        return await _join(config, group, reports, group.head, group.head_place)
+    place = Place(actor_name(group.group, "head", group.epoch), group.spec.plan.places[0].bundle)
+    head = make_head(group.spec, place, room_of(group.group))
+    try:
+        return await _join(config, group, reports, head, place)
+    except BaseException:
+        kill_actor(head)  # nobody else knows of it, and the next attempt makes its own
+        raise
+
+
+async def _join(
+    config: AppConfig, group: PipelineGroup, reports: Sequence[StageReport], head: Any, place: Place
+) -> PipelineGroup:
+    spec = group.spec
     async with asyncio.timeout(_START_S):
         party: Party = await head.party.remote()
     place = replace(place, pid=party.pid, ray_node=party.ray_node)

@@ -166,7 +166,7 @@ class _SupervisorProcess:
         waited: set[asyncio.Future[Any]] = {asking, *self._polls}
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         ended = [poll for poll in self._polls if poll.done()]
-        said = [poll.result() for poll in ended if poll.exception() is None]
+        said = [poll.result() for poll in ended if not poll.cancelled() and poll.exception() is None]
         fatal = next((trouble for trouble in said if trouble.fatal), None)
         if fatal is not None:
             asking.cancel()
@@ -232,6 +232,8 @@ class _SupervisorProcess:
             except BrokenError as e:
                 _log.error("pipeline %d: a repair was cut short: %s", group.group, e)
                 group, why = e.group, str(e)
+                if isinstance(e.__cause__, TimeoutError):
+                    break  # somebody answers pings and does nothing else: nobody knows who
                 dead = e.dead | (await self._dead(group, frozenset()))[0]
                 continue
             self._repairs += 1
@@ -257,7 +259,10 @@ class _SupervisorProcess:
                     await group.head.fail.remote(why)
         except (RayError, TimeoutError):
             pass  # a dead Head's connections end by themselves
-        tear_down(group.group)
+        try:
+            tear_down(group.group)
+        except (RayError, ValueError) as e:
+            _log.error("what is left of pipeline %d: %s", group.group, e)  # `_adopt` and the end look for it again
         await kill_processes([place for _, place in group.parts().values()])
 
     def _wanted(self) -> bool:

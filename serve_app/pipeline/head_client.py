@@ -31,6 +31,7 @@ from shard_tools.errors import LlmdError
 
 _log = logging.getLogger(__name__)
 _RETRY_S = 0.2
+_LOCATE_S = 10.0  # for the Supervisor to say where; one that is being restarted takes some seconds
 _STATUS_EVERY_S = 1.0
 _MAX_FRAME_BYTES = 64 << 20
 WAIT_S = 180.0  # for the next Head: as long as a Head waits for a stage, or a pipeline of some gigabytes to be built
@@ -159,27 +160,37 @@ class HeadClient:
     async def _stay_connected(self) -> None:
         while True:
             try:
-                link = await connect(await self._locate(), _MAX_FRAME_BYTES)
-            except LlmdError as e:
-                self._why_not = str(e)
+                async with asyncio.timeout(_LOCATE_S):
+                    address = await self._locate()
+                link = await connect(address, _MAX_FRAME_BYTES)
+            except Exception as e:  # whatever it was: without this loop no request would ever go on
+                if not isinstance(e, LlmdError | TimeoutError):
+                    _log.exception("the pipeline's head cannot be found")
+                self._why_not = str(e) or "nobody says where the pipeline's head is"
                 if self._lost_s is not None and time.monotonic() - self._lost_s > self._wait_s:
                     self._lost_s = None
                     self._give_up(f"no pipeline is there after {self._wait_s:.0f} s: {e}")
                 await asyncio.sleep(_RETRY_S)
                 continue
-            self._link, self._lost_s = link, None
+            await self._use(link)
+
+    async def _use(self, link: Link) -> None:
+        """Until it ends: every request goes on by it."""
+        self._link, self._lost_s = link, None
+        asking = asyncio.create_task(self._ask_status())
+        try:
             for asked in [asked for asked in self._asked.values() if not asked.ended]:
                 self._submit(asked)
-            asking = asyncio.create_task(self._ask_status())
-            try:
-                await self._listen(link)
-            except LlmdError as e:
-                _log.warning("the head's link broke: %s", e)
-            finally:
-                asking.cancel()
-                link.close()
-                self._link, self._facts, self._lost_s = None, {}, time.monotonic()
-                self._why_not = "the connection to the pipeline's head was lost"
+            await self._listen(link)
+        except LlmdError as e:
+            _log.warning("the head's link broke: %s", e)
+        except Exception:
+            _log.exception("the head's link is given up")
+        finally:
+            asking.cancel()
+            link.close()
+            self._link, self._facts, self._lost_s = None, {}, time.monotonic()
+            self._why_not = "the connection to the pipeline's head was lost"
 
     async def _listen(self, link: Link) -> None:
         while (frame := await link.receive()) is not None:

@@ -49,7 +49,7 @@ def answers(server: OwnServer, asker: Asker) -> tuple[Known, Known]:
 
 
 @pytest.fixture
-def whole(server: OwnServer) -> None:
+def whole(server: OwnServer) -> Iterator[None]:
     """Every part is there and answers: what a test before this one killed has come back."""
 
     def back() -> bool:
@@ -58,7 +58,11 @@ def whole(server: OwnServer) -> None:
         except LookupError:
             return False
 
-    assert eventually(back, 60), "the application did not come back after the death before this test"
+    come_back = eventually(back, 60)
+    if come_back:
+        yield
+    print(server.log.read_text(errors="replace")[-8000:] if server.root.exists() else "")  # shown with a failure
+    assert come_back, "the application did not come back after the death before this test"
 
 
 async def heard_through(asker: Asker, known: Known, victim: Part, at: int, what: signal.Signals) -> Reply:
