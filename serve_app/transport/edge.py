@@ -16,7 +16,8 @@ from typing import Protocol
 
 Rows = bytes | memoryview  # C-contiguous, on the host; an edge between devices would widen this
 Deliver = Callable[[bytes], None]  # takes one message in; may block, and then the sender waits
-Lost = Callable[[str, str], None]  # (peer, why): called once, from any thread, when the other end is gone
+# (peer, why): called once, when the other end is gone; from any thread, but never from inside a send
+Lost = Callable[[str, str], None]
 
 
 class Edge(Protocol):

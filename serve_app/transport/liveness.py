@@ -177,13 +177,21 @@ class End:
             return PipelineError(f"the edge to {self.peer} was closed")
         return PipelineError(f"{self.peer} is gone: {self._why}")
 
-    def fail(self, why: str) -> None:
-        """The peer is gone. The first reason counts."""
+    def fail(self, why: str, *, sending: bool = False) -> None:
+        """The peer is gone. The first reason counts.
+
+        sending: a send found it. Whoever sends may hold locks that the owner takes when it hears of the loss (it stood
+        still for ever so), and hears it from a thread of its own.
+        """
         with self._lock:
             first, self._why = self._why is None, self._why or why
-        if first:
-            _log.info("the edge to or from %s is lost: %s", self.peer, why)
-            self._cut()
+        if not first:
+            return
+        _log.info("the edge to or from %s is lost: %s", self.peer, why)
+        self._cut()
+        if sending:
+            threading.Thread(target=self._lost, args=(self.peer, why), name="edge-lost", daemon=True).start()
+        else:
             self._lost(self.peer, why)
 
     def shut(self) -> bool:

@@ -71,7 +71,8 @@ class SharedMemoryEdge:
                 else:
                     self._send_pieces(total, message, rows)
             except (OSError, ProtocolError) as e:
-                self._end.fail(e.strerror or str(e) if isinstance(e, OSError) else str(e))
+                why = e.strerror or str(e) if isinstance(e, OSError) else str(e)
+                self._end.fail(why, sending=True)
                 raise self._end.error() from e
             self._number += 1
 

@@ -57,7 +57,7 @@ class TcpEdge:
                     self._tls.sendall(head + message)
                     self._tls.sendall(view)
             except OSError as e:
-                self._end.fail(reason(e))
+                self._end.fail(reason(e), sending=True)
                 raise self._end.error() from e
             self._number += 1
 

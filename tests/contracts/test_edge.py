@@ -175,15 +175,24 @@ def test_a_receiver_that_closes_is_a_loss_for_its_sender(kind: EdgeKind) -> None
 def test_a_receiver_that_dies_or_stops_is_found(
     kind: EdgeKind, how: signal.Signals, size: int, far_end: FarEnds
 ) -> None:
-    """Whether the sender is idle (size 0) or blocks on a peer that takes nothing in: told once, and send raises."""
-    end, lost = far_end(kind, "stall"), Losses()
-    edge = dial(outlet(kind, end.pid, end.address()), lost)
+    """Whether the sender is idle (size 0) or blocks on a peer that takes nothing in: told once, and send raises.
+
+    The owner holds a lock while it sends, and takes it when it hears of the loss.
+    """
+    end, lost, owner = far_end(kind, "stall"), Losses(), threading.Lock()
     failed: queue.Queue[PipelineError] = queue.Queue()
+
+    def hear(peer: str, why: str) -> None:
+        with owner:
+            lost(peer, why)
+
+    edge = dial(outlet(kind, end.pid, end.address()), hear)
 
     def send_on() -> None:
         try:
             while True:
-                edge.send(bytes(size))
+                with owner:
+                    edge.send(bytes(size))
         except PipelineError as e:
             failed.put(e)
 
