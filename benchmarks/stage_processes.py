@@ -265,7 +265,7 @@ class ProcessPipeline:
 
 
 def _stage_main(parent: Connection, spec: _Spec) -> None:
-    """A stage's process: what serve_app/cluster/stage_actor.py does, told by a pipe."""
+    """A stage's process: what serve_app/cluster/stage_host.py does, told by a pipe."""
     sys.setswitchinterval(spec.switch_interval_s)
     store = DirectoryStore(spec.store)
     manifest = load_manifest(store, spec.manifest)

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import ray
 
 from serve_app.cluster.specs import HeadSpec, Place, Trouble
-from serve_app.cluster.stage_actor import SWITCH_INTERVAL_S, TROUBLE_EVERY_S, node_key_path, party_here
+from serve_app.cluster.stage_actor import site_here
+from serve_app.cluster.stage_host import SWITCH_INTERVAL_S, TROUBLE_EVERY_S, node_key_path
 from serve_app.cluster.wiring import HEAD, Awaited, EdgeSet, Joint, Party
 from serve_app.errors import PipelineError
 from serve_app.messages.request import Event, FailedEvent, FinishedEvent
@@ -70,7 +71,7 @@ class _HeadProcess:
 
     async def party(self) -> Party:
         """This process, as the stages are to know it."""
-        return party_here(HEAD, self._identity.key)
+        return site_here().party(HEAD, self._identity.key)
 
     async def listen(self, awaited: Sequence[Awaited]) -> EdgeAddress | None:
         """Let these stages open their edges to this Head."""
