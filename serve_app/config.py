@@ -101,6 +101,9 @@ class ModelConfig:
     name: Annotated[str, Field(min_length=1, max_length=256)]  # as published, and as clients ask for it
     store: FolderOrChoice  # folder of the block store, on each node; or another kind of store, by name
     trust: Annotated[tuple[Trusted, ...], Field(min_length=1, max_length=64)]  # publishers: key text, or file of one
+    # the CID that the name must lead to; null: to whatever it leads when the application starts. Either way later
+    # releases of the name are not served until the configuration changes
+    manifest: Annotated[str, Field(max_length=256)] | None = None
     index: FolderOrChoice | None = None  # whose names/ leads from names to manifests; null: the folder of the store
 
     def publishers(self) -> TrustPolicy:
@@ -144,6 +147,9 @@ class PipelineConfig:
     # Ray's actor calls, at many times the cost (benchmarks/edges.py), neither encrypted nor pinned to the registry
     edges: Literal["auto", "ray", "tcp"] = "auto"
     node_labels: NodeLabels = field(default_factory=dict)  # Ray node labels that a stage's node must have; {}: any node
+    # a new version waits so long for room beside the one it replaces; then that one ends first. More where nodes are
+    # added on demand
+    beside_s: Annotated[float, Field(ge=0, le=3600)] = 10.0
 
 
 @dataclass(frozen=True, slots=True, config=_CLOSED)
@@ -165,6 +171,7 @@ class IngressConfig:
     replicas: Annotated[int, Field(ge=1, le=1024)] = 1  # one parses and streams about 50 requests/s on a core
     proxy: Literal["serve", "haproxy"] = "serve"  # haproxy: 5x the requests/s, but it listens on every address
     api_keys: ApiKeysConfig | None = None  # null: open to whoever can connect, hence loopback only
+    drain_s: Annotated[float, Field(ge=0, le=3600)] = 30.0  # what runs on a replica or version that ends has so long
     max_body_bytes: Annotated[int, Field(ge=1024, le=64 << 20)] = 8 << 20  # a 1M-token prompt is about 5 MB of text
     node_labels: NodeLabels = field(default_factory=dict)  # as pipeline.node_labels, for the ingress replicas' nodes
 

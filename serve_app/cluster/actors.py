@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from serve_app.cluster.head_actor import HeadActor
 from serve_app.cluster.resources import HEAD_CPUS, SPARE_CPUS, brief
-from serve_app.cluster.specs import NAMESPACE, HeadSpec, Place, Resources, StageSpec, group_name, group_of
+from serve_app.cluster.specs import NAMESPACE, GroupId, HeadSpec, Place, Resources, StageSpec, is_supervisor
 from serve_app.cluster.stage_actor import StageActor
 from serve_app.errors import PipelineError
 
@@ -27,20 +27,31 @@ _PLACE_S = 60.0  # for the cluster to find room; a missing GPU would otherwise b
 _KILL_S = 2.0  # for a task that kills a process on another node
 
 
-async def make_room(group: int, n_stages: int, n_spares: int, wants: Resources, labels: dict[str, str]) -> Any:
+async def make_room(
+    group: GroupId,
+    n_stages: int,
+    n_spares: int,
+    wants: Resources,
+    labels: dict[str, str],
+    beside_s: float,
+    crowded: Callable[[], Awaitable[None]],
+) -> Any:
     """The placement group: a bundle for each stage, the first one with room for the Head, then one for each spare.
 
-    Raises PipelineError.
+    crowded: called after beside_s without room, so that somebody makes some. Raises PipelineError.
     """
     gpus = {"GPU": wants.gpus} if wants.gpus else {}
     bundles = [{"CPU": wants.cpus} | gpus for _ in range(n_stages)]
     bundles[0]["CPU"] += HEAD_CPUS
     bundles += [{"CPU": SPARE_CPUS} | gpus for _ in range(n_spares)]
     extra: dict[str, Any] = {"bundle_label_selector": [labels] * len(bundles)} if labels else {}
-    made = placement_group(bundles, strategy="PACK", name=group_name(group), lifetime="detached", **extra)
+    made = placement_group(bundles, strategy="PACK", name=str(group), lifetime="detached", **extra)
+    placed = asyncio.ensure_future(made.ready())
     try:
+        if not (await asyncio.wait({placed}, timeout=beside_s))[0]:
+            await crowded()
         async with asyncio.timeout(_PLACE_S):
-            await made.ready()
+            await placed
     except TimeoutError as e:
         raise PipelineError(
             f"no room for {n_stages} stages of {bundles[0]} and {n_spares} spares within {_PLACE_S:.0f} s; free in the "
@@ -50,9 +61,9 @@ async def make_room(group: int, n_stages: int, n_spares: int, wants: Resources, 
     return made
 
 
-def room_of(group: int) -> Any:
+def room_of(group: GroupId) -> Any:
     """Its placement group. Raises ValueError if there is none."""
-    return ray.util.get_placement_group(group_name(group))
+    return ray.util.get_placement_group(str(group))
 
 
 def make_stage(spec: StageSpec, place: Place, room: Any, wants: Resources) -> Any:
@@ -88,24 +99,31 @@ def find_actor(name: str) -> Any | None:
         return None
 
 
-def names_of(group: int) -> list[str]:
+def names_of(group: GroupId) -> list[str]:
     """Its named actors."""
-    return [name for name in _named_actors() if group_of(name) == group]
+    return [name for name in _named_actors() if GroupId.of(name) == group]
 
 
-def known_groups() -> set[int]:
-    """Pipelines that have an actor or a placement group, whole or not."""
+def known_groups(version: str) -> set[GroupId]:
+    """Pipelines of this version that have an actor or a placement group, whole or not."""
     names = _named_actors()
     names += [g["name"] for g in placement_group_table().values() if g["state"] != "REMOVED"]
-    return {group for name in names if name and (group := group_of(name)) is not None}
+    found = {GroupId.of(name) for name in names if name}
+    return {group for group in found if group is not None and group.version == version}
 
 
-def tear_down(group: int) -> None:
+def supervisors() -> dict[str, Any]:
+    """Those of every version, by name."""
+    found = {name: find_actor(name) for name in _named_actors() if is_supervisor(name)}
+    return {name: actor for name, actor in found.items() if actor is not None}
+
+
+def tear_down(group: GroupId) -> None:
     """Every actor of this pipeline is killed and its placement group removed; nothing happens if there is none."""
     for name in names_of(group):
         kill_actor(find_actor(name))
     for made in placement_group_table().values():
-        if made["name"] == group_name(group) and made["state"] != "REMOVED":
+        if made["name"] == str(group) and made["state"] != "REMOVED":
             remove_placement_group(room_of(group))
 
 

@@ -23,21 +23,24 @@ from serve_app.api.app import create_app
 from serve_app.api.auth import ApiKeys
 from serve_app.api.generator import ServedModel
 from serve_app.api.text import TextCodec
-from serve_app.choices import check_choices, index_of, store_of
+from serve_app.choices import check_choices, store_of
 from serve_app.cluster.supervisor import supervisor_of
+from serve_app.cluster.version import version_of
 from serve_app.config import AppConfig
-from serve_app.errors import PipelineError
+from serve_app.errors import PipelineError, ReplacedError
 from serve_app.pipeline.head_client import HeadClient
 from serve_app.pipeline.head_server import LOOPBACK
 from serve_app.serve_file import refuse_exposure
 from serve_app.transport.link import LinkAddress
-from shard_tools.catalog import open_model
+from shard_tools.catalog import open_record
+from shard_tools.errors import LlmdError
 from shard_tools.fetch import read_file
-from shard_tools.index.seen import SeenVersions
+from shard_tools.index.model_index import ModelRecord
 
 _log = logging.getLogger("ray.serve")
 _RENEW_S = 1.0
 _POLL_S = 0.1
+_AGREE_TRIES = 60
 _MOST_AUTO = 256  # requests that run at once, at most, where the config leaves it to the device
 
 
@@ -50,7 +53,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         num_replicas=config.ingress.replicas,
         ray_actor_options={"num_cpus": 0.1} | _labels(config.ingress.node_labels),
         max_ongoing_requests=(_MOST_AUTO if running == "auto" else running) + config.pipeline.max_waiting + 64,
-        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_timeout_s=config.ingress.drain_s,
     )
     return deployment.bind(args)
 
@@ -71,20 +74,15 @@ class _Ingress:
         self._args, self._config = args, AppConfig.parse(args)
         refuse_exposure(_listening_host(), self._config)
         self._name, self._began = uuid.uuid4().hex, time.time()
-        self._supervisor = supervisor_of(args)
+        self._version, self._record = version_of(self._config), None
+        self._supervisor = supervisor_of(args, self._version)
         self._renewing = asyncio.get_running_loop().create_task(self._renew())
         self._client = HeadClient(self._locate)
         self._client.start()
         model = self._config.model
         store = store_of(model.store)
-        manifest = open_model(
-            model.name,
-            index_of(model),
-            store,
-            model.publishers(),
-            int(time.time()),
-            SeenVersions(self._config.identity.seen),
-        )
+        self._record = await self._agree()
+        manifest = open_record(self._record, store, model.publishers())
         self._model = ServedModel(
             name=manifest.name,
             manifest=manifest.cid,
@@ -115,6 +113,21 @@ class _Ingress:
         except RayError:
             pass  # it has ended before
 
+    async def _agree(self) -> ModelRecord:
+        """Which release of the model this version serves: the name may lead to a later one by now.
+
+        Raises PipelineError if the Supervisor has none.
+        """
+        for _ in range(_AGREE_TRIES):
+            try:
+                record: ModelRecord = await self._supervisor.record.remote()
+                return record
+            except RayError as e:
+                if isinstance(getattr(e, "cause", None), LlmdError):
+                    raise PipelineError(str(e.cause)) from e
+                await asyncio.sleep(_RENEW_S)  # it is being restarted, or has just ended: `_renew` makes another
+        raise PipelineError("the supervisor does not answer")
+
     async def _locate(self) -> LinkAddress:
         try:
             address: LinkAddress = await self._supervisor.head_address.remote()
@@ -122,15 +135,17 @@ class _Ingress:
             return replace(address, host=LOOPBACK) if beside_us else address
         except RayError as e:
             cause = getattr(e, "cause", None)
+            if isinstance(cause, ReplacedError):
+                raise ReplacedError(str(cause)) from e
             raise PipelineError(str(cause or "the supervisor does not answer").splitlines()[0]) from e
 
     async def _renew(self) -> None:
         while True:
             try:
-                await self._supervisor.lease.remote(self._name, self._args, self._began)
+                await self._supervisor.lease.remote(self._name, self._began, self._record)
             except RayError:
                 _log.warning("the supervisor does not answer; making sure there is one")
-                self._supervisor = supervisor_of(self._args)
+                self._supervisor = supervisor_of(self._args, self._version)
             await asyncio.sleep(_RENEW_S)
 
 

@@ -173,6 +173,10 @@ class _HeadProcess:
         """Alive. stages: what each said of itself, for status calls."""
         self._stages = stages
 
+    async def drain(self) -> int:
+        """Take in nothing new from now on. Returns how many requests are still to end."""
+        return 0 if self._head is None else self._head.drain()
+
     async def fail(self, why: str) -> None:
         """End every request with an error: some part of the pipeline is gone."""
         self._ready = False

@@ -7,16 +7,15 @@ forgets the rest; then all are joined anew in the next epoch, and the Head goes 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ray.exceptions import RayError
 
-from serve_app.choices import index_of, store_of
+from serve_app.choices import store_of
 from serve_app.cluster.actors import (
     find_actor,
     kill_actor,
@@ -29,15 +28,15 @@ from serve_app.cluster.actors import (
 )
 from serve_app.cluster.enrol import enrol
 from serve_app.cluster.resources import loads_of, pages_of, resources_of
-from serve_app.cluster.specs import GroupPlan, HeadSpec, Place, StageReport, StageSpec, Trouble, actor_name
+from serve_app.cluster.specs import GroupId, GroupPlan, HeadSpec, Place, StageReport, StageSpec, Trouble
 from serve_app.cluster.wiring import HEAD, Member, Party, wire
 from serve_app.config import AppConfig
 from serve_app.engine.engine import ActivationDtype
 from serve_app.errors import PipelineError
 from serve_app.transport.link import LinkAddress
-from shard_tools.catalog import find_model
+from shard_tools.catalog import open_record
 from shard_tools.errors import LlmdError
-from shard_tools.index.seen import SeenVersions
+from shard_tools.index.model_index import ModelRecord
 from shard_tools.manifest import Manifest
 from shard_tools.placement.even import plan as plan_evenly
 from shard_tools.placement.min_max import plan as plan_by_weight
@@ -64,8 +63,8 @@ class PipelineGroup:
     address: LinkAddress | None  # where the Head listens, if there is one
 
     @property
-    def group(self) -> int:
-        """Its number."""
+    def group(self) -> GroupId:
+        """Its name."""
         return self.spec.plan.group
 
     @property
@@ -79,13 +78,16 @@ class PipelineGroup:
         return found | {HEAD: (self.head, self.head_place)}
 
 
-async def build_group(config: AppConfig, group: int) -> PipelineGroup:
+async def build_group(
+    config: AppConfig, group: GroupId, record: ModelRecord, crowded: Callable[[], Awaitable[None]]
+) -> PipelineGroup:
     """Place, load, connect, and generate a first token.
 
-    Raises LlmdError saying what is missing; what had been made is then gone again.
+    record: of the model. crowded: as make_room. Raises LlmdError saying what is missing; what had been made is then
+    gone again.
     """
     try:
-        return await _build(config, group)
+        return await _build(config, group, record, crowded)
     except BaseException as e:
         tear_down(group)
         if isinstance(e, RayError):
@@ -93,8 +95,8 @@ async def build_group(config: AppConfig, group: int) -> PipelineGroup:
         raise
 
 
-async def adopt_group(config: AppConfig, group: int, names: Collection[str]) -> PipelineGroup | None:
-    """The pipeline of this number, if its Head works and was made for this configuration; stages may be missing."""
+async def adopt_group(names: Collection[str]) -> PipelineGroup | None:
+    """The pipeline whose actors these are, if its Head works; stages may be missing."""
     heads = sorted((name for name in names if "-head-" in name), key=lambda name: int(name.rsplit("-", 1)[1]))
     head = find_actor(heads[-1]) if heads else None
     try:
@@ -104,7 +106,7 @@ async def adopt_group(config: AppConfig, group: int, names: Collection[str]) -> 
             address, spec, place = await head.serving.remote()
     except (RayError, TimeoutError):
         return None
-    if address is None or spec.config_digest != digest_of(config):
+    if address is None:
         return None
     stages, spares = ([find_actor(p.actor) for p in places] for places in (spec.plan.places, spec.plan.spares))
     return PipelineGroup(spec, place, tuple(stages), tuple(spares), head, address)
@@ -142,7 +144,7 @@ async def repair_group(config: AppConfig, group: PipelineGroup, dead: Collection
             raise
         raise BrokenError(_cause(e), group, frozenset()) from e
     _log.warning(
-        "pipeline %d goes on in epoch %d; replaced: %s; noticed at %.2f, %.2f s to load, %.2f s to join",
+        "%s goes on in epoch %d; replaced: %s; noticed at %.2f, %.2f s to load, %.2f s to join",
         made.group,
         made.epoch,
         ", ".join(sorted(dead)) or "nothing",
@@ -165,7 +167,7 @@ async def replenish(config: AppConfig, group: PipelineGroup) -> PipelineGroup:
     for bundle in free:
         covered = [place.prepared_for for place, _ in alive]
         stage = min(range(len(plan.stages)), key=covered.count)
-        place = Place(actor_name(group.group, f"spare-{bundle}", int(time.time())), bundle, prepared_for=stage)
+        place = Place(group.group.actor(f"spare-{bundle}", int(time.time())), bundle, prepared_for=stage)
         actor = make_stage(plan.stages[stage], place, room, plan.wants)
         actor.prepare.remote(plan.dtype)
         alive.append((place, actor))
@@ -188,7 +190,7 @@ def _replaced(group: PipelineGroup, dead: Collection[str]) -> PipelineGroup:
             waiting.remove(best)
             places[i], actors[i] = best
         else:
-            places[i] = Place(actor_name(group.group, f"stage-{i}", epoch), places[i].bundle)
+            places[i] = Place(group.group.actor(f"stage-{i}", epoch), places[i].bundle)
             actors[i] = make_stage(plan.stages[i], places[i], room_of(group.group), plan.wants)
     plan = replace(
         plan,
@@ -205,25 +207,22 @@ def _replaced(group: PipelineGroup, dead: Collection[str]) -> PipelineGroup:
     )
 
 
-def digest_of(config: AppConfig) -> str:
-    """Tells configurations apart that need different pipelines."""
-    return hashlib.sha256(repr((config.model, config.pipeline, config.identity)).encode()).hexdigest()
-
-
-async def _build(config: AppConfig, group: int) -> PipelineGroup:
-    store = store_of(config.model.store)
+async def _build(
+    config: AppConfig, group: GroupId, record: ModelRecord, crowded: Callable[[], Awaitable[None]]
+) -> PipelineGroup:
+    epoch = group.number
     trusted = config.model.publishers()
-    seen = SeenVersions(config.identity.seen)
-    record, manifest = find_model(config.model.name, index_of(config.model), store, trusted, int(time.time()), seen)
+    manifest = open_record(record, store_of(config.model.store), trusted)
     n_stages, n_spares = config.pipeline.stages, config.pipeline.spares
     wants = resources_of(config)
     # Stages on the cores of one host take turns: then only the sum of what they cost matters.
     on_gpus = wants.device == "cuda"
     spans = plan_by_weight(manifest, n_stages) if on_gpus else plan_evenly(manifest.n_layers, n_stages)
-    room = await make_room(group, n_stages, n_spares, wants, config.pipeline.node_labels)
+    labels, beside_s = config.pipeline.node_labels, config.pipeline.beside_s
+    room = await make_room(group, n_stages, n_spares, wants, labels, beside_s, crowded)
     stages = tuple(
         StageSpec(
-            epoch=group,
+            epoch=epoch,
             stage=i,
             n_stages=n_stages,
             start=start,
@@ -243,9 +242,9 @@ async def _build(config: AppConfig, group: int) -> PipelineGroup:
         )
         for i, (start, stop) in enumerate(spans)
     )
-    places = [Place(actor_name(group, f"stage-{i}", group), i) for i in range(n_stages)]
+    places = [Place(group.actor(f"stage-{i}", epoch), i) for i in range(n_stages)]
     waiting = [
-        Place(actor_name(group, f"spare-{i}", group), n_stages + i, prepared_for=i % n_stages) for i in range(n_spares)
+        Place(group.actor(f"spare-{i}", epoch), n_stages + i, prepared_for=i % n_stages) for i in range(n_spares)
     ]
     actors = [make_stage(spec, place, room, wants) for spec, place in zip(stages, places, strict=True)]
     spares = [make_stage(stages[place.prepared_for], place, room, wants) for place in waiting]
@@ -256,8 +255,7 @@ async def _build(config: AppConfig, group: int) -> PipelineGroup:
     max_step_tokens, max_requests = loads_of(config, wants.device)
     spec = HeadSpec(
         plan=plan,
-        epoch=group,
-        config_digest=digest_of(config),
+        epoch=epoch,
         manifest=record.manifest,
         n_stages=n_stages,
         context_length=manifest.context_length,
@@ -331,7 +329,7 @@ async def _lead(config: AppConfig, group: PipelineGroup, reports: Sequence[Stage
     """The Head leads these stages: a new one, which has generated a token, or the one there is, with its requests."""
     if group.head is not None:
         return await _join(config, group, reports, group.head, group.head_place)
-    place = Place(actor_name(group.group, "head", group.epoch), group.spec.plan.places[0].bundle)
+    place = Place(group.group.actor("head", group.epoch), group.spec.plan.places[0].bundle)
     head = make_head(group.spec, place, room_of(group.group))
     try:
         return await _join(config, group, reports, head, place)

@@ -13,7 +13,29 @@ from shard_tools.signing import Envelope
 from shard_tools.trust import TrustPolicy
 
 NAMESPACE = "llmd"
-SUPERVISOR = "llmd-supervisor"
+_SUPERVISOR = "llmd-supervisor-"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class GroupId:
+    """One pipeline of one version of the application; its placement group and actors have their names from it."""
+
+    version: str  # as version.version_of
+    number: int  # later ones are larger
+
+    def __str__(self) -> str:
+        return f"llmd-{self.version}-{self.number}"
+
+    def actor(self, what: str, epoch: int) -> str:
+        """The name of an actor that was made in this epoch: "head", "stage-1", "spare-0"."""
+        return f"{self}-{what}-{epoch}"
+
+    @classmethod
+    def of(cls, name: str) -> GroupId | None:
+        """The pipeline that an actor or placement group of this name belongs to."""
+        parts = name.split("-")
+        ours = parts[0] == "llmd" and len(parts) > 2 and parts[2].isdigit()
+        return cls(parts[1], int(parts[2])) if ours else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +99,7 @@ class Place:
 class GroupPlan:
     """Which actors are a pipeline, and what each is to be."""
 
-    group: int  # the number of the pipeline, in the names of its actors and its placement group
+    group: GroupId
     stages: tuple[StageSpec, ...]
     places: tuple[Place, ...]  # by stage
     spares: tuple[Place, ...]
@@ -91,7 +113,6 @@ class HeadSpec:
 
     plan: GroupPlan  # for a Supervisor that was restarted, and finds all by it
     epoch: int
-    config_digest: str  # of the configuration it was made for
     manifest: Cid
     n_stages: int
     context_length: int
@@ -119,17 +140,11 @@ class Trouble:
     fatal: bool = False  # what was under way is lost: the pipeline must be built anew
 
 
-def group_name(group: int) -> str:
-    """The name of a pipeline's placement group; its actors' names begin with it."""
-    return f"llmd-{group}"
+def supervisor_name(version: str) -> str:
+    """The name of the actor that makes and watches the pipelines of this version."""
+    return f"{_SUPERVISOR}{version}"
 
 
-def actor_name(group: int, what: str, epoch: int) -> str:
-    """The name of an actor that was made in this epoch: "head", "stage-1", "spare-0"."""
-    return f"{group_name(group)}-{what}-{epoch}"
-
-
-def group_of(name: str) -> int | None:
-    """The pipeline that an actor or placement group of this name belongs to."""
-    parts = name.split("-")
-    return int(parts[1]) if parts[0] == "llmd" and len(parts) > 1 and parts[1].isdigit() else None
+def is_supervisor(name: str) -> bool:
+    """Whether an actor of this name is the Supervisor of some version."""
+    return name.startswith(_SUPERVISOR)

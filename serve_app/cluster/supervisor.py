@@ -5,6 +5,8 @@ alone. Where that does not come to its end, the pipeline is built anew.
 A detached, restartable actor that owns nothing whose death would take children along: pipelines are detached
 placement groups and actors with names, which a restarted Supervisor finds again. Ingresses hold leases; when the
 last one lapses, everything is removed and the Supervisor ends, so that `serve shutdown` leaves nothing.
+Each version of the application (version.py) has one. While Serve replaces one version by the next, both are there. If
+there is no room for that, the older one ends first: it takes nothing new, and lets what runs come to its end.
 """
 
 from __future__ import annotations
@@ -19,23 +21,26 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from serve_app.cluster.actors import kill_processes, known_groups, names_of, tear_down
+from serve_app.choices import index_of, store_of
+from serve_app.cluster.actors import kill_processes, known_groups, names_of, supervisors, tear_down
 from serve_app.cluster.pipeline_group import (
     BrokenError,
     PipelineGroup,
     adopt_group,
     build_group,
-    digest_of,
     repair_group,
     replenish,
 )
-from serve_app.cluster.specs import NAMESPACE, SUPERVISOR, Trouble
+from serve_app.cluster.specs import NAMESPACE, GroupId, Trouble, supervisor_name
 from serve_app.cluster.wiring import HEAD
 from serve_app.config import AppConfig
-from serve_app.errors import PipelineError
+from serve_app.errors import ConfigError, PipelineError, ReplacedError
 from serve_app.transport.link import LinkAddress
 from shard_tools.canonical import Value
+from shard_tools.catalog import find_model
 from shard_tools.errors import LlmdError
+from shard_tools.index.model_index import ModelRecord
+from shard_tools.index.seen import SeenVersions
 
 _log = logging.getLogger(__name__)
 
@@ -48,16 +53,21 @@ _PING_S = 5.0  # a part that does not answer for so long hangs; a loaded two-cor
 _NAMED_S = 1.0  # the same for one that its neighbours have lost: what lives in spite of that answers
 _REPAIRS = 3  # in a row; each may find further parts dead
 _REBUILD_PAUSE_S = 2.0  # after a build that failed: the same fault would fail it again at once
+_TOLD_S = 3.0  # after a restart: an ingress that knows what is served says so with its next lease, every second
+_YIELD_S = 5.0  # for another version's Supervisor to hear that it is to make room
 
 
 class _SupervisorProcess:
-    """One per cluster, named SUPERVISOR in NAMESPACE."""
+    """One per cluster and version, named so in NAMESPACE."""
 
-    def __init__(self, args: dict[str, Any]) -> None:
-        """args: of our Serve application, as AppConfig.parse takes them."""
-        self._args = args
-        self._config = AppConfig.parse(args)
-        self._args_began = 0.0
+    def __init__(self, args: dict[str, Any], version: str) -> None:
+        """args: of our Serve application, as AppConfig.parse takes them. version: as version_of."""
+        self._config, self._version = AppConfig.parse(args), version
+        self._record: ModelRecord | None = None  # of the model; kept, whatever its name leads to later
+        self._adopted = asyncio.Event()
+        self._began = 0.0  # of the youngest ingress, Unix time: which version is to be there, says the youngest
+        self._yields_to: float | None = None  # when an ingress of another version began, for which this one makes room
+        self._yields_s = 0.0  # since when
         self._leases: dict[str, float] = {}
         self._born = time.monotonic()
         self._group: PipelineGroup | None = None
@@ -67,16 +77,34 @@ class _SupervisorProcess:
         self._polls: list[asyncio.Future[Trouble]] = []  # what each part will say when it is in trouble
         self._main: asyncio.Task[None] | None = None
 
-    async def lease(self, ingress: str, args: dict[str, Any], began: float) -> None:
-        """An ingress is alive and serves this configuration; a changed one replaces the pipeline.
+    async def lease(self, ingress: str, began: float, record: ModelRecord | None) -> None:
+        """An ingress of this version is alive.
 
-        began: when the ingress was made, Unix time. While Serve replaces its replicas, old and new ones
-        hold leases side by side: the youngest decides.
+        began: when it was made, Unix time. record: of the model that it serves, if it knows already.
         """
         self._leases[ingress] = time.monotonic()
-        if args != self._args and began > self._args_began:
-            self._args_began = began
-            self._args, self._config = args, AppConfig.parse(args)  # whether it makes a difference, the next check sees
+        self._record = self._record or record
+        self._began = max(self._began, began)
+        if self._yields_to is not None and began > self._yields_to:
+            self._yields_to = None  # this version has been rolled out again
+        self._begin()
+
+    async def record(self) -> ModelRecord:
+        """The model that this version serves, from its first answer on. Raises LlmdError if it cannot be had."""
+        self._begin()
+        await self._adopted.wait()
+        if self._record is None:
+            found = await asyncio.get_running_loop().run_in_executor(None, _find, self._config)
+            self._record = self._record or found
+        return self._record
+
+    async def make_way(self, began: float) -> None:
+        """A version whose youngest ingress began then finds no room: if it is the younger one, end first."""
+        if began > self._began and self._yields_to is None:
+            _log.warning("version %s makes room for a newer one", self._version)
+            self._yields_to, self._yields_s = began, time.monotonic()
+
+    def _begin(self) -> None:
         if self._main is None:
             self._main = asyncio.get_running_loop().create_task(self._supervise())
 
@@ -87,6 +115,8 @@ class _SupervisorProcess:
 
     async def head_address(self) -> LinkAddress:
         """Where the pipeline's Head listens. Raises PipelineError while there is none."""
+        if self._group is None and self._yields_to is not None:
+            raise ReplacedError("a newer version of the application has taken this one's place")
         if self._group is None or self._group.head is None or self._group.address is None:
             raise PipelineError(self._problem)
         return self._group.address
@@ -104,13 +134,19 @@ class _SupervisorProcess:
         }
 
     async def _supervise(self) -> None:
-        await self._adopt()
+        try:
+            await self._adopt()
+        except Exception:  # then all is made anew
+            _log.exception("what was there before cannot be gone on with")
+        self._adopted.set()
         while self._wanted():
             try:
-                if self._group is None:
-                    await self._build()
-                else:
+                if self._group is not None and self._yields_to is not None and await self._drained(self._group):
+                    await self._lose("a newer version of the application takes its place")
+                elif self._group is not None:
                     await self._check(self._group)
+                elif self._yields_to is None:
+                    await self._build()
             except Exception as e:  # whatever it was: nobody would miss a watch that had ended
                 _log.exception("the pipeline cannot be watched")
                 await self._lose(f"{type(e).__name__}: {e}")
@@ -119,35 +155,61 @@ class _SupervisorProcess:
                 await asyncio.wait(self._polls, timeout=_WATCH_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
             else:
                 await asyncio.sleep(_WATCH_EVERY_S)
-        _log.info("nobody serves the pipeline any more")
-        for group in known_groups():
+        _log.info("nobody serves version %s any more", self._version)
+        for group in known_groups(self._version):
             tear_down(group)
         # Not exit_actor: it ends an actor by an exception, which a background task cannot raise to Ray.
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     async def _adopt(self) -> None:
-        """The pipeline of a Supervisor before this one goes on; what is none, or another one, goes."""
-        for group in sorted(known_groups(), reverse=True):
-            found = None if self._group is not None else await adopt_group(self._config, group, names_of(group))
+        """The pipeline of a Supervisor before this one goes on; what is none goes."""
+        for group in sorted(known_groups(self._version), reverse=True):
+            found = None if self._group is not None else await adopt_group(names_of(group))
             if found is None:
                 tear_down(group)
             else:
                 self._group = found
+                stage = found.spec.plan.stages[0]
+                self._record = ModelRecord(stage.manifest, stage.signature)
                 self._poll(found)
+        until = time.monotonic() + _TOLD_S
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        while restarted and self._record is None and time.monotonic() < until:
+            await asyncio.sleep(0.1)
 
     async def _build(self) -> None:
-        number = max({int(time.time())} | {g + 1 for g in known_groups()})
+        number = max({int(time.time())} | {g.number + 1 for g in known_groups(self._version)})
         try:
-            group = await build_group(self._config, number)
+            group = await build_group(
+                self._config, GroupId(self._version, number), await self.record(), self._ask_for_room
+            )
             self._group = group
             self._rebuilds += 1
             self._poll(group)
             await self._check(group)  # its first word about its stages, for status calls
-            _log.info("pipeline %d is ready: %d stages", number, len(group.stages))
+            _log.info("%s is ready: %d stages", group.group, len(group.stages))
         except (LlmdError, RayError, TimeoutError) as e:
             self._problem = f"the pipeline cannot start: {e or type(e).__name__}"
             _log.error("%s", self._problem)
             await asyncio.sleep(_REBUILD_PAUSE_S)
+
+    async def _ask_for_room(self) -> None:
+        """Older versions end first."""
+        others = [actor for name, actor in supervisors().items() if name != supervisor_name(self._version)]
+        asked = [asyncio.ensure_future(other.make_way.remote(self._began)) for other in others]
+        if asked:
+            await asyncio.wait(asked, timeout=_YIELD_S)  # one that does not answer yields nothing: no room, says Ray
+
+    async def _drained(self, group: PipelineGroup) -> bool:
+        """Whether nothing runs any more, or has had its time. The Head takes nothing new from now on."""
+        if time.monotonic() - self._yields_s > self._config.ingress.drain_s or group.head is None:
+            return True
+        try:
+            async with asyncio.timeout(_PING_S):
+                left: int = await group.head.drain.remote()
+                return left == 0
+        except (RayError, TimeoutError):
+            return False  # what it has died of, the next check sees
 
     def _poll(self, group: PipelineGroup) -> None:
         """Have every part tell of trouble in this epoch."""
@@ -158,9 +220,6 @@ class _SupervisorProcess:
 
     async def _check(self, group: PipelineGroup) -> None:
         """Replace what is dead, if something is."""
-        if group.spec.config_digest != digest_of(self._config):
-            await self._lose("the configuration changed")
-            return
         # What hangs keeps its answer waiting for seconds, and its neighbours may know sooner.
         asking = asyncio.ensure_future(self._dead(group, frozenset()))
         waited: set[asyncio.Future[Any]] = {asking, *self._polls}
@@ -221,7 +280,7 @@ class _SupervisorProcess:
 
     async def _repair(self, group: PipelineGroup, dead: frozenset[str], why: str) -> None:
         """Replace these parts, and those that turn out to be dead meanwhile."""
-        _log.error("pipeline %d: %s", group.group, why)
+        _log.error("%s: %s", group.group, why)
         began = time.monotonic()
         self._problem = f"a part is being replaced: {why}"
         for _ in range(_REPAIRS):
@@ -230,7 +289,7 @@ class _SupervisorProcess:
             try:
                 self._group = group = await repair_group(self._config, group, dead)
             except BrokenError as e:
-                _log.error("pipeline %d: a repair was cut short: %s", group.group, e)
+                _log.error("%s: a repair was cut short: %s", group.group, e)
                 group, why = e.group, str(e)
                 if isinstance(e.__cause__, TimeoutError):
                     break  # somebody answers pings and does nothing else: nobody knows who
@@ -238,7 +297,7 @@ class _SupervisorProcess:
                 continue
             self._repairs += 1
             self._poll(group)
-            _log.warning("pipeline %d is whole again after %.1f s", group.group, time.monotonic() - began)
+            _log.warning("%s is whole again after %.1f s", group.group, time.monotonic() - began)
             return
         self._group = group
         await self._lose(why)
@@ -252,7 +311,7 @@ class _SupervisorProcess:
         self._polls = []
         if group is None:
             return
-        _log.error("pipeline %d is given up: %s", group.group, why)
+        _log.error("%s is given up: %s", group.group, why)
         try:
             if group.head is not None:
                 async with asyncio.timeout(1.0):
@@ -262,7 +321,7 @@ class _SupervisorProcess:
         try:
             tear_down(group.group)
         except (RayError, ValueError) as e:
-            _log.error("what is left of pipeline %d: %s", group.group, e)  # `_adopt` and the end look for it again
+            _log.error("what is left of %s: %s", group.group, e)  # `_adopt` and the end look for it again
         await kill_processes([place for _, place in group.parts().values()])
 
     def _wanted(self) -> bool:
@@ -274,8 +333,20 @@ class _SupervisorProcess:
 SupervisorActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(_SupervisorProcess)
 
 
-def supervisor_of(args: dict[str, Any]) -> Any:
-    """The cluster's Supervisor, made with this configuration if there is none."""
+def supervisor_of(args: dict[str, Any], version: str) -> Any:
+    """The cluster's Supervisor of this version, made with this configuration if there is none."""
     return SupervisorActor.options(
-        name=SUPERVISOR, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
-    ).remote(args)
+        name=supervisor_name(version), namespace=NAMESPACE, lifetime="detached", get_if_exists=True
+    ).remote(args, version)
+
+
+def _find(config: AppConfig) -> ModelRecord:
+    model, seen = config.model, SeenVersions(config.identity.seen)
+    store, now_s = store_of(model.store), int(time.time())
+    record, _ = find_model(model.name, index_of(model), store, model.publishers(), now_s, seen)
+    if model.manifest is not None and model.manifest != str(record.manifest):
+        raise ConfigError(
+            f"{model.name} leads to {record.manifest}, and the configuration asks for {model.manifest}: "
+            f"release that one again, or change args.model.manifest"
+        )
+    return record

@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import Callable
 
-from serve_app.errors import ContextLengthError, PipelineError, ProtocolError, RequestError
+from serve_app.errors import ContextLengthError, OverloadedError, PipelineError, ProtocolError, RequestError
 from serve_app.messages.events import Begun
 from serve_app.messages.request import (
     NONCE_BYTES,
@@ -61,6 +61,7 @@ class Head:
         self._started: dict[int, float] = {}  # step -> when it left
         self._failure: str | None = None
         self._lost: tuple[str, float] | None = None  # why it waits for stages, and since when
+        self._draining = False
         self._max_flights = facts.max_flights
         self._rows_sent = 0
         self.tokens_drawn = 0
@@ -96,6 +97,8 @@ class Head:
         """
         if self._failure is not None:
             raise PipelineError(f"the pipeline has failed ({self._failure}) and is being rebuilt; try again soon")
+        if self._draining and begun is None:
+            raise OverloadedError("a newer version takes this one's place; try again soon")
         self._check(request, begun)
         seq = next(self._seqs)
         nonce = secrets.token_bytes(NONCE_BYTES) if begun is None else begun.node_nonce
@@ -108,6 +111,11 @@ class Head:
         self._by_id[request.id] = seq
         self._pump()
         return nonce
+
+    def drain(self) -> int:
+        """Refuse what is new from now on. Returns how many requests are still to end."""
+        self._draining = True
+        return len(self._running)
 
     def stop(self, id: RequestId, *, keep: bool) -> None:
         """End a request now. keep: what it drew so far counts and is signed; else it is forgotten."""

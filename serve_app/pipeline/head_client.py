@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
-from serve_app.errors import OverloadedError, PipelineError
+from serve_app.errors import OverloadedError, PipelineError, ReplacedError
 from serve_app.messages.events import (
     MAX_RESUMED,
     Accepted,
@@ -167,9 +167,10 @@ class HeadClient:
                 if not isinstance(e, LlmdError | TimeoutError):
                     _log.exception("the pipeline's head cannot be found")
                 self._why_not = str(e) or "nobody says where the pipeline's head is"
-                if self._lost_s is not None and time.monotonic() - self._lost_s > self._wait_s:
+                waited_s = 0.0 if self._lost_s is None else time.monotonic() - self._lost_s
+                if waited_s > self._wait_s or isinstance(e, ReplacedError):
                     self._lost_s = None
-                    self._give_up(f"no pipeline is there after {self._wait_s:.0f} s: {e}")
+                    self._give_up(f"no pipeline is there after {waited_s:.0f} s: {e}")
                 await asyncio.sleep(_RETRY_S)
                 continue
             await self._use(link)

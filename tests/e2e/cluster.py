@@ -76,6 +76,7 @@ class Cluster:
         return subprocess.run(
             [str(_BIN / command[0]), *command[1:]],
             env=self.environment,
+            cwd=self.root,  # else Ray's workers import from this checkout first, whatever a runtime_env says
             capture_output=True,
             text=True,
             timeout=timeout_s,
@@ -87,6 +88,7 @@ class Cluster:
             self._main = subprocess.Popen(
                 [str(_BIN / command[0]), *command[1:]],
                 env=self.environment,
+                cwd=self.root,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from serve_app.engine.load import LoadOptions
-from serve_app.errors import OverloadedError, PipelineError, ProtocolError, RequestError
+from serve_app.errors import OverloadedError, PipelineError, ProtocolError, ReplacedError, RequestError
 from serve_app.local import LocalLimits, LocalPipeline
 from serve_app.messages.events import MAX_RESUMED, Begun
 from serve_app.messages.request import (
@@ -237,5 +237,68 @@ def test_what_no_head_can_have_begun_is_refused(tiny: Tiny) -> None:
             for times, stopped in ((0, False), (MAX_RESUMED + 1, False), (1, True)):
                 with pytest.raises(ProtocolError):
                     Begun((), stopped, bytes(32), times)
+
+    asyncio.run(main())
+
+
+def test_what_a_newer_version_replaces_ends_what_runs_takes_nothing_new_and_goes_on_with_what_had_begun(
+    tiny: Tiny,
+) -> None:
+    async def main() -> None:
+        async with house(tiny) as (pipeline, _, client, _):
+            stream = client.generate(request(tiny[1], "runs", tokens=20))
+            await anext(stream)
+            assert pipeline.head.drain() == 1
+            with pytest.raises(OverloadedError, match="newer version"):
+                await events(client, request(tiny[1], "new"))
+            begun: asyncio.Queue[Event] = asyncio.Queue()
+            pipeline.head.submit(request(tiny[1], "moved"), begun.put_nowait, Begun((5,), False, bytes(32), 1))
+            assert isinstance([event async for event in stream][-1], FinishedEvent)
+            while not isinstance(event := await asyncio.wait_for(begun.get(), 5), FinishedEvent):
+                assert isinstance(event, TokensEvent)
+            assert pipeline.head.drain() == 0
+
+    asyncio.run(main())
+
+
+def test_a_version_that_was_replaced_keeps_nobody_waiting(tiny: Tiny) -> None:
+    async def main() -> None:
+        async with house(tiny) as (pipeline, server, _, where):
+            replaced = False
+
+            async def locate() -> LinkAddress:
+                if replaced:
+                    raise ReplacedError("a newer version has taken this one's place")
+                return where[-1]
+
+            client = HeadClient(locate, wait_s=60)
+            client.start()
+            await until(client.ready)
+            stream = client.generate(request(tiny[1], tokens=200))
+            await anext(stream)
+            replaced = True
+            server.close()
+            async with asyncio.timeout(5):
+                last = [event async for event in stream][-1]
+            assert isinstance(last, FailedEvent) and "newer version" in last.message
+            client.close()
+
+    asyncio.run(main())
+
+
+def test_an_error_that_nobody_foresaw_does_not_end_the_search_for_the_head(tiny: Tiny) -> None:
+    async def main() -> None:
+        async with house(tiny) as (_, _, _, where):
+            errors: list[Exception] = [ValueError("of a library"), RuntimeError()]
+
+            async def locate() -> LinkAddress:
+                if errors:
+                    raise errors.pop()
+                return where[-1]
+
+            client = HeadClient(locate, wait_s=60)
+            client.start()
+            await until(client.ready)
+            client.close()
 
     asyncio.run(main())
