@@ -263,7 +263,7 @@ def test_what_a_newer_version_replaces_ends_what_runs_takes_nothing_new_and_goes
 
 def test_a_version_that_was_replaced_keeps_nobody_waiting(tiny: Tiny) -> None:
     async def main() -> None:
-        async with house(tiny) as (pipeline, server, _, where):
+        async with house(tiny) as (_, server, _, where):
             replaced = False
 
             async def locate() -> LinkAddress:
