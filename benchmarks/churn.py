@@ -2,6 +2,7 @@
 
     python -m benchmarks.churn [--every 60 20] [--minutes 2] [--kill stage=0.7,head=0.1,supervisor=0.1,node=0.1]
     python -m benchmarks.churn --signal SIGSTOP --stopped 60        they hang instead, and wake after a minute
+    ... --in-turn --every 75 --minutes 10 --kill stage=1,head=1,supervisor=1,spare=1,gcs=1,raylet=1,controller=1
 
 `--clients` streams at any time, greedy, each compared with the answer to the same request before anything died: same
 tokens, text and end, a receipt that verifies. Where the tokens are others, transformers' margin between its two best at
@@ -32,7 +33,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.churn_deaths import VICTIMS, Death, Health, Reaper
+from benchmarks.churn_deaths import BYSTANDERS, VICTIMS, Death, Health, Reaper
 from benchmarks.http_client import Reply
 from benchmarks.known_answers import Asker, Judged, Known, Question
 from benchmarks.models import PublishedModel
@@ -71,6 +72,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, nargs="+", default=[2.0], help="for all of --every, or one for each")
     parser.add_argument("--undisturbed", type=float, default=30.0, help="seconds of load without deaths, before")
     parser.add_argument("--kill", type=shares, default=shares(DEFAULT_KILL), help=f"default: {DEFAULT_KILL}")
+    parser.add_argument("--in-turn", action="store_true", help="one after the other, as named, instead of at random")
     parser.add_argument("--signal", choices=["SIGKILL", "SIGSTOP"], default="SIGKILL")
     parser.add_argument("--stopped", type=float, default=60.0, help="seconds until what SIGSTOP stopped goes on")
     parser.add_argument("--prompts", type=lengths_text, default="8-40", help="words: 64 or 20-200")
@@ -127,8 +129,8 @@ def shares(text: str) -> dict[str, float]:
             found[name.strip()] = float(share)
         except ValueError as e:
             raise argparse.ArgumentTypeError(f"{item!r} is not NAME=SHARE") from e
-        if name.strip() not in VICTIMS or not 0 < found[name.strip()] < float("inf"):
-            raise argparse.ArgumentTypeError(f"{item!r}: of {', '.join(VICTIMS)}, with shares above 0")
+        if name.strip() not in (*VICTIMS, *BYSTANDERS) or not 0 < found[name.strip()] < float("inf"):
+            raise argparse.ArgumentTypeError(f"{item!r}: of {', '.join((*VICTIMS, *BYSTANDERS))}, with shares above 0")
     return found
 
 
@@ -144,7 +146,7 @@ async def _all_loads(a: argparse.Namespace, server: OwnServer) -> tuple[list[Loa
         for i, arrival in enumerate(arrivals)
     ]
     known = [await asker.learn(question, a.deadline) for question in questions]
-    reaper = Reaper(server, a.kill, signal.Signals[a.signal], a.stopped, a.seed)
+    reaper = Reaper(server, a.kill, signal.Signals[a.signal], a.stopped, a.seed, a.in_turn)
     loads = []
     minutes = a.minutes * len(a.every) if len(a.minutes) == 1 else a.minutes
     lengths_s: list[tuple[float | None, float]] = [(None, a.undisturbed)]
