@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from serve_app.choices import index_of, store_of
 from serve_app.cluster.actors import (
     find_actor,
+    find_stage,
     kill_actor,
     kill_processes,
     make_head,
@@ -28,17 +29,17 @@ from serve_app.cluster.actors import (
     tear_down,
 )
 from serve_app.cluster.enrol import enrol
-from serve_app.cluster.resources import loads_of, pages_of, resources_of
+from serve_app.cluster.outside import OutsideStage, outside_stages
+from serve_app.cluster.resources import activation_dtype, loads_of, pages_of, resources_of
 from serve_app.cluster.specs import GroupPlan, HeadSpec, Place, StageReport, StageSpec, Trouble, actor_name
-from serve_app.cluster.wiring import HEAD, Member, Party, wire
+from serve_app.cluster.stage_handle import RayStage, StageHandle
+from serve_app.cluster.wiring import HEAD, Leader, Member, Party, wire
 from serve_app.config import AppConfig
-from serve_app.engine.engine import ActivationDtype
 from serve_app.errors import PipelineError
 from serve_app.transport.link import LinkAddress
 from shard_tools.catalog import find_model
 from shard_tools.errors import LlmdError
 from shard_tools.index.seen import SeenVersions
-from shard_tools.manifest import Manifest
 from shard_tools.placement.even import plan as plan_evenly
 from shard_tools.placement.min_max import plan as plan_by_weight
 from shard_tools.signing import Envelope
@@ -56,8 +57,8 @@ class PipelineGroup:
 
     spec: HeadSpec
     head_place: Place
-    stages: tuple[Any | None, ...]
-    spares: tuple[Any | None, ...]
+    stages: tuple[StageHandle | None, ...]
+    spares: tuple[RayStage | None, ...]
     head: Any | None
     address: LinkAddress | None  # where the Head listens, if there is one
 
@@ -71,10 +72,9 @@ class PipelineGroup:
         """Of its session keys and edges."""
         return self.spec.epoch
 
-    def parts(self) -> dict[str, tuple[Any | None, Place]]:
-        """Who must live, by the names that edges know."""
-        found = {f"stage {i}": part for i, part in enumerate(zip(self.stages, self.spec.plan.places, strict=True))}
-        return found | {HEAD: (self.head, self.head_place)}
+    def places(self) -> dict[str, Place]:
+        """Where those are who must live, by the names that edges know."""
+        return {f"stage {i}": place for i, place in enumerate(self.spec.plan.places)} | {HEAD: self.head_place}
 
 
 async def build_group(config: AppConfig, group: int) -> PipelineGroup:
@@ -104,8 +104,9 @@ async def adopt_group(config: AppConfig, group: int, names: Collection[str]) -> 
         return None
     if address is None or spec.config_digest != digest_of(config):
         return None
-    stages, spares = ([find_actor(p.actor) for p in places] for places in (spec.plan.places, spec.plan.spares))
-    return PipelineGroup(spec, place, tuple(stages), tuple(spares), head, address)
+    outside = outside_stages(config)
+    stages = [outside[i] if p.outside else find_stage(p) for i, p in enumerate(spec.plan.places)]
+    return PipelineGroup(spec, place, tuple(stages), tuple(map(find_stage, spec.plan.spares)), head, address)
 
 
 class BrokenError(PipelineError):
@@ -120,13 +121,14 @@ class BrokenError(PipelineError):
 async def repair_group(config: AppConfig, group: PipelineGroup, dead: Collection[str]) -> PipelineGroup:
     """The pipeline with these parts replaced, and all of it in the next epoch. Raises BrokenError.
 
-    dead: names as in PipelineGroup.parts. They are killed first, should they live.
+    dead: names as in PipelineGroup.places. They are killed first, should they live; those outside are waited for.
     """
+    dead = await _without_those_that_return(group, dead)
     began = time.monotonic()
-    parts = group.parts()
+    actors = {f"stage {i}": stage.actor for i, stage in enumerate(group.stages) if stage is not None}
     for name in dead:
-        kill_actor(parts[name][0])
-    await kill_processes([parts[name][1] for name in dead])
+        kill_actor(group.head if name == HEAD else actors.get(name))
+    await kill_processes([place for name, place in group.places().items() if name in dead])
     try:
         group = _replaced(group, dead)
         async with asyncio.timeout(_LOAD_S):
@@ -149,12 +151,21 @@ async def repair_group(config: AppConfig, group: PipelineGroup, dead: Collection
     return made
 
 
+async def _without_those_that_return(group: PipelineGroup, dead: Collection[str]) -> frozenset[str]:
+    """A stage outside may be cut off for a while: requests wait for it, and it takes its place again."""
+    away = {f"stage {i}": stage for i, stage in enumerate(group.stages) if isinstance(stage, OutsideStage)}
+    asked = [name for name in dead if name in away]
+    found = await asyncio.gather(*(away[name].comes_back() for name in asked))
+    return frozenset(dead) - {name for name, is_back in zip(asked, found, strict=True) if is_back}
+
+
 async def replenish(config: AppConfig, group: PipelineGroup) -> PipelineGroup:
     """The pipeline with as many spares as it is to have, in bundles that nobody uses. Raises RayError, ValueError."""
     plan = group.spec.plan
     alive = [(place, actor) for place, actor in zip(plan.spares, group.spares, strict=True) if actor is not None]
     n_bundles = len(plan.places) + config.pipeline.spares
-    free = sorted(set(range(n_bundles)) - {p.bundle for p in plan.places} - {p.bundle for p, _ in alive})
+    taken = {p.bundle for p in plan.places} | {p.bundle for p, _ in alive} | config.pipeline.roomless
+    free = sorted(set(range(n_bundles)) - taken)
     if group.head is None or not free:
         return group
     room = room_of(group.group)
@@ -163,7 +174,7 @@ async def replenish(config: AppConfig, group: PipelineGroup) -> PipelineGroup:
         stage = min(range(len(plan.stages)), key=covered.count)
         place = Place(actor_name(group.group, f"spare-{bundle}", int(time.time())), bundle, prepared_for=stage)
         actor = make_stage(plan.stages[stage], place, room, plan.wants)
-        actor.prepare.remote(plan.dtype)
+        actor.prepare(plan.dtype)
         alive.append((place, actor))
     spec = replace(group.spec, plan=replace(plan, spares=tuple(place for place, _ in alive)))
     await group.head.know.remote(spec)
@@ -183,6 +194,8 @@ def _replaced(group: PipelineGroup, dead: Collection[str]) -> PipelineGroup:
             best = next((w for w in waiting if w[0].prepared_for == i), waiting[0])
             waiting.remove(best)
             places[i], actors[i] = best
+        elif (outside := places[i].outside) is not None and not outside.stand_in:
+            raise PipelineError(f"stage {i} at {outside.host}:{outside.port} is gone, and nothing may stand in for it")
         else:
             places[i] = Place(actor_name(group.group, f"stage-{i}", epoch), places[i].bundle)
             actors[i] = make_stage(plan.stages[i], places[i], room_of(group.group), plan.wants)
@@ -216,7 +229,8 @@ async def _build(config: AppConfig, group: int) -> PipelineGroup:
     # Stages on the cores of one host take turns: then only the sum of what they cost matters.
     on_gpus = wants.device == "cuda"
     spans = plan_by_weight(manifest, n_stages) if on_gpus else plan_evenly(manifest.n_layers, n_stages)
-    room = await make_room(group, n_stages, n_spares, wants, config.pipeline.node_labels)
+    roomless = config.pipeline.roomless
+    room = await make_room(group, n_stages, n_spares, wants, config.pipeline.node_labels, roomless)
     stages = tuple(
         StageSpec(
             epoch=group,
@@ -239,15 +253,21 @@ async def _build(config: AppConfig, group: int) -> PipelineGroup:
         )
         for i, (start, stop) in enumerate(spans)
     )
-    places = [Place(actor_name(group, f"stage-{i}", group), i) for i in range(n_stages)]
+    outside = await _present(config)
+    places = [
+        Place("", i, outside=outside[i].who) if i in outside else Place(actor_name(group, f"stage-{i}", group), i)
+        for i in range(n_stages)
+    ]
     waiting = [
         Place(actor_name(group, f"spare-{i}", group), n_stages + i, prepared_for=i % n_stages) for i in range(n_spares)
     ]
-    actors = [make_stage(spec, place, room, wants) for spec, place in zip(stages, places, strict=True)]
+    actors: list[StageHandle] = [
+        outside[i] if i in outside else make_stage(spec, places[i], room, wants) for i, spec in enumerate(stages)
+    ]
     spares = [make_stage(stages[place.prepared_for], place, room, wants) for place in waiting]
     async with asyncio.timeout(_LOAD_S):
-        dtype = await _activation_dtype(config, manifest, actors)
-        reports = await asyncio.gather(*(a.take.remote(spec, dtype) for a, spec in zip(actors, stages, strict=True)))
+        dtype = await activation_dtype(config, manifest, actors)
+        reports = await asyncio.gather(*(a.take(spec, dtype) for a, spec in zip(actors, stages, strict=True)))
     plan = GroupPlan(group, stages, tuple(places), tuple(waiting), wants, dtype)
     max_step_tokens, max_requests = loads_of(config, wants.device)
     spec = HeadSpec(
@@ -275,21 +295,28 @@ async def _build(config: AppConfig, group: int) -> PipelineGroup:
     async with asyncio.timeout(_LOAD_S):
         made = await _lead(config, _with_reports(whole, reports), reports)
     for spare in spares:
-        spare.prepare.remote(dtype)  # not waited for: until it has, it is only slower
+        spare.prepare(dtype)
     return made
+
+
+async def _present(config: AppConfig) -> dict[int, OutsideStage]:
+    """The outside stages that answer, and those without which there is no pipeline."""
+    stages = outside_stages(config)
+    found = await asyncio.gather(*(stage.comes_back() for stage in stages.values()))
+    answers = zip(stages.items(), found, strict=True)
+    return {i: stage for (i, stage), is_there in answers if is_there or not stage.who.stand_in}
 
 
 async def _take_places(group: PipelineGroup) -> Sequence[StageReport]:
     """Every stage has its layers, and is in the group's epoch. Raises BrokenError naming those that are of no use."""
     plan = group.spec.plan
 
-    async def take(actor: Any, spec: StageSpec) -> StageReport:
+    async def take(stage: StageHandle, spec: StageSpec) -> StageReport:
         async with asyncio.timeout(_START_S):
-            await actor.ready.remote()
-        report: StageReport = await actor.take.remote(spec, plan.dtype)
-        return report
+            await stage.ready()
+        return await stage.take(spec, plan.dtype)
 
-    taken = [take(actor, spec) for actor, spec in zip(group.stages, plan.stages, strict=True)]
+    taken = [take(stage, spec) for stage, spec in zip(_all(group.stages), plan.stages, strict=True)]
     reports = await asyncio.gather(*taken, return_exceptions=True)
     failed = {f"stage {i}": e for i, e in enumerate(reports) if isinstance(e, BaseException)}
     if failed:
@@ -330,8 +357,8 @@ async def _lead(config: AppConfig, group: PipelineGroup, reports: Sequence[Stage
     place = replace(place, pid=party.pid, ray_node=party.ray_node)
     spec = replace(spec, registry=_enrol(config, reports, party))
     await head.lead.remote(spec)
-    members = [Member(report.party, actor) for report, actor in zip(reports, group.stages, strict=True)]
-    await wire(config.pipeline.edges, spec.epoch, Member(party, head), members, spec.n_pages, spec.max_requests)
+    members = [Member(report.party, stage) for report, stage in zip(reports, _all(group.stages), strict=True)]
+    await wire(config.pipeline.edges, spec.epoch, Leader(party, head), members, spec.n_pages, spec.max_requests)
     if group.head is None:
         address = await _first_token(head, place, spec.epoch)
     else:
@@ -354,16 +381,11 @@ async def _first_token(head: Any, place: Place, epoch: int) -> LinkAddress:
         trouble.cancel()
 
 
-async def _activation_dtype(config: AppConfig, manifest: Manifest, stages: Sequence[Any]) -> ActivationDtype:
-    """What all stages compute in: neighbours must agree, so one host without the arithmetic decides for all."""
-    match config.pipeline.dtype:
-        case "manifest":
-            return manifest.dtype
-        case "auto":
-            fast = await asyncio.gather(*(stage.computes_fast_in.remote(manifest.dtype) for stage in stages))
-            return manifest.dtype if all(fast) else "float32"
-        case given:
-            return given
+def _all(stages: Sequence[StageHandle | None]) -> list[StageHandle]:
+    """Of a group whose every place is filled."""
+    found = [stage for stage in stages if stage is not None]
+    assert len(found) == len(stages)
+    return found
 
 
 def _cause(error: BaseException) -> str:
