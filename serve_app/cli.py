@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from serve_app import audit_cli, client_cli, receipt_cli, registry_cli
+from serve_app import audit_cli, client_cli, receipt_cli, registry_cli, stage_cli
 from shard_tools import cli as shard_cli
 from shard_tools.errors import LlmdError
 
@@ -19,6 +19,7 @@ client_cli.register(app)
 receipt_cli.register(app)
 audit_cli.register(app)
 registry_cli.register(app)
+stage_cli.register(app)
 
 
 @app.callback()

@@ -55,6 +55,28 @@ def _key_or_file(text: str) -> str:
     return str(_everywhere_the_same(Path(text)))
 
 
+def _key(text: str) -> str:
+    try:
+        parse_key(text)
+    except InputError as e:
+        raise ValueError(str(e)) from e
+    return text
+
+
+def _host_and_port(text: str) -> str:
+    split_address(text)
+    return text
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """Host and port of `host:port` or `[v6]:port`. Raises ValueError."""
+    host, _, port = text.rpartition(":")
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError("expected host:port, such as 10.0.0.2:7070")
+    return host, int(port)
+
+
 def _folder_or_choice(value: object) -> Path | Choice:
     """A text is a folder; anything else names a kind and its options."""
     if isinstance(value, str | Path):
@@ -91,6 +113,8 @@ Trusted = Annotated[str, Field(max_length=4096), AfterValidator(_key_or_file)]
 FolderOrChoice = Annotated[Path | Choice, PlainValidator(_folder_or_choice)]
 NameOrChoice = Annotated[Choice, PlainValidator(_name_or_choice)]
 Digest = Annotated[str, AfterValidator(_digest)]
+HostAndPort = Annotated[str, Field(max_length=255), AfterValidator(_host_and_port)]
+NodeKey = Annotated[str, Field(max_length=100), AfterValidator(_key)]
 NodeLabels = Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=16)]
 
 
@@ -112,6 +136,20 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, config=_CLOSED)
+class OutsideConfig:
+    """A stage that another operator runs (`llmd stage`)."""
+
+    stage: Annotated[int, Field(ge=0, le=63)]
+    address: HostAndPort  # where it takes orders
+    key: NodeKey  # of its node, as it prints it; the registry vouches for it from then on
+    # how long requests wait for one that cannot be reached before it is replaced; a cut link of 10 s is no death
+    grace_s: Annotated[int, Field(ge=0, le=120)] = 20  # the Head waits 180 s for all of a repair
+    stand_in: bool = (
+        True  # the cluster keeps room for a process of its own in its place; else a spare, or nobody, takes it
+    )
+
+
+@dataclass(frozen=True, slots=True, config=_CLOSED)
 class PipelineConfig:
     """How the model is cut over machines, and how much each stage may hold at once."""
 
@@ -119,6 +157,7 @@ class PipelineConfig:
     # processes that wait, each in a bundle of its own, with a GPU if stages have one, to take the place of a stage that
     # dies. The n-th holds the layers of stage n: if that one dies, nothing is loaded. Without any, one starts then
     spares: Annotated[int, Field(ge=0, le=64)] = 0
+    outside: Annotated[tuple[OutsideConfig, ...], Field(max_length=64)] = ()  # stages that run without our Ray
     placement: Literal["even"] = "even"  # equal layer counts; the only planner so far
     engine: NameOrChoice = Choice("auto")  # auto: the fastest that computes the model on this device
     deterministic: bool = False  # the same bits whatever the batch, for exact verification; several times slower
@@ -150,6 +189,16 @@ class PipelineConfig:
     # a new version waits so long for room beside the one it replaces; then that one ends first. More where nodes are
     # added on demand
     beside_s: Annotated[float, Field(ge=0, le=3600)] = 10.0
+
+    def __post_init__(self) -> None:
+        outside = [entry.stage for entry in self.outside]
+        if len(set(outside)) != len(outside) or any(stage >= self.stages for stage in outside):
+            raise ValueError(f"outside: stages {outside} are not different ones of the {self.stages} there are")
+
+    @property
+    def roomless(self) -> frozenset[int]:
+        """Stages that the cluster has no room for, since others run them."""
+        return frozenset(entry.stage for entry in self.outside if not entry.stand_in)
 
 
 @dataclass(frozen=True, slots=True, config=_CLOSED)

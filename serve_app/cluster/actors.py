@@ -20,6 +20,7 @@ from serve_app.cluster.head_actor import HeadActor
 from serve_app.cluster.resources import HEAD_CPUS, SPARE_CPUS, brief
 from serve_app.cluster.specs import NAMESPACE, GroupId, HeadSpec, Place, Resources, StageSpec, is_supervisor
 from serve_app.cluster.stage_actor import StageActor
+from serve_app.cluster.stage_handle import RayStage
 from serve_app.errors import PipelineError
 
 _log = logging.getLogger(__name__)
@@ -33,15 +34,17 @@ async def make_room(
     n_spares: int,
     wants: Resources,
     labels: dict[str, str],
+    roomless: frozenset[int],
     beside_s: float,
     crowded: Callable[[], Awaitable[None]],
 ) -> Any:
     """The placement group: a bundle for each stage, the first one with room for the Head, then one for each spare.
 
-    crowded: called after beside_s without room, so that somebody makes some. Raises PipelineError.
+    roomless: stages that never live in it; their bundles only keep the numbers. crowded: called after beside_s without
+    room, so that somebody makes some. Raises PipelineError.
     """
     gpus = {"GPU": wants.gpus} if wants.gpus else {}
-    bundles = [{"CPU": wants.cpus} | gpus for _ in range(n_stages)]
+    bundles = [{"CPU": SPARE_CPUS} if i in roomless else {"CPU": wants.cpus} | gpus for i in range(n_stages)]
     bundles[0]["CPU"] += HEAD_CPUS
     bundles += [{"CPU": SPARE_CPUS} | gpus for _ in range(n_spares)]
     extra: dict[str, Any] = {"bundle_label_selector": [labels] * len(bundles)} if labels else {}
@@ -54,8 +57,9 @@ async def make_room(
             await placed
     except TimeoutError as e:
         raise PipelineError(
-            f"no room for {n_stages} stages of {bundles[0]} and {n_spares} spares within {_PLACE_S:.0f} s; free in the "
-            f"cluster: {brief(ray.available_resources())} of {brief(ray.cluster_resources())}. "
+            f"no room for {n_stages - len(roomless)} stages of {bundles[0]} and {n_spares} spares within "
+            f"{_PLACE_S:.0f} s; free in the cluster: {brief(ray.available_resources())} of "
+            f"{brief(ray.cluster_resources())}. "
             f"Add nodes, or lower pipeline.stages, pipeline.spares or pipeline.threads_per_stage."
         ) from e
     return made
@@ -66,9 +70,9 @@ def room_of(group: GroupId) -> Any:
     return ray.util.get_placement_group(str(group))
 
 
-def make_stage(spec: StageSpec, place: Place, room: Any, wants: Resources) -> Any:
+def make_stage(spec: StageSpec, place: Place, room: Any, wants: Resources) -> RayStage:
     """A process that may become this stage, or another one."""
-    return StageActor.options(
+    made = StageActor.options(
         name=place.actor,
         namespace=NAMESPACE,
         lifetime="detached",
@@ -78,6 +82,7 @@ def make_stage(spec: StageSpec, place: Place, room: Any, wants: Resources) -> An
         # Spinning OpenMP threads of one stage would steal the cores of the next: 3-15x slower, measured.
         runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(wants.threads)}},
     ).remote(spec)
+    return RayStage(made)
 
 
 def make_head(spec: HeadSpec, place: Place, room: Any) -> Any:
@@ -89,6 +94,12 @@ def make_head(spec: HeadSpec, place: Place, room: Any) -> Any:
         num_cpus=0,
         scheduling_strategy=PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=place.bundle),
     ).remote(spec)
+
+
+def find_stage(place: Place) -> RayStage | None:
+    """The living stage or spare that was made for this place."""
+    actor = find_actor(place.actor)
+    return None if actor is None else RayStage(actor)
 
 
 def find_actor(name: str) -> Any | None:

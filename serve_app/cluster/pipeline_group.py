@@ -1,14 +1,8 @@
-"""One pipeline on the cluster: built whole or not at all, and repaired part by part.
-
-What dies is replaced alone: by a spare that waits, or by a new process in its place. Whoever lives keeps its layers and
-forgets the rest; then all are joined anew in the next epoch, and the Head goes on with every request it holds.
-"""
+"""One pipeline on the cluster: built whole or not at all, and how its parts are joined, at first and in every epoch."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,8 +12,8 @@ from ray.exceptions import RayError
 from serve_app.choices import store_of
 from serve_app.cluster.actors import (
     find_actor,
+    find_stage,
     kill_actor,
-    kill_processes,
     make_head,
     make_room,
     make_stage,
@@ -27,28 +21,24 @@ from serve_app.cluster.actors import (
     tear_down,
 )
 from serve_app.cluster.enrol import enrol
-from serve_app.cluster.resources import loads_of, pages_of, resources_of
+from serve_app.cluster.outside import OutsideStage, outside_stages
+from serve_app.cluster.resources import activation_dtype, loads_of, pages_of, resources_of
 from serve_app.cluster.specs import GroupId, GroupPlan, HeadSpec, Place, StageReport, StageSpec, Trouble
-from serve_app.cluster.wiring import HEAD, Member, Party, wire
+from serve_app.cluster.stage_handle import RayStage, StageHandle
+from serve_app.cluster.wiring import HEAD, Leader, Member, Party, wire
 from serve_app.config import AppConfig
-from serve_app.engine.engine import ActivationDtype
 from serve_app.errors import PipelineError
 from serve_app.transport.link import LinkAddress
 from shard_tools.catalog import open_record
-from shard_tools.errors import LlmdError
 from shard_tools.index.model_index import ModelRecord
-from shard_tools.manifest import Manifest
 from shard_tools.placement.even import plan as plan_evenly
 from shard_tools.placement.min_max import plan as plan_by_weight
 from shard_tools.signing import Envelope
-
-_log = logging.getLogger(__name__)
 
 _LOAD_S = 1800.0  # for all stages to load: 140 GB at 100 MB/s
 _START_S = 60.0  # for a new process; of a node that is gone its bundle may find no other
 _ADOPT_S = 5.0
 _KEPT_S = 30.0  # for a stage that lives to forget the epoch before: its step ends within 5 s or it is of no use
-_JOIN_S = 120.0  # to join all anew: a new process on a GPU compiles and captures its graphs meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +47,8 @@ class PipelineGroup:
 
     spec: HeadSpec
     head_place: Place
-    stages: tuple[Any | None, ...]
-    spares: tuple[Any | None, ...]
+    stages: tuple[StageHandle | None, ...]
+    spares: tuple[RayStage | None, ...]
     head: Any | None
     address: LinkAddress | None  # where the Head listens, if there is one
 
@@ -72,10 +62,9 @@ class PipelineGroup:
         """Of its session keys and edges."""
         return self.spec.epoch
 
-    def parts(self) -> dict[str, tuple[Any | None, Place]]:
-        """Who must live, by the names that edges know."""
-        found = {f"stage {i}": part for i, part in enumerate(zip(self.stages, self.spec.plan.places, strict=True))}
-        return found | {HEAD: (self.head, self.head_place)}
+    def places(self) -> dict[str, Place]:
+        """Where those are who must live, by the names that edges know."""
+        return {f"stage {i}": place for i, place in enumerate(self.spec.plan.places)} | {HEAD: self.head_place}
 
 
 async def build_group(
@@ -91,11 +80,11 @@ async def build_group(
     except BaseException as e:
         tear_down(group)
         if isinstance(e, RayError):
-            raise PipelineError(f"a part of the pipeline could not start: {_cause(e)}") from e
+            raise PipelineError(f"a part of the pipeline could not start: {cause_of(e)}") from e
         raise
 
 
-async def adopt_group(names: Collection[str]) -> PipelineGroup | None:
+async def adopt_group(config: AppConfig, names: Collection[str]) -> PipelineGroup | None:
     """The pipeline whose actors these are, if its Head works; stages may be missing."""
     heads = sorted((name for name in names if "-head-" in name), key=lambda name: int(name.rsplit("-", 1)[1]))
     head = find_actor(heads[-1]) if heads else None
@@ -108,8 +97,9 @@ async def adopt_group(names: Collection[str]) -> PipelineGroup | None:
         return None
     if address is None:
         return None
-    stages, spares = ([find_actor(p.actor) for p in places] for places in (spec.plan.places, spec.plan.spares))
-    return PipelineGroup(spec, place, tuple(stages), tuple(spares), head, address)
+    outside = outside_stages(config)
+    stages = [outside[i] if p.outside else find_stage(p) for i, p in enumerate(spec.plan.places)]
+    return PipelineGroup(spec, place, tuple(stages), tuple(map(find_stage, spec.plan.spares)), head, address)
 
 
 class BrokenError(PipelineError):
@@ -119,92 +109,6 @@ class BrokenError(PipelineError):
         """group: as far as it came; dead: which of its parts are known not to live."""
         super().__init__(why)
         self.group, self.dead = group, dead
-
-
-async def repair_group(config: AppConfig, group: PipelineGroup, dead: Collection[str]) -> PipelineGroup:
-    """The pipeline with these parts replaced, and all of it in the next epoch. Raises BrokenError.
-
-    dead: names as in PipelineGroup.parts. They are killed first, should they live.
-    """
-    began, noticed = time.monotonic(), time.time()
-    parts = group.parts()
-    for name in dead:
-        kill_actor(parts[name][0])
-    await kill_processes([parts[name][1] for name in dead])
-    try:
-        group = _replaced(group, dead)
-        kept = frozenset(name for name, (actor, _) in parts.items() if actor is not None) - set(dead)
-        reports = await _take_places(group, kept)
-        loaded = time.monotonic()
-        group = _with_reports(group, reports)
-        async with asyncio.timeout(_JOIN_S):
-            made = await _lead(config, group, reports)
-    except (LlmdError, RayError, TimeoutError, ValueError) as e:
-        if isinstance(e, BrokenError):
-            raise
-        raise BrokenError(_cause(e), group, frozenset()) from e
-    _log.warning(
-        "%s goes on in epoch %d; replaced: %s; noticed at %.2f, %.2f s to load, %.2f s to join",
-        made.group,
-        made.epoch,
-        ", ".join(sorted(dead)) or "nothing",
-        noticed,
-        loaded - began,
-        time.monotonic() - loaded,
-    )
-    return made
-
-
-async def replenish(config: AppConfig, group: PipelineGroup) -> PipelineGroup:
-    """The pipeline with as many spares as it is to have, in bundles that nobody uses. Raises RayError, ValueError."""
-    plan = group.spec.plan
-    alive = [(place, actor) for place, actor in zip(plan.spares, group.spares, strict=True) if actor is not None]
-    n_bundles = len(plan.places) + config.pipeline.spares
-    free = sorted(set(range(n_bundles)) - {p.bundle for p in plan.places} - {p.bundle for p, _ in alive})
-    if group.head is None or not free:
-        return group
-    room = room_of(group.group)
-    for bundle in free:
-        covered = [place.prepared_for for place, _ in alive]
-        stage = min(range(len(plan.stages)), key=covered.count)
-        place = Place(group.group.actor(f"spare-{bundle}", int(time.time())), bundle, prepared_for=stage)
-        actor = make_stage(plan.stages[stage], place, room, plan.wants)
-        actor.prepare.remote(plan.dtype)
-        alive.append((place, actor))
-    spec = replace(group.spec, plan=replace(plan, spares=tuple(place for place, _ in alive)))
-    await group.head.know.remote(spec)
-    return replace(group, spec=spec, spares=tuple(actor for _, actor in alive))
-
-
-def _replaced(group: PipelineGroup, dead: Collection[str]) -> PipelineGroup:
-    """With an actor in each place, none of which has taken it in the new epoch; no Head if that is dead."""
-    epoch = max(int(time.time()), group.epoch + 1)
-    plan = group.spec.plan
-    actors, places = list(group.stages), list(plan.places)
-    waiting = [(p, actor) for p, actor in zip(plan.spares, group.spares, strict=True) if actor is not None]
-    for i in range(len(actors)):
-        if f"stage {i}" not in dead and actors[i] is not None:
-            continue
-        if waiting:
-            best = next((w for w in waiting if w[0].prepared_for == i), waiting[0])
-            waiting.remove(best)
-            places[i], actors[i] = best
-        else:
-            places[i] = Place(group.group.actor(f"stage-{i}", epoch), places[i].bundle)
-            actors[i] = make_stage(plan.stages[i], places[i], room_of(group.group), plan.wants)
-    plan = replace(
-        plan,
-        stages=tuple(replace(spec, epoch=epoch) for spec in plan.stages),
-        places=tuple(places),
-        spares=tuple(place for place, _ in waiting),
-    )
-    return replace(
-        group,
-        spec=replace(group.spec, plan=plan, epoch=epoch),
-        stages=tuple(actors),
-        spares=tuple(actor for _, actor in waiting),
-        head=None if HEAD in dead else group.head,
-    )
 
 
 async def _build(
@@ -218,8 +122,8 @@ async def _build(
     # Stages on the cores of one host take turns: then only the sum of what they cost matters.
     on_gpus = wants.device == "cuda"
     spans = plan_by_weight(manifest, n_stages) if on_gpus else plan_evenly(manifest.n_layers, n_stages)
-    labels, beside_s = config.pipeline.node_labels, config.pipeline.beside_s
-    room = await make_room(group, n_stages, n_spares, wants, labels, beside_s, crowded)
+    asked = config.pipeline
+    room = await make_room(group, n_stages, n_spares, wants, asked.node_labels, asked.roomless, asked.beside_s, crowded)
     stages = tuple(
         StageSpec(
             epoch=epoch,
@@ -242,15 +146,21 @@ async def _build(
         )
         for i, (start, stop) in enumerate(spans)
     )
-    places = [Place(group.actor(f"stage-{i}", epoch), i) for i in range(n_stages)]
+    outside = await _present(config)
+    places = [
+        Place("", i, outside=outside[i].who) if i in outside else Place(group.actor(f"stage-{i}", epoch), i)
+        for i in range(n_stages)
+    ]
     waiting = [
         Place(group.actor(f"spare-{i}", epoch), n_stages + i, prepared_for=i % n_stages) for i in range(n_spares)
     ]
-    actors = [make_stage(spec, place, room, wants) for spec, place in zip(stages, places, strict=True)]
+    actors: list[StageHandle] = [
+        outside[i] if i in outside else make_stage(spec, places[i], room, wants) for i, spec in enumerate(stages)
+    ]
     spares = [make_stage(stages[place.prepared_for], place, room, wants) for place in waiting]
     async with asyncio.timeout(_LOAD_S):
-        dtype = await _activation_dtype(config, manifest, actors)
-        reports = await asyncio.gather(*(a.take.remote(spec, dtype) for a, spec in zip(actors, stages, strict=True)))
+        dtype = await activation_dtype(config, manifest, actors)
+        reports = await asyncio.gather(*(a.take(spec, dtype) for a, spec in zip(actors, stages, strict=True)))
     plan = GroupPlan(group, stages, tuple(places), tuple(waiting), wants, dtype)
     max_step_tokens, max_requests = loads_of(config, wants.device)
     spec = HeadSpec(
@@ -275,36 +185,43 @@ async def _build(
     )
     whole = PipelineGroup(spec, places[0], tuple(actors), tuple(spares), None, None)
     async with asyncio.timeout(_LOAD_S):
-        made = await _lead(config, _with_reports(whole, reports), reports)
+        made = await lead(config, with_reports(whole, reports), reports)
     for spare in spares:
-        spare.prepare.remote(dtype)  # not waited for: until it has, it is only slower
+        spare.prepare(dtype)
     return made
 
 
-async def _take_places(group: PipelineGroup, kept: Collection[str]) -> Sequence[StageReport]:
+async def _present(config: AppConfig) -> dict[int, OutsideStage]:
+    """The outside stages that answer, and those without which there is no pipeline."""
+    stages = outside_stages(config)
+    found = await asyncio.gather(*(stage.comes_back() for stage in stages.values()))
+    answers = zip(stages.items(), found, strict=True)
+    return {i: stage for (i, stage), is_there in answers if is_there or not stage.who.stand_in}
+
+
+async def take_places(group: PipelineGroup, kept: Collection[str]) -> Sequence[StageReport]:
     """Every stage has its layers, and is in the group's epoch. Raises BrokenError naming those that are of no use.
 
     kept: stages that hold their layers since the epoch before, and are therefore not waited for long.
     """
     plan = group.spec.plan
 
-    async def take(actor: Any, spec: StageSpec) -> StageReport:
+    async def take(stage: StageHandle, spec: StageSpec) -> StageReport:
         async with asyncio.timeout(_START_S):
-            await actor.ready.remote()
+            await stage.ready()
         async with asyncio.timeout(_KEPT_S if f"stage {spec.stage}" in kept else _LOAD_S):
-            report: StageReport = await actor.take.remote(spec, plan.dtype)
-        return report
+            return await stage.take(spec, plan.dtype)
 
-    taken = [take(actor, spec) for actor, spec in zip(group.stages, plan.stages, strict=True)]
+    taken = [take(stage, spec) for stage, spec in zip(all_there(group.stages), plan.stages, strict=True)]
     reports = await asyncio.gather(*taken, return_exceptions=True)
     failed = {f"stage {i}": e for i, e in enumerate(reports) if isinstance(e, BaseException)}
     if failed:
-        why = "; ".join(f"{name}: {_cause(e)}" for name, e in failed.items())
+        why = "; ".join(f"{name}: {cause_of(e)}" for name, e in failed.items())
         raise BrokenError(why, group, frozenset(failed))
     return [report for report in reports if isinstance(report, StageReport)]
 
 
-def _with_reports(group: PipelineGroup, reports: Sequence[StageReport]) -> PipelineGroup:
+def with_reports(group: PipelineGroup, reports: Sequence[StageReport]) -> PipelineGroup:
     """With the processes that are its stages now, and their certificates."""
     plan = group.spec.plan
     found = zip(plan.places, reports, strict=True)
@@ -325,7 +242,7 @@ def _enrol(config: AppConfig, reports: Sequence[StageReport], head: Party | None
     )
 
 
-async def _lead(config: AppConfig, group: PipelineGroup, reports: Sequence[StageReport]) -> PipelineGroup:
+async def lead(config: AppConfig, group: PipelineGroup, reports: Sequence[StageReport]) -> PipelineGroup:
     """The Head leads these stages: a new one, which has generated a token, or the one there is, with its requests."""
     if group.head is not None:
         return await _join(config, group, reports, group.head, group.head_place)
@@ -347,8 +264,8 @@ async def _join(
     place = replace(place, pid=party.pid, ray_node=party.ray_node)
     spec = replace(spec, registry=_enrol(config, reports, party))
     await head.lead.remote(spec)
-    members = [Member(report.party, actor) for report, actor in zip(reports, group.stages, strict=True)]
-    await wire(config.pipeline.edges, spec.epoch, Member(party, head), members, spec.n_pages, spec.max_requests)
+    members = [Member(report.party, stage) for report, stage in zip(reports, all_there(group.stages), strict=True)]
+    await wire(config.pipeline.edges, spec.epoch, Leader(party, head), members, spec.n_pages, spec.max_requests)
     if group.head is None:
         address = await _first_token(head, place, spec.epoch)
     else:
@@ -371,19 +288,14 @@ async def _first_token(head: Any, place: Place, epoch: int) -> LinkAddress:
         trouble.cancel()
 
 
-async def _activation_dtype(config: AppConfig, manifest: Manifest, stages: Sequence[Any]) -> ActivationDtype:
-    """What all stages compute in: neighbours must agree, so one host without the arithmetic decides for all."""
-    match config.pipeline.dtype:
-        case "manifest":
-            return manifest.dtype
-        case "auto":
-            fast = await asyncio.gather(*(stage.computes_fast_in.remote(manifest.dtype) for stage in stages))
-            return manifest.dtype if all(fast) else "float32"
-        case given:
-            return given
+def all_there(stages: Sequence[StageHandle | None]) -> list[StageHandle]:
+    """Of a group whose every place is filled."""
+    found = [stage for stage in stages if stage is not None]
+    assert len(found) == len(stages)
+    return found
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """The last line of an error in an actor: Ray's message holds the whole remote traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import ray
 
 from serve_app.cluster.specs import Resources, StageReport
+from serve_app.cluster.stage_handle import StageHandle
 from serve_app.config import AppConfig
-from serve_app.engine.engine import DeviceName
+from serve_app.engine.engine import ActivationDtype, DeviceName
 from serve_app.errors import PipelineError
 from shard_tools.manifest import Manifest
 
@@ -27,7 +29,7 @@ def resources_of(config: AppConfig) -> Resources:
 
 def wanted(config: AppConfig, node_cpus: Sequence[float], gpus_there: float) -> Resources:
     """node_cpus: CPUs of each node. A stage never asks for more than the largest node can give it."""
-    stages = config.pipeline.stages
+    stages = max(1, config.pipeline.stages - len(config.pipeline.roomless))
     with_cpus = [cpus for cpus in node_cpus if cpus > 0] or [1.0]
     beside = -(-stages // len(with_cpus))  # stages on one node, if they spread
     fair = min(sum(with_cpus) / stages, max(with_cpus) / beside)
@@ -55,6 +57,9 @@ def pages_of(config: AppConfig, manifest: Manifest, reports: Sequence[StageRepor
         return config.pipeline.kv_pages
     rooms = []
     for report in reports:
+        if report.max_pages is not None:
+            rooms.append(report.max_pages)
+            continue
         profile = report.profile
         memory = config.pipeline.kv_memory_bytes
         if profile.device.startswith("cuda"):
@@ -67,6 +72,18 @@ def pages_of(config: AppConfig, manifest: Manifest, reports: Sequence[StageRepor
     if pages < 1:
         raise PipelineError("no room for a single KV page: raise pipeline.kv_memory_bytes")
     return pages
+
+
+async def activation_dtype(config: AppConfig, manifest: Manifest, stages: Sequence[StageHandle]) -> ActivationDtype:
+    """What all stages compute in: neighbours must agree, so one host without the arithmetic decides for all."""
+    match config.pipeline.dtype:
+        case "manifest":
+            return manifest.dtype
+        case "auto":
+            fast = await asyncio.gather(*(stage.computes_fast_in(manifest.dtype) for stage in stages))
+            return manifest.dtype if all(fast) else "float32"
+        case given:
+            return given
 
 
 def brief(resources: dict[str, float]) -> str:

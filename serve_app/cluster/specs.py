@@ -9,7 +9,7 @@ from serve_app.cluster.wiring import Party
 from serve_app.engine.engine import ActivationDtype, DeviceName, EngineProfile, KvDtype
 from shard_tools.choice import Choice
 from shard_tools.cid import Cid
-from shard_tools.signing import Envelope
+from shard_tools.signing import Envelope, PublicKey
 from shard_tools.trust import TrustPolicy
 
 NAMESPACE = "llmd"
@@ -72,6 +72,7 @@ class StageReport:
     certificate: Envelope  # of its session, by its node
     load_s: float
     opened_blocks: int  # of weights
+    max_pages: int | None = None  # of KV, that it has room for; None: as the configuration says
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +86,26 @@ class Resources:
 
 
 @dataclass(frozen=True, slots=True)
+class Outsider:
+    """A stage that another operator runs, as the configuration names it."""
+
+    host: str
+    port: int
+    key: PublicKey  # of its node
+    grace_s: int  # so long it is waited for when it cannot be reached
+    stand_in: bool  # whether the cluster has room for a process of its own in its place
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """An actor, and the bundle of the placement group that it lives in."""
 
-    actor: str  # its name
-    bundle: int
+    actor: str  # its name; "" if it is none
+    bundle: int  # of an outside stage: where its stand-in would live
     pid: int = 0  # once that is known
     ray_node: str = ""
     prepared_for: int = -1  # of a spare: the stage whose layers it holds
+    outside: Outsider | None = None  # who it is instead of an actor
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ class Site:
 
     ray_node: str  # as Party's
     address: str
+    port: int = 0  # for TCP edges; 0: any
 
     def party(self, name: str, node: PublicKey) -> Party:
         """This process, under this name."""
@@ -110,6 +111,7 @@ class StageHost:
         self._store = _CountingStore(store_of(store))
         self._identity = NodeIdentity.load_or_create(node_key_path(state_dir))
         self._spec: StageSpec | None = None  # until it takes a place
+        self._dtype: ActivationDtype
         self._manifest: Manifest
         self._session: Session
         self._edges: EdgeSet | None = None
@@ -130,7 +132,7 @@ class StageHost:
         self.leave()
         self.hold(spec, dtype)
         assert self._engine is not None
-        self._spec = spec
+        self._spec, self._dtype = spec, dtype
         self._session = self._identity.open_session("stage", spec.epoch, int(time.time()), spec.session_lifetime_s)
         self._edges = EdgeSet(self._identity, spec.epoch, spec.session_lifetime_s, self._take_in, self._neighbour_lost)
         return StageReport(
@@ -150,15 +152,20 @@ class StageHost:
                 spec.manifest, spec.start, spec.stop, dtype, spec.page_size, spec.deterministic, spec.kv_dtype
             )
             if self._held != wanted:
-                self._engine = self._held = self._room = self._hashed = None  # first: there is room for one
+                self.forget_layers()  # first: there is room for one
                 self._load(spec, dtype)
                 self._held = wanted
 
+    def forget_layers(self) -> None:
+        """What it takes next is loaded from its store."""
+        self._engine = self._held = self._room = self._hashed = None
+
     def leave(self) -> None:
-        """Let go of the pipeline of the epoch before; the layers stay."""
+        """Let go of the pipeline of the epoch before; the layers stay. Raises PipelineError if a step does not end."""
         stage, lends, self._stage = self._stage, self._lends, None
-        if self._edges is not None:
-            self._edges.close()
+        edges, self._edges = self._edges, None
+        if edges is not None:
+            edges.close()
         if stage is not None:
             if lends is not None:
                 lends.release_boxes()
@@ -190,7 +197,7 @@ class StageHost:
     def listen(self, awaited: Sequence[Awaited]) -> EdgeAddress | None:
         """Let these neighbours open their edges to this stage. Raises PipelineError."""
         assert self._edges is not None, "listen before take"
-        return self._edges.listen(awaited, self._site.address)
+        return self._edges.listen(awaited, self._site.address, self._site.port)
 
     def connect(self, head: Joint, after: Joint | None, n_pages: int, max_requests: int) -> None:
         """Open the edges to the Head and to the next stage (None for the last), and be ready for steps."""
@@ -199,10 +206,13 @@ class StageHost:
         spec = self._spec
         assert spec is not None and self._engine is not None and self._edges is not None, "connect before take"
         manifest = self._manifest
+        if self._room not in (None, (n_pages, max_requests)):  # an engine makes room once, and this one was another's
+            self.forget_layers()
+            self.hold(spec, self._dtype)
+        assert self._engine is not None
         if self._room is None:
             self._engine.reserve(n_pages, max_requests)
             self._room = n_pages, max_requests
-        assert self._room == (n_pages, max_requests), "an engine makes room once"
         outlet = Boundary(manifest.cid, spec.stop, self._engine.profile.dtype, manifest.hidden_size)
         span = StageSpan(
             manifest=manifest.cid,
@@ -262,11 +272,22 @@ class StageHost:
         if self._edges is not None:
             self._edges.push(edge, number, message)
 
+    @property
+    def works(self) -> bool:
+        """Whether it has its edges."""
+        return self._stage is not None
+
+    @property
+    def gone(self) -> frozenset[str]:
+        """Neighbours of this epoch that it has lost."""
+        edges = self._edges
+        return frozenset(() if edges is None else edges.gone)
+
     async def trouble(self, epoch: int) -> Trouble:
         """Ends when a neighbour of this epoch is gone, and says which; or when another epoch has begun."""
-        while (edges := self._edges) is not None and self._is_of(epoch) and not edges.gone:
+        while self._edges is not None and self._is_of(epoch) and not self.gone:
             await asyncio.sleep(TROUBLE_EVERY_S)
-        gone = frozenset(edges.gone if edges is not None and self._is_of(epoch) else ())
+        gone = self.gone if self._is_of(epoch) else frozenset()
         me = "a stage" if self._spec is None else f"stage {self._spec.stage}"
         return Trouble(f"{me} has lost {', '.join(sorted(gone))}", gone)
 

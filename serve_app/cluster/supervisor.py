@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,10 +28,10 @@ from serve_app.cluster.pipeline_group import (
     PipelineGroup,
     adopt_group,
     build_group,
-    repair_group,
-    replenish,
 )
+from serve_app.cluster.repair import repair_group, replenish
 from serve_app.cluster.specs import NAMESPACE, GroupId, Trouble, supervisor_name
+from serve_app.cluster.stage_handle import RayStage
 from serve_app.cluster.wiring import HEAD
 from serve_app.config import AppConfig
 from serve_app.errors import ConfigError, PipelineError, ReplacedError
@@ -164,7 +164,7 @@ class _SupervisorProcess:
     async def _adopt(self) -> None:
         """The pipeline of a Supervisor before this one goes on; what is none goes."""
         for group in sorted(known_groups(self._version), reverse=True):
-            found = None if self._group is not None else await adopt_group(names_of(group))
+            found = None if self._group is not None else await adopt_group(self._config, names_of(group))
             if found is None:
                 tear_down(group)
             else:
@@ -215,8 +215,9 @@ class _SupervisorProcess:
         """Have every part tell of trouble in this epoch."""
         for poll in self._polls:
             poll.cancel()
-        actors = [actor for actor, _ in group.parts().values() if actor is not None]
-        self._polls = [asyncio.ensure_future(actor.trouble.remote(group.epoch)) for actor in actors]
+        polls = [stage.trouble(group.epoch) for stage in group.stages if stage is not None]
+        heads = [] if group.head is None else [group.head.trouble.remote(group.epoch)]
+        self._polls = [asyncio.ensure_future(poll) for poll in (*polls, *heads)]
 
     async def _check(self, group: PipelineGroup) -> None:
         """Replace what is dead, if something is."""
@@ -246,13 +247,15 @@ class _SupervisorProcess:
         if sum(spare is not None for spare in group.spares) < self._config.pipeline.spares:
             self._group = await replenish(self._config, group)
 
-    async def _living(self, spares: Sequence[Any]) -> tuple[Any | None, ...]:
+    async def _living(self, spares: Sequence[RayStage | None]) -> tuple[RayStage | None, ...]:
         """None in place of those that died while they waited."""
 
-        async def ask(spare: Any) -> Any | None:
+        async def ask(spare: RayStage | None) -> RayStage | None:
+            if spare is None:
+                return None
             try:
                 async with asyncio.timeout(_NAMED_S):
-                    await spare.ready.remote()
+                    await spare.ready()
             except RayError:
                 return None
             except TimeoutError:
@@ -264,19 +267,21 @@ class _SupervisorProcess:
     async def _dead(self, group: PipelineGroup, named: frozenset[str]) -> tuple[frozenset[str], list[Value]]:
         """Parts that do not live, and what the stages said of themselves."""
 
-        async def ask(name: str, actor: Any) -> Value | BaseException:
+        async def ask(name: str, word: Callable[[], Awaitable[Value]]) -> Value | BaseException:
             try:
                 async with asyncio.timeout(_NAMED_S if name in named else _PING_S):
-                    answer: Value = await (actor.party.remote() if name == HEAD else actor.ping.remote())
-                    return answer
-            except (RayError, TimeoutError) as e:
+                    return await word()
+            except (RayError, LlmdError, TimeoutError) as e:
                 return e
 
-        parts = group.parts()
-        here = {name: actor for name, (actor, _) in parts.items() if actor is not None}
-        found = await asyncio.gather(*(ask(name, actor) for name, actor in here.items()))
-        answers = {name: said for name, said in zip(here, found, strict=True) if not isinstance(said, BaseException)}
-        return frozenset(parts) - answers.keys(), [said for name, said in answers.items() if name != HEAD]
+        words: dict[str, Callable[[], Awaitable[Value]]] = {
+            f"stage {i}": stage.ping for i, stage in enumerate(group.stages) if stage is not None
+        }
+        if group.head is not None:
+            words[HEAD] = group.head.party.remote
+        found = await asyncio.gather(*(ask(name, word) for name, word in words.items()))
+        answers = {name: said for name, said in zip(words, found, strict=True) if not isinstance(said, BaseException)}
+        return frozenset(group.places()) - answers.keys(), [said for name, said in answers.items() if name != HEAD]
 
     async def _repair(self, group: PipelineGroup, dead: frozenset[str], why: str) -> None:
         """Replace these parts, and those that turn out to be dead meanwhile."""
@@ -322,7 +327,7 @@ class _SupervisorProcess:
             tear_down(group.group)
         except (RayError, ValueError) as e:
             _log.error("what is left of %s: %s", group.group, e)  # `_adopt` and the end look for it again
-        await kill_processes([place for _, place in group.parts().values()])
+        await kill_processes([*group.places().values()])
 
     def _wanted(self) -> bool:
         now = time.monotonic()

@@ -14,7 +14,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from serve_app.cluster.ray_edge import InOrder, RayEdge
 from serve_app.engine.engine import BoxKind
@@ -40,13 +40,17 @@ class Party:
     name: str  # for people: "stage 1"
     node: PublicKey
     pid: int
-    ray_node: str  # Ray's id of the node it runs on: processes with the same one share a kernel
+    ray_node: str  # Ray's id of the node it runs on: processes with the same one share a kernel; "": on none of Ray's
     address: str  # of its host
+
+    def is_beside(self, other: Party) -> bool:
+        """Whether the two share a kernel."""
+        return self.ray_node == other.ray_node != ""
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
-    """A party and the actor it is."""
+class Leader:
+    """The Head: a party and the actor it is."""
 
     party: Party
     actor: Any
@@ -72,41 +76,73 @@ class Joint:
     actor: Any  # None without
 
 
+class Joinable(Protocol):
+    """A stage, as far as it is joined to others. Methods as StageHost's; they raise RayError or PipelineError."""
+
+    @property
+    def actor(self) -> Any | None:
+        """The Ray actor it is; None if it is none."""
+
+    async def listen(self, awaited: Sequence[Awaited]) -> EdgeAddress | None: ...
+
+    async def connect(self, head: Joint, after: Joint | None, n_pages: int, max_requests: int) -> None: ...
+
+    async def offer_inbox(self, kind: BoxKind, places: int) -> bytes | None: ...
+
+    async def try_outbox(self, kind: BoxKind, offer: bytes) -> bool: ...
+
+    async def got_probe(self, kind: BoxKind) -> bool: ...
+
+    async def use_outbox(self, kind: BoxKind) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A stage, and who it is to its neighbours."""
+
+    party: Party
+    stage: Joinable
+
+
 def kind_between(mode: EdgeMode, a: Party, b: Party) -> Kind:
     """How rows go from a to b."""
     if mode == "auto":
-        return "shared_memory" if a.ray_node == b.ray_node else "tcp"
-    return mode
+        return "shared_memory" if a.is_beside(b) else "tcp"
+    on_ray = a.ray_node and b.ray_node
+    return mode if on_ray else "tcp"
 
 
 async def wire(
-    mode: EdgeMode, epoch: int, head: Member, stages: Sequence[Member], n_pages: int, max_requests: int
+    mode: EdgeMode, epoch: int, head: Leader, stages: Sequence[Member], n_pages: int, max_requests: int
 ) -> None:
     """Every edge of the pipeline is open when this returns. Raises PipelineError, RayError.
 
     epoch: a part of the edges' names, so that nothing of the one before is taken for its. n_pages, max_requests: what
     the stages make room for while they connect.
     """
-    members = [head, *stages]
-    pairs = [(head, stages[0]), *itertools.pairwise(stages), *((stage, head) for stage in stages)]
-    awaited: dict[str, list[Awaited]] = {member.party.name: [] for member in members}
+    parties = [head.party, *(stage.party for stage in stages)]
+    actors = {HEAD: head.actor} | {stage.party.name: stage.stage.actor for stage in stages}
+    pairs = [*itertools.pairwise(parties), *((party, head.party) for party in parties[1:])]
+    awaited: dict[str, list[Awaited]] = {party.name: [] for party in parties}
     for a, b in pairs:
-        kind = kind_between(mode, a.party, b.party)
+        kind = kind_between(mode, a, b)
         if kind != "ray":
-            awaited[b.party.name].append(Awaited(_name(a, b, epoch), kind, _peer(a.party)))
-    found = await asyncio.gather(*(member.actor.listen.remote(awaited[member.party.name]) for member in members))
-    addresses = dict(zip((member.party.name for member in members), found, strict=True))
+            awaited[b.name].append(Awaited(_name(a, b, epoch), kind, _peer(a)))
+    found = await asyncio.gather(
+        head.actor.listen.remote(awaited[HEAD]), *(s.stage.listen(awaited[s.party.name]) for s in stages)
+    )
+    addresses = dict(zip((party.name for party in parties), found, strict=True))
 
-    def joint(a: Member, b: Member) -> Joint:
-        kind = kind_between(mode, a.party, b.party)
-        address = None if kind == "ray" else addresses[b.party.name]
-        return Joint(_name(a, b, epoch), kind, _peer(b.party), address, b.actor if kind == "ray" else None)
+    def joint(a: Party, b: Party) -> Joint:
+        kind = kind_between(mode, a, b)
+        address = None if kind == "ray" else addresses[b.name]
+        return Joint(_name(a, b, epoch), kind, _peer(b), address, actors[b.name] if kind == "ray" else None)
 
-    await head.actor.connect.remote(joint(head, stages[0]))
-    after = [*(joint(a, b) for a, b in itertools.pairwise(stages)), None]
+    await head.actor.connect.remote(joint(head.party, parties[1]))
+    after = [*(joint(a, b) for a, b in itertools.pairwise(parties[1:])), None]
     await asyncio.gather(
         *(
-            stage.actor.connect.remote(joint(stage, head), following, n_pages, max_requests)
+            stage.stage.connect(joint(stage.party, head.party), following, n_pages, max_requests)
             for stage, following in zip(stages, after, strict=True)
         )
     )
@@ -118,12 +154,12 @@ async def wire(
 
 async def _join_gpus(kind: BoxKind, a: Member, b: Member, n_stages: int) -> bool:
     """Rows or tokens go from a's GPU to b's past the host, if both can; whether they do."""
-    if a.party.ray_node != b.party.ray_node:
+    if not a.party.is_beside(b.party):
         return False
-    offer = await b.actor.offer_inbox.remote(kind, flights_ahead(n_stages) + 1)
-    if offer is None or not await a.actor.try_outbox.remote(kind, offer) or not await b.actor.got_probe.remote(kind):
+    offer = await b.stage.offer_inbox(kind, flights_ahead(n_stages) + 1)
+    if offer is None or not await a.stage.try_outbox(kind, offer) or not await b.stage.got_probe(kind):
         return False
-    await a.actor.use_outbox.remote(kind)
+    await a.stage.use_outbox(kind)
     return True
 
 
@@ -140,13 +176,16 @@ class EdgeSet:
         self._closed = False
         self.gone: set[str] = set()  # neighbours that were lost, by name
 
-    def listen(self, awaited: Sequence[Awaited], host: str) -> EdgeAddress | None:
-        """Let these neighbours in. Returns where; None if there are none. Raises PipelineError."""
+    def listen(self, awaited: Sequence[Awaited], host: str, port: int = 0) -> EdgeAddress | None:
+        """Let these neighbours in. port: for TCP, 0 for any. Returns where, None if there are none.
+
+        Raises PipelineError.
+        """
         if not awaited:
             return None
         inlets = [Inlet(a.edge, a.kind, a.peer, self._deliver, self._lost) for a in awaited]
         tls = self._credentials() if any(a.kind == "tcp" for a in awaited) else None
-        self._listener = EdgeListener(self._epoch, inlets, host, tls)
+        self._listener = EdgeListener(self._epoch, inlets, host, tls, port)
         return self._listener.address
 
     def open(self, joint: Joint) -> Edge:
@@ -194,8 +233,8 @@ class EdgeSet:
         return self._identity.certify_tls(int(time.time()), self._lifetime_s)
 
 
-def _name(a: Member, b: Member, epoch: int) -> str:
-    return f"{a.party.name} > {b.party.name} ({epoch})"
+def _name(a: Party, b: Party, epoch: int) -> str:
+    return f"{a.name} > {b.name} ({epoch})"
 
 
 def _peer(party: Party) -> Peer:

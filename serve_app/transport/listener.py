@@ -36,10 +36,12 @@ _Handle = socket.socket
 class EdgeListener:
     """The inlets of one process in one epoch."""
 
-    def __init__(self, epoch: int, inlets: Sequence[Inlet], host: str, credentials: bytes | None) -> None:
-        """Listens when this returns. host: this one's address, for TCP. credentials: as tls_context takes them,
+    def __init__(
+        self, epoch: int, inlets: Sequence[Inlet], host: str, credentials: bytes | None, port: int = 0
+    ) -> None:
+        """Listens when this returns. host: this one's address, for TCP; port: 0 for any. credentials: as tls_context
 
-        where there is TCP. Raises PipelineError if it cannot listen.
+        takes them, where there is TCP. Raises PipelineError if it cannot listen.
         """
         self._epoch = epoch
         self._awaited = {inlet.edge: inlet for inlet in inlets}
@@ -54,7 +56,7 @@ class EdgeListener:
         self._doors: dict[int, tuple[socket.socket, Callable[[socket.socket, _Handle], None]]] = {}
         self._unix_file: int | None = None
         self._keys = frozenset(inlet.peer.key for inlet in inlets if inlet.kind == "tcp")
-        path, port = None, None
+        path, bound = None, None
         try:
             if any(inlet.kind == "shared_memory" for inlet in inlets):
                 unix = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -66,13 +68,13 @@ class EdgeListener:
                 assert credentials is not None
                 self._context = tls_context(credentials, self._keys, listens=True)
                 family = socket.AF_INET6 if ":" in host else socket.AF_INET
-                tcp = socket.create_server((host, 0), family=family)
+                tcp = socket.create_server((host, port), family=family)
                 self._doors[tcp.fileno()] = tcp, self._let_in_remote
-                port = tcp.getsockname()[1]
+                bound = tcp.getsockname()[1]
         except OSError as e:
             self._shut_doors()
             raise PipelineError(f"cannot listen for neighbours at {host}: {e}") from e
-        self.address = EdgeAddress(path, host, port)
+        self.address = EdgeAddress(path, host, bound)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._accept_all, name="edge-listener", daemon=True)
         self._thread.start()

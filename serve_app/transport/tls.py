@@ -30,7 +30,7 @@ def tls_context(credentials: bytes, peers: frozenset[PublicKey], *, listens: boo
     return context
 
 
-def peer_of(connection: ssl.SSLSocket, peers: frozenset[PublicKey]) -> PublicKey:
+def peer_of(connection: ssl.SSLSocket | ssl.SSLObject, peers: frozenset[PublicKey]) -> PublicKey:
     """The node at the other end of a finished handshake. Raises PipelineError if it is none of `peers`."""
     certificate = connection.getpeercert(binary_form=True)
     if certificate is None:

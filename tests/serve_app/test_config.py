@@ -63,7 +63,9 @@ def test_the_documented_example_says_every_key_and_every_default() -> None:
     def check(keys: Any, said: dict[str, Any]) -> None:
         assert set(keys) == set(said)
         for key, below in keys.items():
-            if below is not None and said[key] is not None:
+            if below is not None and said[key] == []:  # what an entry would hold stands beside it, in words
+                assert all(f"{name}: " in EXAMPLE.read_text() for name in below)
+            elif below is not None and said[key] is not None:
                 check(below, said[key])
 
     check(keys_of(AppConfig), args_of(document()))
@@ -107,6 +109,9 @@ def test_a_misspelt_key_is_answered_with_the_nearest_known_one(where: tuple[Any,
     assert f"did you mean {right!r}?" in refusal(change)
 
 
+OUTSIDE = {"stage": 1, "address": "10.0.0.2:7070", "key": "llmd-ed25519:" + "1" * 64}
+
+
 @pytest.mark.parametrize(
     ("group", "values", "said"),
     [
@@ -122,6 +127,11 @@ def test_a_misspelt_key_is_answered_with_the_nearest_known_one(where: tuple[Any,
         ("model", MODEL | {"store": "~nobody-of-this-name/store"}, "a user who has none on this machine"),
         ("model", MODEL | {"trust": []}, "at least 1"),
         ("model", MODEL | {"trust": ["llmd-ed25519:00"]}, "args.model.trust.0: 'llmd-ed25519:00' is not a public key"),
+        ("pipeline", {"outside": [OUTSIDE, dict(OUTSIDE)]}, "stages [1, 1] are not different ones of the 2 there are"),
+        ("pipeline", {"outside": [OUTSIDE | {"stage": 2}]}, "stages [2] are not different ones"),
+        ("pipeline", {"outside": [OUTSIDE | {"address": "10.0.0.2"}]}, "expected host:port, such as 10.0.0.2:7070"),
+        ("pipeline", {"outside": [OUTSIDE | {"key": "llmd-ed25519:00"}]}, "is not a public key"),
+        ("pipeline", {"outside": [{"stage": 1}]}, "args.pipeline.outside.0.address is missing"),
         ("ingress", {"api_keys": {}}, "names no key"),
         ("ingress", {"api_keys": {"sha256": ["abc"]}}, "64 lower-case hex digits"),
     ],
