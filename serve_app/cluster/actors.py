@@ -117,10 +117,18 @@ def names_of(group: GroupId) -> list[str]:
 
 def known_groups(version: str) -> set[GroupId]:
     """Pipelines of this version that have an actor or a placement group, whole or not."""
+    return {group for group in _all_groups() if group.version == version}
+
+
+def other_groups(version: str) -> set[GroupId]:
+    """Those of every other version."""
+    return {group for group in _all_groups() if group.version != version}
+
+
+def _all_groups() -> set[GroupId]:
     names = _named_actors()
     names += [g["name"] for g in placement_group_table().values() if g["state"] != "REMOVED"]
-    found = {GroupId.of(name) for name in names if name}
-    return {group for group in found if group is not None and group.version == version}
+    return {group for name in names if name and (group := GroupId.of(name)) is not None}
 
 
 def supervisors() -> dict[str, Any]:

@@ -24,6 +24,8 @@ from serve_app.api.auth import ApiKeys
 from serve_app.api.generator import ServedModel
 from serve_app.api.text import TextCodec
 from serve_app.choices import check_choices, store_of
+from serve_app.cluster.actors import kill_processes
+from serve_app.cluster.specs import Place
 from serve_app.cluster.supervisor import supervisor_of
 from serve_app.cluster.version import version_of
 from serve_app.config import AppConfig
@@ -40,6 +42,7 @@ from shard_tools.index.model_index import ModelRecord
 _log = logging.getLogger("ray.serve")
 _RENEW_S = 1.0
 _POLL_S = 0.1
+_HANGS_S = 15.0  # a Supervisor that keeps an ingress waiting for so long; its calls to Ray take a second at most
 _AGREE_TRIES = 60
 _MOST_AUTO = 256  # requests that run at once, at most, where the config leaves it to the device
 
@@ -140,9 +143,14 @@ class _Ingress:
             raise PipelineError(str(cause or "the supervisor does not answer").splitlines()[0]) from e
 
     async def _renew(self) -> None:
+        process: Place | None = None
         while True:
             try:
-                await self._supervisor.lease.remote(self._name, self._began, self._record)
+                async with asyncio.timeout(_HANGS_S):
+                    process = await self._supervisor.lease.remote(self._name, self._began, self._record)
+            except TimeoutError:
+                if process is not None:  # while it hangs nobody replaces what dies; Ray restarts it
+                    await kill_processes([process])
             except RayError:
                 _log.warning("the supervisor does not answer; making sure there is one")
                 self._supervisor = supervisor_of(self._args, self._version)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ import ray
 from ray.exceptions import RayError
 
 from serve_app.choices import index_of, store_of
-from serve_app.cluster.actors import kill_processes, known_groups, names_of, supervisors, tear_down
+from serve_app.cluster.actors import kill_processes, known_groups, names_of, other_groups, supervisors, tear_down
 from serve_app.cluster.pipeline_group import (
     BrokenError,
     PipelineGroup,
@@ -30,7 +31,7 @@ from serve_app.cluster.pipeline_group import (
     build_group,
 )
 from serve_app.cluster.repair import repair_group, replenish
-from serve_app.cluster.specs import NAMESPACE, GroupId, Trouble, supervisor_name
+from serve_app.cluster.specs import NAMESPACE, GroupId, Place, Trouble, supervisor_name
 from serve_app.cluster.stage_handle import RayStage
 from serve_app.cluster.wiring import HEAD
 from serve_app.config import AppConfig
@@ -77,8 +78,8 @@ class _SupervisorProcess:
         self._polls: list[asyncio.Future[Trouble]] = []  # what each part will say when it is in trouble
         self._main: asyncio.Task[None] | None = None
 
-    async def lease(self, ingress: str, began: float, record: ModelRecord | None) -> None:
-        """An ingress of this version is alive.
+    async def lease(self, ingress: str, began: float, record: ModelRecord | None) -> Place:
+        """An ingress of this version is alive. Returns which process this is, to be killed should it hang.
 
         began: when it was made, Unix time. record: of the model that it serves, if it knows already.
         """
@@ -88,6 +89,7 @@ class _SupervisorProcess:
         if self._yields_to is not None and began > self._yields_to:
             self._yields_to = None  # this version has been rolled out again
         self._begin()
+        return Place("", -1, os.getpid(), ray.get_runtime_context().get_node_id())
 
     async def record(self) -> ModelRecord:
         """The model that this version serves, from its first answer on. Raises LlmdError if it cannot be had."""
@@ -180,6 +182,8 @@ class _SupervisorProcess:
     async def _build(self) -> None:
         number = max({int(time.time())} | {g.number + 1 for g in known_groups(self._version)})
         try:
+            if self._config.pipeline.outside:  # a stage of another operator is part of one pipeline at a time
+                await self._wait_until_alone()
             group = await build_group(
                 self._config, GroupId(self._version, number), await self.record(), self._ask_for_room
             )
@@ -199,6 +203,13 @@ class _SupervisorProcess:
         asked = [asyncio.ensure_future(other.make_way.remote(self._began)) for other in others]
         if asked:
             await asyncio.wait(asked, timeout=_YIELD_S)  # one that does not answer yields nothing: no room, says Ray
+
+    async def _wait_until_alone(self) -> None:
+        """No other version has a pipeline any more, or they have had their time."""
+        until = time.monotonic() + self._config.ingress.drain_s + _YIELD_S
+        while other_groups(self._version) and time.monotonic() < until:
+            await self._ask_for_room()
+            await asyncio.sleep(_WATCH_EVERY_S)
 
     async def _drained(self, group: PipelineGroup) -> bool:
         """Whether nothing runs any more, or has had its time. The Head takes nothing new from now on."""
