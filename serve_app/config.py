@@ -154,6 +154,8 @@ class PipelineConfig:
     """How the model is cut over machines, and how much each stage may hold at once."""
 
     stages: Annotated[int, Field(ge=1, le=64)] = 2  # two is the least that shows the point: nobody holds it all
+    # where the cluster has no room for all: fewer, each with more layers, down to so many. null: all, or none at all
+    stages_at_least: Annotated[int, Field(ge=1, le=64)] | None = None
     # processes that wait, each in a bundle of its own, with a GPU if stages have one, to take the place of a stage that
     # dies. The n-th holds the layers of stage n: if that one dies, nothing is loaded. Without any, one starts then
     spares: Annotated[int, Field(ge=0, le=64)] = 0
@@ -194,6 +196,9 @@ class PipelineConfig:
         outside = [entry.stage for entry in self.outside]
         if len(set(outside)) != len(outside) or any(stage >= self.stages for stage in outside):
             raise ValueError(f"outside: stages {outside} are not different ones of the {self.stages} there are")
+
+        if self.stages_at_least is not None and (self.stages_at_least > self.stages or outside):
+            raise ValueError("stages_at_least: not more than stages, and not with stages outside")
 
     @property
     def roomless(self) -> frozenset[int]:

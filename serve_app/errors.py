@@ -8,6 +8,7 @@ LlmdError (shard_tools)
 │   └── UnknownModelError  no model of that name is served
 ├── OverloadedError        no room now; try again after `retry_after_s`
 ├── PipelineError          a stage died, hung or answered nonsense while serving this request
+│   ├── NoRoomError        the cluster has no place for a part of the pipeline
 │   └── ReplacedError      a newer version of the application has taken this one's place
 ├── MismatchError          two stages disagree about the bytes of this request; holds the Head's signed word
 ├── ReceiptError           a receipt, statement or registry proves nothing, and why
@@ -72,6 +73,10 @@ class OverloadedError(LlmdError):
 
 class PipelineError(LlmdError):
     """The pipeline cannot finish this request; a retry may succeed once it is rebuilt."""
+
+
+class NoRoomError(PipelineError):
+    """The cluster has no place for a part of the pipeline: no free CPUs or GPUs on any node that may be used."""
 
 
 class ReplacedError(PipelineError):

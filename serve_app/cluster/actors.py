@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ from serve_app.cluster.resources import HEAD_CPUS, SPARE_CPUS, brief
 from serve_app.cluster.specs import NAMESPACE, GroupId, HeadSpec, Place, Resources, StageSpec, is_supervisor
 from serve_app.cluster.stage_actor import StageActor
 from serve_app.cluster.stage_handle import RayStage
-from serve_app.errors import PipelineError
+from serve_app.errors import NoRoomError
 
 _log = logging.getLogger(__name__)
 _PLACE_S = 60.0  # for the cluster to find room; a missing GPU would otherwise be waited for in silence
@@ -36,12 +37,12 @@ async def make_room(
     labels: dict[str, str],
     roomless: frozenset[int],
     beside_s: float,
-    crowded: Callable[[], Awaitable[None]],
+    crowded: Callable[[], Awaitable[bool]],
 ) -> Any:
     """The placement group: a bundle for each stage, the first one with room for the Head, then one for each spare.
 
     roomless: stages that never live in it; their bundles only keep the numbers. crowded: called after beside_s without
-    room, so that somebody makes some. Raises PipelineError.
+    room; whether to wait on. Raises NoRoomError.
     """
     gpus = {"GPU": wants.gpus} if wants.gpus else {}
     bundles = [{"CPU": SPARE_CPUS} if i in roomless else {"CPU": wants.cpus} | gpus for i in range(n_stages)]
@@ -50,19 +51,28 @@ async def make_room(
     extra: dict[str, Any] = {"bundle_label_selector": [labels] * len(bundles)} if labels else {}
     made = placement_group(bundles, strategy="PACK", name=str(group), lifetime="detached", **extra)
     placed = asyncio.ensure_future(made.ready())
-    try:
-        if not (await asyncio.wait({placed}, timeout=beside_s))[0]:
-            await crowded()
-        async with asyncio.timeout(_PLACE_S):
-            await placed
-    except TimeoutError as e:
-        raise PipelineError(
-            f"no room for {n_stages - len(roomless)} stages of {bundles[0]} and {n_spares} spares within "
-            f"{_PLACE_S:.0f} s; free in the cluster: {brief(ray.available_resources())} of "
-            f"{brief(ray.cluster_resources())}. "
-            f"Add nodes, or lower pipeline.stages, pipeline.spares or pipeline.threads_per_stage."
-        ) from e
-    return made
+    there = (await asyncio.wait({placed}, timeout=beside_s))[0]
+    if not there and await crowded():
+        there = (await asyncio.wait({placed}, timeout=_PLACE_S))[0]
+    if there:
+        await placed
+        return made
+    placed.cancel()
+    raise NoRoomError(
+        f"no room for {n_stages - len(roomless)} stages of {brief(bundles[-1 - n_spares])} and {n_spares} spares; free "
+        f"in the cluster: {brief(ray.available_resources())} of {brief(ray.cluster_resources())}. "
+        f"Add nodes, or lower pipeline.stages, pipeline.spares or pipeline.threads_per_stage."
+    )
+
+
+async def has_room(group: GroupId, within_s: float) -> bool:
+    """Whether each of its bundles has a node; those of a node that died look for another one."""
+    until = time.monotonic() + within_s
+    while placement_group_table(room_of(group))["state"] != "CREATED":
+        if time.monotonic() > until:
+            return False
+        await asyncio.sleep(0.1)
+    return True
 
 
 def room_of(group: GroupId) -> Any:

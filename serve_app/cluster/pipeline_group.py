@@ -68,7 +68,7 @@ class PipelineGroup:
 
 
 async def build_group(
-    config: AppConfig, group: GroupId, record: ModelRecord, crowded: Callable[[], Awaitable[None]]
+    config: AppConfig, group: GroupId, record: ModelRecord, crowded: Callable[[], Awaitable[bool]]
 ) -> PipelineGroup:
     """Place, load, connect, and generate a first token.
 
@@ -112,7 +112,7 @@ class BrokenError(PipelineError):
 
 
 async def _build(
-    config: AppConfig, group: GroupId, record: ModelRecord, crowded: Callable[[], Awaitable[None]]
+    config: AppConfig, group: GroupId, record: ModelRecord, crowded: Callable[[], Awaitable[bool]]
 ) -> PipelineGroup:
     epoch = group.number
     trusted = config.model.publishers()

@@ -9,21 +9,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from ray.exceptions import RayError
 
-from serve_app.cluster.actors import kill_actor, kill_processes, make_stage, room_of
+from serve_app.cluster.actors import has_room, kill_actor, kill_processes, make_stage, room_of
 from serve_app.cluster.outside import OutsideStage
 from serve_app.cluster.pipeline_group import BrokenError, PipelineGroup, cause_of, lead, take_places, with_reports
 from serve_app.cluster.specs import Place
+from serve_app.cluster.stage_handle import RayStage
 from serve_app.cluster.wiring import HEAD
 from serve_app.config import AppConfig
-from serve_app.errors import PipelineError
+from serve_app.errors import NoRoomError, PipelineError
 from shard_tools.errors import LlmdError
 
 _log = logging.getLogger(__name__)
+_PLACE_S = 60.0  # for a node to come in place of one that died, where nothing else is to be done
+_SPARE_S = 1.0  # one that loads answers all the same
 _JOIN_S = 120.0  # to join all anew: a new process on a GPU compiles and captures its graphs meanwhile
 
 
@@ -40,7 +43,10 @@ async def repair_group(config: AppConfig, group: PipelineGroup, dead: Collection
     await kill_processes([place for name, place in group.places().items() if name in dead])
     kept = actors.keys() - set(dead)
     try:
-        group = _replaced(group, dead)
+        group = _replaced(group, dead, await _answering(group.spares))
+        fewer = config.pipeline.stages_at_least is not None
+        if not await has_room(group.group, config.pipeline.beside_s if fewer else _PLACE_S):
+            raise NoRoomError(f"the cluster has no room in place of {', '.join(sorted(dead))}")
         reports = await take_places(group, kept)
         loaded = time.monotonic()
         group = with_reports(group, reports)
@@ -92,17 +98,36 @@ async def replenish(config: AppConfig, group: PipelineGroup) -> PipelineGroup:
     return replace(group, spec=spec, spares=tuple(actor for _, actor in alive))
 
 
-def _replaced(group: PipelineGroup, dead: Collection[str]) -> PipelineGroup:
-    """With an actor in each place, none of which has taken it in the new epoch; no Head if that is dead."""
+async def _answering(spares: Sequence[RayStage | None]) -> tuple[bool, ...]:
+    """Those that can take a place now. One that is stopped may go on one day, and is no help today."""
+
+    async def ask(spare: RayStage | None) -> bool:
+        try:
+            async with asyncio.timeout(_SPARE_S):
+                if spare is not None:
+                    await spare.ready()
+        except (RayError, TimeoutError):
+            return False
+        return spare is not None
+
+    return tuple(await asyncio.gather(*(ask(spare) for spare in spares)))
+
+
+def _replaced(group: PipelineGroup, dead: Collection[str], fit: Sequence[bool]) -> PipelineGroup:
+    """With an actor in each place, none of which has taken it in the new epoch; no Head if that is dead.
+
+    fit: which of the spares may be used.
+    """
     epoch = max(int(time.time()), group.epoch + 1)
     plan = group.spec.plan
     actors, places = list(group.stages), list(plan.places)
     waiting = [(p, actor) for p, actor in zip(plan.spares, group.spares, strict=True) if actor is not None]
+    usable = [place for place, answers in zip(plan.spares, fit, strict=True) if answers]
     for i in range(len(actors)):
         if f"stage {i}" not in dead and actors[i] is not None:
             continue
-        if waiting:
-            best = next((w for w in waiting if w[0].prepared_for == i), waiting[0])
+        if able := [w for w in waiting if w[0] in usable]:
+            best = next((w for w in able if w[0].prepared_for == i), able[0])
             waiting.remove(best)
             places[i], actors[i] = best
         elif (outside := places[i].outside) is not None and not outside.stand_in:

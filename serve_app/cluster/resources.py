@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import ray
 
@@ -42,6 +43,21 @@ def wanted(config: AppConfig, node_cpus: Sequence[float], gpus_there: float) -> 
     if asked == "auto" and len(with_cpus) == 1:
         threads = max(1, int(with_cpus[0]))  # stages of one node take turns (see max_flights): each has all its cores
     return Resources("cpu", cpus, 0.0, threads)
+
+
+def fewer_stages(config: AppConfig) -> Iterator[AppConfig]:
+    """The configuration, then those with fewer stages that may be tried where there is no room for all."""
+    pipeline = config.pipeline
+    for stages in range(pipeline.stages, (pipeline.stages_at_least or pipeline.stages) - 1, -1):
+        yield replace(config, pipeline=replace(pipeline, stages=stages))
+
+
+def fits(config: AppConfig) -> bool:
+    """Whether the nodes that live could hold all stages, if nothing else were there. Labels are not asked."""
+    wants, there = resources_of(config), ray.cluster_resources()
+    stages, spares = config.pipeline.stages, config.pipeline.spares
+    cpus, gpus = float(there.get("CPU", 0.0)), float(there.get("GPU", 0.0))
+    return cpus >= wants.cpus * stages + HEAD_CPUS + SPARE_CPUS * spares and gpus >= wants.gpus * (stages + spares)
 
 
 def loads_of(config: AppConfig, device: DeviceName) -> tuple[int, int]:

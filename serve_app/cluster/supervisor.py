@@ -31,11 +31,12 @@ from serve_app.cluster.pipeline_group import (
     build_group,
 )
 from serve_app.cluster.repair import repair_group, replenish
+from serve_app.cluster.resources import fewer_stages, fits
 from serve_app.cluster.specs import NAMESPACE, GroupId, Place, Trouble, supervisor_name
 from serve_app.cluster.stage_handle import RayStage
 from serve_app.cluster.wiring import HEAD
 from serve_app.config import AppConfig
-from serve_app.errors import ConfigError, PipelineError, ReplacedError
+from serve_app.errors import ConfigError, NoRoomError, PipelineError, ReplacedError
 from serve_app.transport.link import LinkAddress
 from shard_tools.canonical import Value
 from shard_tools.catalog import find_model
@@ -55,6 +56,7 @@ _NAMED_S = 1.0  # the same for one that its neighbours have lost: what lives in 
 _REPAIRS = 3  # in a row; each may find further parts dead
 _REBUILD_PAUSE_S = 2.0  # after a build that failed: the same fault would fail it again at once
 _TOLD_S = 3.0  # after a restart: an ingress that knows what is served says so with its next lease, every second
+_PLAN_AGAIN_S = 30.0  # between two looks whether a pipeline with fewer stages than it is to have may have them again
 _YIELD_S = 5.0  # for another version's Supervisor to hear that it is to make room
 
 
@@ -69,6 +71,7 @@ class _SupervisorProcess:
         self._began = 0.0  # of the youngest ingress, Unix time: which version is to be there, says the youngest
         self._yields_to: float | None = None  # when an ingress of another version began, for which this one makes room
         self._yields_s = 0.0  # since when
+        self._planned_s = 0.0  # when it was last looked for how many stages there is room
         self._leases: dict[str, float] = {}
         self._born = time.monotonic()
         self._group: PipelineGroup | None = None
@@ -184,9 +187,7 @@ class _SupervisorProcess:
         try:
             if self._config.pipeline.outside:  # a stage of another operator is part of one pipeline at a time
                 await self._wait_until_alone()
-            group = await build_group(
-                self._config, GroupId(self._version, number), await self.record(), self._ask_for_room
-            )
+            group = await self._with_room(number, await self.record())
             self._group = group
             self._rebuilds += 1
             self._poll(group)
@@ -197,12 +198,32 @@ class _SupervisorProcess:
             _log.error("%s", self._problem)
             await asyncio.sleep(_REBUILD_PAUSE_S)
 
-    async def _ask_for_room(self) -> None:
-        """Older versions end first."""
+    async def _with_room(self, number: int, record: ModelRecord) -> PipelineGroup:
+        """A pipeline of as many stages as there is room for. Raises LlmdError, RayError, TimeoutError."""
+        for config in fewer_stages(self._config):
+            self._planned_s = time.monotonic()
+            try:
+                return await build_group(config, GroupId(self._version, number), record, self._ask_for_room)
+            except NoRoomError as e:
+                no_room = e
+                _log.error("%s", e)
+            number += 1
+        raise no_room
+
+    async def _ask_for_room(self) -> bool:
+        """Older versions end first. Whether there are any, or nothing else is to be done than to wait."""
         others = [actor for name, actor in supervisors().items() if name != supervisor_name(self._version)]
         asked = [asyncio.ensure_future(other.make_way.remote(self._began)) for other in others]
         if asked:
             await asyncio.wait(asked, timeout=_YIELD_S)  # one that does not answer yields nothing: no room, says Ray
+        return bool(asked) or self._config.pipeline.stages_at_least is None
+
+    async def _spreads_again(self, group: PipelineGroup) -> bool:
+        """It has fewer stages than it is to have, and the cluster seems to have grown; asked now and then."""
+        if len(group.stages) >= self._config.pipeline.stages or time.monotonic() - self._planned_s < _PLAN_AGAIN_S:
+            return False
+        self._planned_s = time.monotonic()
+        return fits(self._config)
 
     async def _wait_until_alone(self) -> None:
         """No other version has a pipeline any more, or they have had their time."""
@@ -248,6 +269,9 @@ class _SupervisorProcess:
             asking.cancel()
             asking = asyncio.ensure_future(self._dead(group, named))
         dead, stages = await asking
+        if not (dead or ended) and await self._spreads_again(group):
+            await self._lose("there is room for all stages again")
+            return
         if dead or ended:
             why = "; ".join(trouble.why for trouble in said) or f"no answer from {', '.join(sorted(dead))}"
             await self._repair(group, dead, why)
@@ -307,8 +331,8 @@ class _SupervisorProcess:
             except BrokenError as e:
                 _log.error("%s: a repair was cut short: %s", group.group, e)
                 group, why = e.group, str(e)
-                if isinstance(e.__cause__, TimeoutError):
-                    break  # somebody answers pings and does nothing else: nobody knows who
+                if isinstance(e.__cause__, TimeoutError | NoRoomError):
+                    break  # somebody answers pings and does nothing else, and nobody knows who; or there is no place
                 dead = e.dead | (await self._dead(group, frozenset()))[0]
                 continue
             self._repairs += 1
