@@ -7,6 +7,7 @@ LlmdError (shard_tools)
 │   ├── ContextLengthError the prompt and what was asked for do not fit the model's context
 │   └── UnknownModelError  no model of that name is served
 ├── OverloadedError        no room now; try again after `retry_after_s`
+├── DeadlineError          the time that this request was given is over
 ├── PipelineError          a stage died, hung or answered nonsense while serving this request
 ├── MismatchError          two stages disagree about the bytes of this request; holds the Head's signed word
 ├── ReceiptError           a receipt, statement or registry proves nothing, and why
@@ -67,6 +68,13 @@ class OverloadedError(LlmdError):
     def __init__(self, message: str, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class DeadlineError(LlmdError):
+    """The time that a request was given is over, and it was cancelled everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__("The time that this request was given is over; it was cancelled.")
 
 
 class PipelineError(LlmdError):

@@ -38,7 +38,8 @@ async def complete(
     request: Request, models: Mapping[str, ServedModel], generator: Generator, max_body_bytes: int
 ) -> Response:
     """Continue a prompt. Raises what problems.py turns into an HTTP error."""
-    body = parse(await read_body(request, max_body_bytes), CompletionBody)
+    raw, came_s = await read_body(request, max_body_bytes), time.monotonic()
+    body = parse(raw, CompletionBody)
     model = find_model(models, body.model)
     prompt = body.one_prompt()
     if isinstance(prompt, str):
@@ -46,7 +47,7 @@ async def complete(
         ids = await tokenised(len(text), lambda: model.text.encode(text, True))
     else:
         ids = tuple(prompt)
-    asked = admitted(body, model, ids, param="prompt", prefix="cmpl", default_tokens=DEFAULT_TOKENS)
+    asked = admitted(body, model, ids, param="prompt", prefix="cmpl", default_tokens=DEFAULT_TOKENS, came_s=came_s)
     answer = Answer(generator, asked, model.text.decoder(), body.stops())
     labels = Labels(asked.id, int(time.time()), model.name)
     return await reply(request, answer, SHAPE, labels, stream=body.stream, with_usage=body.wants_usage())

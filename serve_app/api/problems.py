@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from serve_app.errors import (
     BodyTooLargeError,
     ContextLengthError,
+    DeadlineError,
     MismatchError,
     OverloadedError,
     PipelineError,
@@ -50,6 +51,9 @@ class Problem:
     def response(self) -> JSONResponse:
         """The whole HTTP answer."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        if self.status == 504:
+            # OpenAI's clients send a request again on any 5xx, but not against this: nobody waits for it any more.
+            headers["x-should-retry"] = "false"
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body(), self.status, headers)
@@ -69,6 +73,8 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(400, INVALID, None, said, error.param)
         case OverloadedError():
             return Problem(429, "rate_limit_error", "rate_limit_exceeded", said, None, error.retry_after_s)
+        case DeadlineError():
+            return Problem(504, SERVER, "deadline_exceeded", said)
         case PipelineError():
             return Problem(503, SERVER, "pipeline_error", said, None, 1)
         case MismatchError():
@@ -112,6 +118,7 @@ def install(app: FastAPI) -> None:
             response.headers["X-Request-Id"] = id
         return response
 
-    for kind in (RequestError, OverloadedError, PipelineError, IntegrityError, HTTPException, RequestValidationError):
+    ours = RequestError, OverloadedError, DeadlineError, PipelineError, IntegrityError
+    for kind in (*ours, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(Exception, answer)

@@ -19,6 +19,7 @@ from shard_tools.errors import FormatError
 
 RequestId = NewType("RequestId", str)
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+FailureKind = Literal["request", "overloaded", "deadline", "pipeline", "integrity", "lost"]
 
 MICRO = 1_000_000
 MAX_TOKENS = 1 << 20  # of prompt or completion: above any context length served today
@@ -30,6 +31,7 @@ MAX_REQUEST_BYTES = 8 << 20
 NONCE_BYTES = 32
 MAX_PRIORITY = 4  # levels above and below the usual 0
 MAX_CACHE_SALT_BYTES = 64
+MAX_TIMEOUT_MS = 86_400_000  # a day; what is to take longer has no deadline
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,7 @@ class GenerationRequest:
     salt: bytes  # 32 random bytes of the ingress, so that the commitment hides a guessable prompt
     priority: int = 0  # the larger goes first, as if it had come earlier (scheduling/seats.py)
     cache_salt: bytes = b""  # requests share computed beginnings only with those of the same salt
+    timeout_ms: int | None = None  # it may still take so long from when this is handed on; then it is cancelled
 
     def encode(self) -> bytes:
         return canonical.encode(
@@ -170,6 +173,7 @@ class GenerationRequest:
                 "salt": self.salt,
                 "priority": self.priority,
                 "cache_salt": self.cache_salt,
+                "timeout_ms": self.timeout_ms,
             }
         )
 
@@ -187,6 +191,7 @@ class GenerationRequest:
                 f.data("salt", NONCE_BYTES, NONCE_BYTES),
                 f.integer("priority", -MAX_PRIORITY, MAX_PRIORITY),
                 f.data("cache_salt", 0, MAX_CACHE_SALT_BYTES),
+                f.optional_integer("timeout_ms", 1, MAX_TIMEOUT_MS),
             )
 
 
@@ -221,7 +226,7 @@ class FailedEvent:
     """
 
     id: RequestId
-    kind: Literal["request", "overloaded", "pipeline", "integrity", "lost"]
+    kind: FailureKind
     message: str
     evidence: bytes = b""
 

@@ -9,13 +9,14 @@ A stage may be lost (`lose`): requests then wait. When stages that know nothing 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import secrets
 import time
 from collections.abc import Callable
 
-from serve_app.errors import ContextLengthError, PipelineError, ProtocolError, RequestError
+from serve_app.errors import ContextLengthError, DeadlineError, PipelineError, ProtocolError, RequestError
 from serve_app.messages.events import Begun
 from serve_app.messages.request import (
     NONCE_BYTES,
@@ -106,6 +107,9 @@ class Head:
         running.reason = None
         self._running[seq] = running
         self._by_id[request.id] = seq
+        if request.timeout_ms is not None:
+            loop = asyncio.get_running_loop()
+            running.alarm = loop.call_later(request.timeout_ms / 1000, self._deadline, seq)
         self._pump()
         return nonce
 
@@ -177,7 +181,9 @@ class Head:
         began = self._scheduler.opened
         over = self._scheduler.restart(self._facts.epoch)
         for seq, running in list(self._running.items()):
-            if running.reason is not None:
+            if running.overdue:
+                self._end(seq, _too_late(running))
+            elif running.reason is not None:
                 # All is told but the receipt, for which its rows must run again.
                 running.attempt += 1
                 self._scheduler.admit(ticket_of(seq, running))
@@ -285,7 +291,9 @@ class Head:
                     self.lose(f"stage {reply.stage}: {reply.message}")
                     return []
                 for seq in self._scheduler.drop_step(reply.step):
-                    running = self._running[seq]
+                    running = self._running.get(seq)
+                    if running is None:
+                        continue  # its deadline came first
                     message = f"stage {reply.stage} failed: {reply.message}"
                     self._end(seq, FailedEvent(running.request.id, "pipeline", message))
         return []
@@ -293,7 +301,7 @@ class Head:
     def _commit(self, committed: Committed) -> None:
         running = self._running.get(committed.seq)
         if running is None:
-            return  # the pipeline has failed since: it ended with that
+            return  # it has ended since: the pipeline failed, or its deadline came
         if committed.token is not None:
             running.tokens.append(committed.token)
             self.tokens_drawn += 1
@@ -357,7 +365,23 @@ class Head:
         self.receipts_issued += 1
         self._end(signed.seq, FinishedEvent(running.request.id, running.reason, bundle.encode()))
 
+    def _deadline(self, seq: int) -> None:
+        """The time of a request that has not ended is over: it ends now, whatever the stages do."""
+        running = self._running[seq]
+        running.overdue = True
+        if running.reason is not None and self._lost is None:
+            return  # all is told but the receipt, which comes at once; the stages would wait for the word to sign
+        self._scheduler.stop(seq, "cancelled")
+        self._end(seq, _too_late(running))
+        self._pump()
+
     def _end(self, seq: int, event: Event) -> None:
         running = self._running.pop(seq)
+        if running.alarm is not None:
+            running.alarm.cancel()
         del self._by_id[running.request.id]
         running.sink(event)
+
+
+def _too_late(running: Running) -> FailedEvent:
+    return FailedEvent(running.request.id, "deadline", str(DeadlineError()))

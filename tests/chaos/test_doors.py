@@ -13,6 +13,7 @@ import pytest
 from benchmarks.known_answers import Asker, Question
 from benchmarks.server import OwnServer
 from benchmarks.workload import Arrival
+from tests.e2e.cluster import eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -50,6 +51,26 @@ def test_what_there_is_no_room_for_is_told_to_come_again(server: OwnServer) -> N
     assert len(answers) - len(refused) >= RUNNING + WAITING
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
     assert all(answer.json()["error"]["code"] == "rate_limit_exceeded" for answer in refused)
+
+
+def test_a_request_whose_time_is_over_ends_in_the_queue_and_while_it_draws(server: OwnServer) -> None:
+    """504 at its deadline, and nothing of it runs on."""
+    asked = question(server, 1000)
+
+    async def everybody() -> list[tuple[httpx.Response, float]]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=ANSWER_S) as client:
+
+            async def one(timeout_s: float) -> tuple[httpx.Response, float]:
+                began = time.perf_counter()
+                answer = await client.post(asked.path, json=asked.body | {"timeout": timeout_s})
+                return answer, time.perf_counter() - began
+
+            return await asyncio.gather(*(one(1.0) for _ in range(RUNNING)), *(one(0.5) for _ in range(WAITING)))
+
+    for answer, took_s in asyncio.run(everybody()):
+        assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
+        assert took_s < 2.5
+    assert eventually(lambda: server.state()["running"] == server.state()["waiting"] == 0, 5)
 
 
 def test_streams_of_the_other_door_do_not_notice_that_one_dies(server: OwnServer, asker: Asker) -> None:

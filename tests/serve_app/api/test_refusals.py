@@ -22,6 +22,7 @@ from tests.serve_app.api.echo_server import Serve, Server
 
 CHAT = "/v1/chat/completions"
 GOOD: dict[str, Any] = {"model": "echo", "messages": [{"role": "user", "content": "hi"}]}
+LONG: dict[str, Any] = {"messages": [{"role": "user", "content": "word " * 100}]}
 KEY = "sk-a-key-long-enough"
 
 
@@ -72,6 +73,12 @@ def refused(server: Server, status: int, body: Any, path: str = CHAT) -> dict[st
         ({"llmd": {"priority": 1.5}}, "llmd", "llmd.priority"),
         ({"llmd": {"cache_salt": "x" * 65}}, "llmd", "llmd.cache_salt"),
         ({"llmd": {"cache_salt": "é"}}, "llmd", "llmd.cache_salt"),
+        ({"timeout": 0}, "timeout", "greater than or equal to 0.001"),
+        ({"timeout": 86_401}, "timeout", "less than or equal to 86400"),
+        ({"timeout": "5s"}, "timeout", "valid number"),
+        ({"timeout": 5, "llmd": {"deadline_ms": 5000}}, "timeout", "send one of them"),
+        ({"llmd": {"deadline_ms": 0}}, "llmd", "llmd.deadline_ms"),
+        ({"llmd": {"deadline_ms": 1.5}}, "llmd", "llmd.deadline_ms"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [GOOD["messages"][0]] * 2049}, "messages", "at most 2048"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "messages.0.role"),
@@ -227,6 +234,24 @@ def test_a_failure_is_a_status_before_the_first_byte_and_an_event_after(
     assert json.loads(failed.removeprefix("data: "))["error"]["code"] == code and done == "data: [DONE]"
     with pytest.raises(openai.APIError):
         list(server.openai().chat.completions.create(**GOOD, stream=True))
+
+
+@pytest.mark.parametrize("limit", [{"timeout": 0.1}, {"llmd": {"deadline_ms": 100}}])
+def test_a_deadline_is_a_504_before_the_first_byte_and_an_event_after(serve: Serve, limit: dict[str, Any]) -> None:
+    """And nobody sends it again by itself: OpenAI's client would, on any other 5xx."""
+    for stream, pace_s in ((False, 0.02), (True, 5.0)):
+        echo = EchoGenerator(pace_s=pace_s)
+        server = serve(echo)
+        with server.http as http:
+            response = http.post(CHAT, json=GOOD | limit | {"stream": stream} | LONG)
+        assert (response.status_code, response.headers["x-should-retry"]) == (504, "false")
+        assert response.json()["error"]["code"] == "deadline_exceeded"
+        assert (echo.cancelled, echo.status()["running"]) == (1, 0)
+    server = serve(EchoGenerator(pace_s=0.02))
+    with server.http as http:
+        raw = http.post(CHAT, json=GOOD | limit | {"stream": True} | LONG).text
+    *_, failed, done, _ = raw.split("\n\n")
+    assert json.loads(failed.removeprefix("data: "))["error"]["code"] == "deadline_exceeded" and done == "data: [DONE]"
 
 
 def test_a_client_that_leaves_while_it_sends_is_no_error_of_ours(
