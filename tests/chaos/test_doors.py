@@ -97,3 +97,27 @@ def test_streams_of_the_other_door_do_not_notice_that_one_dies(server: OwnServer
 
     asyncio.run(over_a_death())
     assert server.state()["epoch"] == epoch
+
+
+def test_a_door_that_is_stopped_is_replaced_and_what_was_sent_to_it_is_answered(server: OwnServer) -> None:
+    """Serve sends it to the other one, once three health checks in a row have had no answer."""
+
+    def doors() -> int:
+        return sum(part.kind == "ingress" for part in server.parts().alive())
+
+    assert eventually(lambda: doors() == 2, 60)
+    asked = question(server, 5)
+
+    async def over_a_stop() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=ANSWER_S) as client:
+            door = await asyncio.to_thread(server.parts().one, "ingress")
+            assert door.hear(signal.SIGSTOP)
+            sent = []
+            for _ in range(40):  # over the 9 s and more
+                sent.append(asyncio.create_task(client.post(asked.path, json=asked.body)))
+                await asyncio.sleep(0.5)
+            return await asyncio.gather(*sent)
+
+    answers = asyncio.run(over_a_stop())
+    assert {answer.status_code for answer in answers} == {200}
+    assert max(answer.elapsed.total_seconds() for answer in answers) < 30
