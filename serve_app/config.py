@@ -269,8 +269,14 @@ class AppConfig:
             raise ConfigError(f"args hold something that is neither text, number, list nor mapping: {e}") from e
 
     def environment(self) -> dict[str, str]:
-        """What must be set before Ray starts, on head and workers alike, for `ingress.proxy` to take effect."""
-        return {"RAY_SERVE_ENABLE_HA_PROXY": "1" if self.ingress.proxy == "haproxy" else "0"}
+        """What must be set before Ray starts, on head and workers alike: `ingress.proxy`, and one default of Serve's.
+
+        By that, an ingress that answers no health check gets 10 s more to end, and whoever waits for it waits on.
+        """
+        return {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1" if self.ingress.proxy == "haproxy" else "0",
+            "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+        }
 
 
 def keys_of(tree: type) -> Keys:

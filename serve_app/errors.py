@@ -4,9 +4,12 @@ LlmdError (shard_tools)
 ├── ConfigError            the configuration cannot be used; nothing was started
 ├── RequestError           this request can never be served as it is
 │   ├── BodyTooLargeError  its bytes exceed what one request may send
+│   ├── KeyReusedError     its Idempotency-Key is another request's
 │   ├── ContextLengthError the prompt and what was asked for do not fit the model's context
 │   └── UnknownModelError  no model of that name is served
+├── TakenOverError         the same request came again under its Idempotency-Key, and goes on there
 ├── OverloadedError        no room now; try again after `retry_after_s`
+├── DeadlineError          the time that this request was given is over
 ├── PipelineError          a stage died, hung or answered nonsense while serving this request
 │   ├── NoRoomError        the cluster has no place for a part of the pipeline
 │   └── ReplacedError      a newer version of the application has taken this one's place
@@ -55,6 +58,15 @@ class ContextLengthError(RequestError):
         self.limit, self.prompt, self.completion = limit, prompt, completion
 
 
+class KeyReusedError(RequestError):
+    """Another request was sent under the same Idempotency-Key a short while ago."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This Idempotency-Key was used for another request. Send a new key, or the same request.", "Idempotency-Key"
+        )
+
+
 class UnknownModelError(RequestError):
     """No model of that name is served."""
 
@@ -63,12 +75,26 @@ class UnknownModelError(RequestError):
         self.asked, self.served = asked, served
 
 
+class TakenOverError(LlmdError):
+    """Another connection has sent the same request under the same Idempotency-Key since, and is answered instead."""
+
+    def __init__(self) -> None:
+        super().__init__("The same request came again under this Idempotency-Key; it is answered there.")
+
+
 class OverloadedError(LlmdError):
     """No room for this request now."""
 
     def __init__(self, message: str, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class DeadlineError(LlmdError):
+    """The time that a request was given is over, and it was cancelled everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__("The time that this request was given is over; it was cancelled.")
 
 
 class PipelineError(LlmdError):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from serve_app.api.generator import ServedModel
 from serve_app.api.wire import ChatBody, CompletionBody
-from serve_app.errors import ContextLengthError, RequestError, UnknownModelError
-from serve_app.messages.request import GenerationRequest, RequestId, fresh_salt
+from serve_app.errors import ContextLengthError, DeadlineError, RequestError, UnknownModelError
+from serve_app.messages.request import GenerationRequest, Once, RequestId, fresh_salt
 
 T = TypeVar("T")
 
@@ -37,11 +38,15 @@ def admitted(
     param: str,
     prefix: str,
     default_tokens: int | None,
+    came_s: float,
+    once: Once | None,
 ) -> GenerationRequest:
     """The request for the pipeline. param: the field that holds the prompt; prefix: of the id ("chatcmpl").
 
     default_tokens: the completion's longest length when the client names none; None: what the context leaves.
-    Raises ContextLengthError when prompt and completion do not fit, RequestError for an id outside the vocabulary.
+    came_s: on the monotonic clock, when the body was there; its time runs from then. once: what shows a retry.
+    Raises ContextLengthError when prompt and completion do not fit, RequestError for an id outside the vocabulary,
+    DeadlineError when tokenising took all its time.
     """
     if not prompt_ids:
         raise RequestError("The prompt has no tokens; send some text.", param)
@@ -55,6 +60,11 @@ def admitted(
         error = ContextLengthError(model.context_length, len(prompt_ids), wanted)
         error.param = param
         raise error
+    timeout_ms = body.timeout_ms()
+    if timeout_ms is not None:
+        timeout_ms -= int((time.monotonic() - came_s) * 1000)
+        if timeout_ms <= 0:
+            raise DeadlineError
     return GenerationRequest(
         id=RequestId(f"{prefix}-{secrets.token_hex(16)}"),
         manifest=model.manifest,
@@ -66,4 +76,6 @@ def admitted(
         salt=fresh_salt(),
         priority=body.priority(),
         cache_salt=body.cache_salt(),
+        timeout_ms=timeout_ms,
+        once=once,
     )

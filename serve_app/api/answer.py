@@ -14,7 +14,15 @@ from typing import Literal
 
 from serve_app.api.generator import Generator, IncrementalDecoder
 from serve_app.api.stop_strings import StopScanner
-from serve_app.errors import MismatchError, OverloadedError, PipelineError, RequestError
+from serve_app.errors import (
+    DeadlineError,
+    KeyReusedError,
+    MismatchError,
+    OverloadedError,
+    PipelineError,
+    RequestError,
+    TakenOverError,
+)
 from serve_app.messages.request import FailedEvent, FinishedEvent, GenerationRequest, TokensEvent
 from shard_tools.errors import LlmdError
 
@@ -89,6 +97,16 @@ class Answer:
         self._changed.clear()
 
     async def _read(self) -> None:
+        timeout_ms = self.request.timeout_ms
+        try:
+            async with asyncio.timeout(None if timeout_ms is None else timeout_ms / 1000) as limit:
+                await self._read_events()
+        except TimeoutError as e:
+            if not limit.expired():
+                raise
+            raise DeadlineError from e
+
+    async def _read_events(self) -> None:
         events = self._generator.generate(self.request)
         try:
             async for event in events:
@@ -132,8 +150,14 @@ def _as_error(event: FailedEvent) -> LlmdError:
     match event.kind:
         case "request":
             return RequestError(event.message)
+        case "key_reused":
+            return KeyReusedError()
+        case "taken_over":
+            return TakenOverError()
         case "overloaded":
             return OverloadedError(event.message)
+        case "deadline":
+            return DeadlineError()
         case "pipeline" | "lost":
             return PipelineError(event.message)
         case "integrity":

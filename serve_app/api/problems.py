@@ -15,10 +15,13 @@ from starlette.exceptions import HTTPException
 from serve_app.errors import (
     BodyTooLargeError,
     ContextLengthError,
+    DeadlineError,
+    KeyReusedError,
     MismatchError,
     OverloadedError,
     PipelineError,
     RequestError,
+    TakenOverError,
     UnknownModelError,
 )
 from shard_tools.errors import IntegrityError
@@ -50,6 +53,9 @@ class Problem:
     def response(self) -> JSONResponse:
         """The whole HTTP answer."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        if self.status in (409, 504):
+            # OpenAI's clients send a request again on these, but not against this: nobody waits for it any more.
+            headers["x-should-retry"] = "false"
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body(), self.status, headers)
@@ -65,10 +71,16 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(404, INVALID, "model_not_found", said, error.param)
         case BodyTooLargeError():
             return Problem(413, INVALID, "request_too_large", said, error.param)
+        case KeyReusedError():
+            return Problem(422, INVALID, "idempotency_key_reused", said, error.param)
+        case TakenOverError():
+            return Problem(409, INVALID, "request_taken_over", said, "Idempotency-Key")
         case RequestError():
             return Problem(400, INVALID, None, said, error.param)
         case OverloadedError():
             return Problem(429, "rate_limit_error", "rate_limit_exceeded", said, None, error.retry_after_s)
+        case DeadlineError():
+            return Problem(504, SERVER, "deadline_exceeded", said)
         case PipelineError():
             return Problem(503, SERVER, "pipeline_error", said, None, 1)
         case MismatchError():
@@ -112,6 +124,7 @@ def install(app: FastAPI) -> None:
             response.headers["X-Request-Id"] = id
         return response
 
-    for kind in (RequestError, OverloadedError, PipelineError, IntegrityError, HTTPException, RequestValidationError):
+    ours = RequestError, TakenOverError, OverloadedError, DeadlineError, PipelineError, IntegrityError
+    for kind in (*ours, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(Exception, answer)

@@ -19,6 +19,7 @@ from serve_app.messages.request import (
     MAX_BIASES,
     MAX_CACHE_SALT_BYTES,
     MAX_PRIORITY,
+    MAX_TIMEOUT_MS,
     MAX_TOKENS,
     MAX_VOCAB,
     MICRO,
@@ -88,11 +89,12 @@ class Extension(_Closed):
     """Our own part of a request, under `llmd`. nonce: 32 bytes in hex that make the receipt fresh.
 
     priority: the larger goes first. cache_salt: only requests with the same one see from the time to the first token
-    that this beginning was computed before.
+    that this beginning was computed before. deadline_ms: `timeout` in milliseconds.
     """
 
     nonce: Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")] | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
+    deadline_ms: Annotated[int, Field(ge=1, le=MAX_TIMEOUT_MS)] | None = None
     cache_salt: Annotated[str, Field(pattern="^[!-~]+$", max_length=MAX_CACHE_SALT_BYTES)] | None = None
 
 
@@ -112,6 +114,7 @@ class _Body(_Closed):
     logit_bias: Annotated[dict[_TokenId, _Bias], Field(max_length=MAX_BIASES)] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] = Field(default_factory=list)
+    timeout: Annotated[float, Field(ge=0.001, le=MAX_TIMEOUT_MS / 1000)] | None = None  # seconds
     stream: bool = False
     stream_options: StreamOptions | None = None
     llmd: Extension | None = None
@@ -145,6 +148,13 @@ class _Body(_Closed):
                 "max_tokens",
             )
         return both.pop() if both else None
+
+    def timeout_ms(self) -> int | None:
+        """How long it may take from when it has come; None: as long as it needs. Raises RequestError."""
+        deadline_ms = self.llmd.deadline_ms if self.llmd else None
+        if self.timeout is not None and deadline_ms is not None:
+            raise RequestError("timeout and llmd.deadline_ms mean the same here; send one of them.", "timeout")
+        return deadline_ms if self.timeout is None else round(self.timeout * 1000)
 
     def nonce(self) -> bytes:
         """The client's nonce, or empty."""

@@ -45,6 +45,10 @@ _POLL_S = 0.1
 _HANGS_S = 15.0  # a Supervisor that keeps an ingress waiting for so long; its calls to Ray take a second at most
 _AGREE_TRIES = 60
 _MOST_AUTO = 256  # requests that run at once, at most, where the config leaves it to the device
+_TO_REFUSE = 64  # more than the Head has room for: it says why, and when to come again
+# Serve takes a door away after three checks in a row without an answer: 9 s, not the 90 of its defaults, in which every
+# request sent to a stopped door hangs. Not less: a door that is only busy would take its streams along.
+_HEALTH_EVERY_S, _HEALTH_S = 1.0, 3.0
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -52,10 +56,15 @@ def build(args: dict[str, Any]) -> serve.Application:
     config = AppConfig.parse(args)
     check_choices(config)
     running = config.pipeline.max_requests
+    at_once = (_MOST_AUTO if running == "auto" else running) + config.pipeline.max_waiting + _TO_REFUSE
     deployment = Ingress.options(
         num_replicas=config.ingress.replicas,
         ray_actor_options={"num_cpus": 0.1} | _labels(config.ingress.node_labels),
-        max_ongoing_requests=(_MOST_AUTO if running == "auto" else running) + config.pipeline.max_waiting + 64,
+        max_ongoing_requests=at_once,
+        max_queued_requests=at_once,  # a burst that the doors have room for passes through this queue too
+        backpressure_config={"status_code": 429, "retry_after_s": 1.0},
+        health_check_period_s=_HEALTH_EVERY_S,
+        health_check_timeout_s=_HEALTH_S,
         graceful_shutdown_timeout_s=config.ingress.drain_s,
     )
     return deployment.bind(args)
@@ -71,7 +80,7 @@ def _labels(labels: dict[str, str]) -> dict[str, Any]:
 
 
 class _Ingress:
-    """One HTTP door. The limit of requests is the Head's, which refuses with 429; Serve's lies above it."""
+    """One HTTP door. The limit of requests is the Head's, which refuses with 429; Serve's, also 429, lies above it."""
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self._args, self._config = args, AppConfig.parse(args)

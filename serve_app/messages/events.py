@@ -6,6 +6,7 @@ Law: decode(encode(x)) == x. Canonical DAG-CBOR; decode raises ProtocolError for
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from serve_app.errors import ProtocolError
 from serve_app.messages.request import (
@@ -15,6 +16,7 @@ from serve_app.messages.request import (
     NONCE_BYTES,
     Event,
     FailedEvent,
+    FailureKind,
     FinishedEvent,
     GenerationRequest,
     RequestId,
@@ -171,7 +173,7 @@ def _event(value: Value) -> Event | Accepted:
             return FinishedEvent(id, why, f.data("r", 0, _MAX_RECEIPT_BYTES))  # type: ignore[arg-type]
         if kind == "fail":
             what = f.text("k", 20)
-            if what not in ("request", "overloaded", "pipeline", "integrity", "lost"):
+            if what not in get_args(FailureKind):
                 raise FormatError(f"a failure of kind {what!r}")
             return FailedEvent(id, what, f.text("m", _MAX_MESSAGE_CHARS), f.data("s", 0, 1 << 16))  # type: ignore[arg-type]
         raise FormatError(f"an event of unknown kind {kind!r}")

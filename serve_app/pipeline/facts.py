@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from serve_app.errors import ContextLengthError, RequestError
+from serve_app.messages.events import Begun
+from serve_app.messages.request import GenerationRequest
 from serve_app.receipts.rows import PAGE_ROWS
 from shard_tools.cid import Cid
 from shard_tools.signing import Envelope
@@ -40,3 +43,22 @@ def can_reuse_pages(page_size: int) -> bool:
             PAGE_ROWS,
         )
     return page_size % PAGE_ROWS == 0
+
+
+def require_servable(facts: PipelineFacts, request: GenerationRequest, begun: Begun | None) -> None:
+    """Raises RequestError for what this pipeline can never do; begun: what was drawn of it elsewhere."""
+    prompt, limit = len(request.prompt_ids), facts.context_length
+    if request.manifest != facts.manifest:
+        raise RequestError(f"this pipeline serves {facts.manifest}, not {request.manifest}", "model")
+    if prompt == 0:
+        raise RequestError("the prompt is empty", "prompt")
+    if prompt + request.max_tokens > limit:
+        raise ContextLengthError(limit, prompt, request.max_tokens)
+    drawn = () if begun is None else begun.drawn
+    if len(drawn) > request.max_tokens:
+        raise RequestError(f"{len(drawn)} tokens were drawn of {request.max_tokens}", "begun")
+    if max(*request.prompt_ids, *drawn, 0) >= facts.vocab_size:
+        raise RequestError(f"token id {max(*request.prompt_ids, *drawn, 0)} is not in the vocabulary", "prompt")
+    beyond = next((id for id, _ in request.sampling.logit_bias if id >= facts.vocab_size), None)
+    if beyond is not None:
+        raise RequestError(f"token id {beyond} is not in the vocabulary", "logit_bias")

@@ -9,13 +9,20 @@ A stage may be lost (`lose`): requests then wait. When stages that know nothing 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import secrets
 import time
 from collections.abc import Callable
 
-from serve_app.errors import ContextLengthError, OverloadedError, PipelineError, ProtocolError, RequestError
+from serve_app.errors import (
+    DeadlineError,
+    OverloadedError,
+    PipelineError,
+    ProtocolError,
+    RequestError,
+)
 from serve_app.messages.events import Begun
 from serve_app.messages.request import (
     NONCE_BYTES,
@@ -27,7 +34,7 @@ from serve_app.messages.request import (
     TokensEvent,
 )
 from serve_app.messages.step import Fault, Reply, Roots, Signed, StepPlan, StepResult, closing_plan, decode_reply
-from serve_app.pipeline.facts import PipelineFacts
+from serve_app.pipeline.facts import PipelineFacts, require_servable
 from serve_app.pipeline.running import Running, mismatch, ticket_of
 from serve_app.receipts import rows_native
 from serve_app.receipts.commitment import request_hash
@@ -99,7 +106,9 @@ class Head:
             raise PipelineError(f"the pipeline has failed ({self._failure}) and is being rebuilt; try again soon")
         if self._draining and begun is None:
             raise OverloadedError("a newer version takes this one's place; try again soon")
-        self._check(request, begun)
+        require_servable(self._facts, request, begun)
+        if request.id in self._by_id:
+            raise RequestError(f"a request {request.id} is running already", "id")
         seq = next(self._seqs)
         nonce = secrets.token_bytes(NONCE_BYTES) if begun is None else begun.node_nonce
         running = Running(request, sink, request_hash(request), nonce)
@@ -109,6 +118,7 @@ class Head:
         running.reason = None
         self._running[seq] = running
         self._by_id[request.id] = seq
+        self.allow(request.id, request.timeout_ms)
         self._pump()
         return nonce
 
@@ -116,6 +126,16 @@ class Head:
         """Refuse what is new from now on. Returns how many requests are still to end."""
         self._draining = True
         return len(self._running)
+
+    def allow(self, id: RequestId, timeout_ms: int | None) -> None:
+        """A request that runs may take so long from now, whatever it was given before."""
+        seq = self._by_id[id]
+        running = self._running[seq]
+        if running.alarm is not None:
+            running.alarm.cancel()
+        loop = asyncio.get_running_loop()
+        running.overdue = False
+        running.alarm = None if timeout_ms is None else loop.call_later(timeout_ms / 1000, self._deadline, seq)
 
     def stop(self, id: RequestId, *, keep: bool) -> None:
         """End a request now. keep: what it drew so far counts and is signed; else it is forgotten."""
@@ -185,7 +205,9 @@ class Head:
         began = self._scheduler.opened
         over = self._scheduler.restart(self._facts.epoch)
         for seq, running in list(self._running.items()):
-            if running.reason is not None:
+            if running.overdue:
+                self._end(seq, _too_late(running))
+            elif running.reason is not None:
                 # All is told but the receipt, for which its rows must run again.
                 running.attempt += 1
                 self._scheduler.admit(ticket_of(seq, running))
@@ -233,25 +255,6 @@ class Head:
             "receipts_issued": self.receipts_issued,
         }
 
-    def _check(self, request: GenerationRequest, begun: Begun | None) -> None:
-        prompt, limit = len(request.prompt_ids), self._facts.context_length
-        if request.manifest != self._facts.manifest:
-            raise RequestError(f"this pipeline serves {self._facts.manifest}, not {request.manifest}", "model")
-        if prompt == 0:
-            raise RequestError("the prompt is empty", "prompt")
-        if prompt + request.max_tokens > limit:
-            raise ContextLengthError(limit, prompt, request.max_tokens)
-        drawn = () if begun is None else begun.drawn
-        if len(drawn) > request.max_tokens:
-            raise RequestError(f"{len(drawn)} tokens were drawn of {request.max_tokens}", "begun")
-        if max(*request.prompt_ids, *drawn, 0) >= self._facts.vocab_size:
-            raise RequestError(f"token id {max(*request.prompt_ids, *drawn, 0)} is not in the vocabulary", "prompt")
-        beyond = next((id for id, _ in request.sampling.logit_bias if id >= self._facts.vocab_size), None)
-        if beyond is not None:
-            raise RequestError(f"token id {beyond} is not in the vocabulary", "logit_bias")
-        if request.id in self._by_id:
-            raise RequestError(f"a request {request.id} is running already", "id")
-
     def _pump(self) -> None:
         """Keep the stages busy: plan and send until enough is in flight or nothing can run."""
         while self._failure is None and self._lost is None and self._scheduler.in_flight < self._max_flights:
@@ -293,7 +296,9 @@ class Head:
                     self.lose(f"stage {reply.stage}: {reply.message}")
                     return []
                 for seq in self._scheduler.drop_step(reply.step):
-                    running = self._running[seq]
+                    running = self._running.get(seq)
+                    if running is None:
+                        continue  # its deadline came first
                     message = f"stage {reply.stage} failed: {reply.message}"
                     self._end(seq, FailedEvent(running.request.id, "pipeline", message))
         return []
@@ -301,7 +306,7 @@ class Head:
     def _commit(self, committed: Committed) -> None:
         running = self._running.get(committed.seq)
         if running is None:
-            return  # the pipeline has failed since: it ended with that
+            return  # it has ended since: the pipeline failed, or its deadline came
         if committed.token is not None:
             running.tokens.append(committed.token)
             self.tokens_drawn += 1
@@ -365,7 +370,23 @@ class Head:
         self.receipts_issued += 1
         self._end(signed.seq, FinishedEvent(running.request.id, running.reason, bundle.encode()))
 
+    def _deadline(self, seq: int) -> None:
+        """The time of a request that has not ended is over: it ends now, whatever the stages do."""
+        running = self._running[seq]
+        running.overdue = True
+        if running.reason is not None and self._lost is None:
+            return  # all is told but the receipt, which comes at once; the stages would wait for the word to sign
+        self._scheduler.stop(seq, "cancelled")
+        self._end(seq, _too_late(running))
+        self._pump()
+
     def _end(self, seq: int, event: Event) -> None:
         running = self._running.pop(seq)
+        if running.alarm is not None:
+            running.alarm.cancel()
         del self._by_id[running.request.id]
         running.sink(event)
+
+
+def _too_late(running: Running) -> FailedEvent:
+    return FailedEvent(running.request.id, "deadline", str(DeadlineError()))

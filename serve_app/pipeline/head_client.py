@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
-from serve_app.errors import OverloadedError, PipelineError, ReplacedError
+from serve_app.errors import DeadlineError, OverloadedError, PipelineError, ReplacedError
 from serve_app.messages.events import (
     MAX_RESUMED,
     Accepted,
@@ -44,6 +44,7 @@ class _Asked:
     """A request on its way."""
 
     request: GenerationRequest
+    began_s: float = field(default_factory=time.monotonic)
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)  # max_tokens bounds it: one event a token
     drawn: list[int] = field(default_factory=list)
     nonce: bytes = b""  # of the Head that took it in first
@@ -52,15 +53,22 @@ class _Asked:
     wire_id: RequestId | None = None  # its id with the Head it is with: the last one may still run it under another
     ended: bool = False
 
+    @property
+    def left_ms(self) -> int | None:
+        """What is left of its time; None where it has no deadline."""
+        if self.request.timeout_ms is None:
+            return None
+        return self.request.timeout_ms - int((time.monotonic() - self.began_s) * 1000)
+
     def call(self) -> Submit:
-        """What the next Head is told."""
+        """What the next Head is told, while some of its time is left."""
         if not self.nonce:
             self.wire_id = self.request.id
-            return Submit(self.request)
+            return Submit(replace(self.request, timeout_ms=self.left_ms))
         self.times += 1
         self.wire_id = RequestId(f"{self.request.id}~{self.times}")
         begun = Begun(tuple(self.drawn), self.stopped and bool(self.drawn), self.nonce, self.times)
-        return Submit(replace(self.request, id=self.wire_id), begun)
+        return Submit(replace(self.request, id=self.wire_id, timeout_ms=self.left_ms), begun)
 
 
 class HeadClient:
@@ -142,6 +150,10 @@ class HeadClient:
         self._leave(asked)
         if asked.times >= MAX_RESUMED:
             self._end(asked, FailedEvent(asked.request.id, "pipeline", f"{asked.times} pipelines were lost"))
+            return
+        left_ms = asked.left_ms
+        if left_ms is not None and left_ms <= 0:
+            self._end(asked, FailedEvent(asked.request.id, "deadline", str(DeadlineError())))
             return
         call = asked.call()
         self._by_wire[call.request.id] = asked

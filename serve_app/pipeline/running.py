@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ class Running:
     statements: dict[int, Envelope] = field(default_factory=dict)
     resumed_at: int = -1  # tokens it had drawn when stages were lost the last time
     stalls: int = 0
+    alarm: asyncio.TimerHandle | None = None  # goes off at its deadline
+    overdue: bool = False  # it has
 
     def go_on(self, begun: Begun) -> None:
         """Behind what it had drawn with another Head. reason: if that is all."""

@@ -10,9 +10,13 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from benchmarks import http_client
+from benchmarks.http_client import Reply
 from benchmarks.known_answers import Asker, Question
 from benchmarks.server import OwnServer
 from benchmarks.workload import Arrival
+from serve_app.client import fresh_nonce
+from tests.e2e.cluster import eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -52,6 +56,26 @@ def test_what_there_is_no_room_for_is_told_to_come_again(server: OwnServer) -> N
     assert all(answer.json()["error"]["code"] == "rate_limit_exceeded" for answer in refused)
 
 
+def test_a_request_whose_time_is_over_ends_in_the_queue_and_while_it_draws(server: OwnServer) -> None:
+    """504 at its deadline, and nothing of it runs on."""
+    asked = question(server, 1000)
+
+    async def everybody() -> list[tuple[httpx.Response, float]]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=ANSWER_S) as client:
+
+            async def one(timeout_s: float) -> tuple[httpx.Response, float]:
+                began = time.perf_counter()
+                answer = await client.post(asked.path, json=asked.body | {"timeout": timeout_s})
+                return answer, time.perf_counter() - began
+
+            return await asyncio.gather(*(one(1.0) for _ in range(RUNNING)), *(one(0.5) for _ in range(WAITING)))
+
+    for answer, took_s in asyncio.run(everybody()):
+        assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
+        assert took_s < 2.5
+    assert eventually(lambda: server.state()["running"] == server.state()["waiting"] == 0, 5)
+
+
 def test_streams_of_the_other_door_do_not_notice_that_one_dies(server: OwnServer, asker: Asker) -> None:
     """Those of the killed door see their connection end within a second; the pipeline stays as it is."""
     epoch = server.state()["epoch"]
@@ -76,3 +100,77 @@ def test_streams_of_the_other_door_do_not_notice_that_one_dies(server: OwnServer
 
     asyncio.run(over_a_death())
     assert server.state()["epoch"] == epoch
+
+
+def test_a_retry_under_its_key_goes_on_where_the_killed_door_left_it(server: OwnServer, asker: Asker) -> None:
+    """The undisturbed text, a receipt that verifies, and every token drawn once."""
+    assert eventually(lambda: doors(server) == 2, 60)
+    tokens, epoch = 1000, server.state()["epoch"]
+
+    async def over_a_death() -> int:
+        known = await asker.learn(question(server, tokens), ANSWER_S)
+        drawn = await asyncio.to_thread(drawn_when_idle, server)
+        asked = [{**known.question.body, "stream": True, "llmd": fresh_nonce()} for _ in range(RUNNING)]
+        asked = [body | {"stream_options": {"include_usage": True}} for body in asked]
+
+        async def ask(i: int) -> Reply:
+            key = {"Idempotency-Key": f"retry-{i}"}
+            return await http_client.ask(
+                server.url, known.question.path, asked[i], headers=key, heard=heard.append, timeout_s=ANSWER_S
+            )
+
+        heard: list[Reply] = []
+        first = [asyncio.create_task(ask(i)) for i in range(RUNNING)]
+        door = await asyncio.to_thread(server.parts().one, "ingress")
+        while len({id(reply) for reply in heard}) < RUNNING:
+            await asyncio.sleep(0.02)
+        assert door.hear(signal.SIGKILL)
+        broken = [i for i, reply in enumerate(await asyncio.gather(*first)) if reply.error is not None]
+        assert broken
+        for i in broken:
+            again = await ask(i)
+            judged = asker.judge(known, again, asked[i]["llmd"]["nonce"])
+            assert judged.verdict == "correct" and judged.attempt == 0, judged
+        return drawn
+
+    drawn = asyncio.run(over_a_death())
+    assert drawn_when_idle(server) - drawn == RUNNING * tokens
+    assert server.state()["epoch"] == epoch
+
+
+def doors(server: OwnServer) -> int:
+    """How many there are now."""
+    return sum(part.kind == "ingress" for part in server.parts().alive())
+
+
+def drawn_when_idle(server: OwnServer) -> int:
+    """Tokens drawn by the Head so far. What it says of itself is a second old at most."""
+    seen = [-1]
+
+    def idle() -> bool:
+        state = server.state()
+        seen.append(state["tokens_drawn"])
+        return seen[-1] == seen[-2] and state["running"] == 0
+
+    assert eventually(idle, 30, every_s=1.5)
+    return seen[-1]
+
+
+def test_a_door_that_is_stopped_is_replaced_and_what_was_sent_to_it_is_answered(server: OwnServer) -> None:
+    """Serve sends it to the other one, once three health checks in a row have had no answer."""
+    assert eventually(lambda: doors(server) == 2, 60)
+    asked = question(server, 5)
+
+    async def over_a_stop() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=ANSWER_S) as client:
+            door = await asyncio.to_thread(server.parts().one, "ingress")
+            assert door.hear(signal.SIGSTOP)
+            sent = []
+            for _ in range(40):  # over the 9 s and more
+                sent.append(asyncio.create_task(client.post(asked.path, json=asked.body)))
+                await asyncio.sleep(0.5)
+            return await asyncio.gather(*sent)
+
+    answers = asyncio.run(over_a_stop())
+    assert {answer.status_code for answer in answers} == {200}
+    assert max(answer.elapsed.total_seconds() for answer in answers) < 30

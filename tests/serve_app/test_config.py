@@ -223,8 +223,8 @@ def test_every_other_way_to_be_reached_from_outside_needs_a_key_too(monkeypatch:
 
 def test_one_switch_turns_haproxy_on() -> None:
     app = AppConfig.parse({"model": MODEL, "ingress": {"proxy": "haproxy", "api_keys": {"file": "/keys"}}})
-    assert app.environment() == {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
-    assert AppConfig.parse({"model": MODEL}).environment() == {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
+    assert app.environment()["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert AppConfig.parse({"model": MODEL}).environment()["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "localhost", "::1"])

@@ -12,16 +12,20 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from starlette.datastructures import Headers
 
 from serve_app.api.auth import ApiKeys
 from serve_app.api.echo import EchoGenerator
+from serve_app.api.idempotency import once_of
 from serve_app.api.problems import problem_of
+from serve_app.api.wire import ChatBody, CompletionBody, parse
 from serve_app.errors import ConfigError, MismatchError
-from serve_app.messages.request import Event, FailedEvent, GenerationRequest, TokensEvent
+from serve_app.messages.request import Event, FailedEvent, GenerationRequest, Once, TokensEvent
 from tests.serve_app.api.echo_server import Serve, Server
 
 CHAT = "/v1/chat/completions"
 GOOD: dict[str, Any] = {"model": "echo", "messages": [{"role": "user", "content": "hi"}]}
+LONG: dict[str, Any] = {"messages": [{"role": "user", "content": "word " * 100}]}
 KEY = "sk-a-key-long-enough"
 
 
@@ -72,6 +76,12 @@ def refused(server: Server, status: int, body: Any, path: str = CHAT) -> dict[st
         ({"llmd": {"priority": 1.5}}, "llmd", "llmd.priority"),
         ({"llmd": {"cache_salt": "x" * 65}}, "llmd", "llmd.cache_salt"),
         ({"llmd": {"cache_salt": "é"}}, "llmd", "llmd.cache_salt"),
+        ({"timeout": 0}, "timeout", "greater than or equal to 0.001"),
+        ({"timeout": 86_401}, "timeout", "less than or equal to 86400"),
+        ({"timeout": "5s"}, "timeout", "valid number"),
+        ({"timeout": 5, "llmd": {"deadline_ms": 5000}}, "timeout", "send one of them"),
+        ({"llmd": {"deadline_ms": 0}}, "llmd", "llmd.deadline_ms"),
+        ({"llmd": {"deadline_ms": 1.5}}, "llmd", "llmd.deadline_ms"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [GOOD["messages"][0]] * 2049}, "messages", "at most 2048"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "messages.0.role"),
@@ -210,6 +220,9 @@ class Failing(EchoGenerator):
         ("overloaded", 429, "rate_limit_exceeded"),
         ("pipeline", 503, "pipeline_error"),
         ("integrity", 500, "integrity_error"),
+        ("deadline", 504, "deadline_exceeded"),
+        ("key_reused", 422, "idempotency_key_reused"),
+        ("taken_over", 409, "request_taken_over"),
         ("bug", 500, "internal_error"),
     ],
 )
@@ -227,6 +240,52 @@ def test_a_failure_is_a_status_before_the_first_byte_and_an_event_after(
     assert json.loads(failed.removeprefix("data: "))["error"]["code"] == code and done == "data: [DONE]"
     with pytest.raises(openai.APIError):
         list(server.openai().chat.completions.create(**GOOD, stream=True))
+
+
+@pytest.mark.parametrize("limit", [{"timeout": 0.1}, {"llmd": {"deadline_ms": 100}}])
+def test_a_deadline_is_a_504_before_the_first_byte_and_an_event_after(serve: Serve, limit: dict[str, Any]) -> None:
+    """And nobody sends it again by itself: OpenAI's client would, on any other 5xx."""
+    for stream, pace_s in ((False, 0.02), (True, 5.0)):
+        echo = EchoGenerator(pace_s=pace_s)
+        server = serve(echo)
+        with server.http as http:
+            response = http.post(CHAT, json=GOOD | limit | {"stream": stream} | LONG)
+        assert (response.status_code, response.headers["x-should-retry"]) == (504, "false")
+        assert response.json()["error"]["code"] == "deadline_exceeded"
+        assert (echo.cancelled, echo.status()["running"]) == (1, 0)
+    server = serve(EchoGenerator(pace_s=0.02))
+    with server.http as http:
+        raw = http.post(CHAT, json=GOOD | limit | {"stream": True} | LONG).text
+    *_, failed, done, _ = raw.split("\n\n")
+    assert json.loads(failed.removeprefix("data: "))["error"]["code"] == "deadline_exceeded" and done == "data: [DONE]"
+
+
+@pytest.mark.parametrize("keys", [[""], ["a b"], ['"a'], ["é"], ["x" * 256], ["a", "a"]])
+def test_an_idempotency_key_that_is_none_is_refused(server: Server, keys: list[str]) -> None:
+    with server.http as http:
+        headers = [("Idempotency-Key", key.encode()) for key in keys]
+        response = http.post(CHAT, json=GOOD, headers=headers)  # type: ignore[arg-type]
+    assert response.status_code == 400 and response.json()["error"]["param"] == "Idempotency-Key"
+
+
+def test_a_retry_is_known_by_all_that_decides_its_answer_and_by_whose_it_is() -> None:
+    def once(key: str = "k", authorization: str = "Bearer one", kind: Any = ChatBody, **change: Any) -> Once:
+        made = once_of(Headers({"Idempotency-Key": key, "authorization": authorization}), parsed(kind, change))
+        assert made is not None
+        return made
+
+    def parsed(kind: Any, change: dict[str, Any]) -> Any:
+        body = GOOD if kind is ChatBody else {"model": "echo", "prompt": "hi"}
+        return parse(json.dumps(body | change).encode(), kind)
+
+    first = once()
+    assert first == once('"k"') == once(stream=True, timeout=3) == once(llmd=None) == once()
+    assert once(llmd={}) == once(llmd={"deadline_ms": 5})
+    assert first.key != once("l").key and first.key != once(authorization="Bearer two").key
+    for change in ({"max_tokens": 5}, {"seed": 1}, {"stop": "x"}, {"llmd": {"nonce": "00" * 32}}):
+        assert first.key == once(**change).key and first.asked != once(**change).asked
+    assert first.asked != once(kind=CompletionBody).asked
+    assert once_of(Headers({}), parsed(ChatBody, {})) is None
 
 
 def test_a_client_that_leaves_while_it_sends_is_no_error_of_ours(
