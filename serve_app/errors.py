@@ -4,8 +4,10 @@ LlmdError (shard_tools)
 ├── ConfigError            the configuration cannot be used; nothing was started
 ├── RequestError           this request can never be served as it is
 │   ├── BodyTooLargeError  its bytes exceed what one request may send
+│   ├── KeyReusedError     its Idempotency-Key is another request's
 │   ├── ContextLengthError the prompt and what was asked for do not fit the model's context
 │   └── UnknownModelError  no model of that name is served
+├── TakenOverError         the same request came again under its Idempotency-Key, and goes on there
 ├── OverloadedError        no room now; try again after `retry_after_s`
 ├── DeadlineError          the time that this request was given is over
 ├── PipelineError          a stage died, hung or answered nonsense while serving this request
@@ -54,12 +56,28 @@ class ContextLengthError(RequestError):
         self.limit, self.prompt, self.completion = limit, prompt, completion
 
 
+class KeyReusedError(RequestError):
+    """Another request was sent under the same Idempotency-Key a short while ago."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This Idempotency-Key was used for another request. Send a new key, or the same request.", "Idempotency-Key"
+        )
+
+
 class UnknownModelError(RequestError):
     """No model of that name is served."""
 
     def __init__(self, asked: str, served: tuple[str, ...]) -> None:
         super().__init__(f"The model {asked!r} does not exist here. Served: {', '.join(served)}.", "model")
         self.asked, self.served = asked, served
+
+
+class TakenOverError(LlmdError):
+    """Another connection has sent the same request under the same Idempotency-Key since, and is answered instead."""
+
+    def __init__(self) -> None:
+        super().__init__("The same request came again under this Idempotency-Key; it is answered there.")
 
 
 class OverloadedError(LlmdError):

@@ -11,6 +11,10 @@ What differs from OpenAI, on purpose:
     `timeout` (seconds, 0.001 to 86,400; or llmd.deadline_ms, not both): counted from when the body is there, in the
         queue and over deaths too. What has not ended then is cancelled everywhere: 504, code deadline_exceeded, which
         clients of OpenAI's do not send again (x-should-retry: false); in a stream an event with that error, and its end
+    a request with the header `Idempotency-Key` (1 to 255 printable characters, in quotes or not) goes on, or its answer
+        is kept, for 30 s without its client. The same body under the same key then gets every token so far, the rest
+        and the same receipt, through whichever door; `stream`, `timeout` and their like may differ. Another body under
+        that key: 422; the connection that such a retry leaves behind, if it lives: 409. Keys are of the API key shown
     an answer carries `llmd: {"request_id", "receipt"}`, a stream on the chunk that has the finish_reason; whole answers
         also the header x-llmd-receipt, the receipt bundle's CID
     usage counts every token that was generated and signed, those of a stop string included

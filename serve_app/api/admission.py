@@ -11,7 +11,7 @@ from typing import TypeVar
 from serve_app.api.generator import ServedModel
 from serve_app.api.wire import ChatBody, CompletionBody
 from serve_app.errors import ContextLengthError, DeadlineError, RequestError, UnknownModelError
-from serve_app.messages.request import GenerationRequest, RequestId, fresh_salt
+from serve_app.messages.request import GenerationRequest, Once, RequestId, fresh_salt
 
 T = TypeVar("T")
 
@@ -39,11 +39,12 @@ def admitted(
     prefix: str,
     default_tokens: int | None,
     came_s: float,
+    once: Once | None,
 ) -> GenerationRequest:
     """The request for the pipeline. param: the field that holds the prompt; prefix: of the id ("chatcmpl").
 
     default_tokens: the completion's longest length when the client names none; None: what the context leaves.
-    came_s: on the monotonic clock, when the body was there; its time runs from then.
+    came_s: on the monotonic clock, when the body was there; its time runs from then. once: what shows a retry.
     Raises ContextLengthError when prompt and completion do not fit, RequestError for an id outside the vocabulary,
     DeadlineError when tokenising took all its time.
     """
@@ -76,4 +77,5 @@ def admitted(
         priority=body.priority(),
         cache_salt=body.cache_salt(),
         timeout_ms=timeout_ms,
+        once=once,
     )

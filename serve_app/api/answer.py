@@ -14,7 +14,15 @@ from typing import Literal
 
 from serve_app.api.generator import Generator, IncrementalDecoder
 from serve_app.api.stop_strings import StopScanner
-from serve_app.errors import DeadlineError, MismatchError, OverloadedError, PipelineError, RequestError
+from serve_app.errors import (
+    DeadlineError,
+    KeyReusedError,
+    MismatchError,
+    OverloadedError,
+    PipelineError,
+    RequestError,
+    TakenOverError,
+)
 from serve_app.messages.request import FailedEvent, FinishedEvent, GenerationRequest, TokensEvent
 from shard_tools.errors import LlmdError
 
@@ -142,6 +150,10 @@ def _as_error(event: FailedEvent) -> LlmdError:
     match event.kind:
         case "request":
             return RequestError(event.message)
+        case "key_reused":
+            return KeyReusedError()
+        case "taken_over":
+            return TakenOverError()
         case "overloaded":
             return OverloadedError(event.message)
         case "deadline":

@@ -13,6 +13,7 @@ from serve_app.api.admission import admitted, find_model, tokenised
 from serve_app.api.answer import Answer
 from serve_app.api.connection import read_body
 from serve_app.api.generator import Generator, ServedModel
+from serve_app.api.idempotency import once_of
 from serve_app.api.reply import Labels, Shape, reply
 from serve_app.api.wire import ChatBody, parse
 
@@ -44,11 +45,14 @@ async def chat(
     """Answer a conversation. Raises what problems.py turns into an HTTP error."""
     raw, came_s = await read_body(request, max_body_bytes), time.monotonic()
     body = parse(raw, ChatBody)
+    once = once_of(request.headers, body)
     model = find_model(models, body.model)
     turns = [message.for_template() for message in body.messages]
     chars = sum(len(turn["content"]) for turn in turns)
     ids = await tokenised(chars, lambda: model.text.encode_chat(turns))
-    asked = admitted(body, model, ids, param="messages", prefix="chatcmpl", default_tokens=None, came_s=came_s)
+    asked = admitted(
+        body, model, ids, param="messages", prefix="chatcmpl", default_tokens=None, came_s=came_s, once=once
+    )
     answer = Answer(generator, asked, model.text.decoder(), body.stops())
     labels = Labels(asked.id, int(time.time()), model.name)
     return await reply(request, answer, SHAPE, labels, stream=body.stream, with_usage=body.wants_usage())

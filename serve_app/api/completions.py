@@ -13,6 +13,7 @@ from serve_app.api.admission import admitted, find_model, tokenised
 from serve_app.api.answer import Answer
 from serve_app.api.connection import read_body
 from serve_app.api.generator import Generator, ServedModel
+from serve_app.api.idempotency import once_of
 from serve_app.api.reply import Labels, Shape, reply
 from serve_app.api.wire import CompletionBody, parse
 
@@ -40,6 +41,7 @@ async def complete(
     """Continue a prompt. Raises what problems.py turns into an HTTP error."""
     raw, came_s = await read_body(request, max_body_bytes), time.monotonic()
     body = parse(raw, CompletionBody)
+    once = once_of(request.headers, body)
     model = find_model(models, body.model)
     prompt = body.one_prompt()
     if isinstance(prompt, str):
@@ -47,7 +49,9 @@ async def complete(
         ids = await tokenised(len(text), lambda: model.text.encode(text, True))
     else:
         ids = tuple(prompt)
-    asked = admitted(body, model, ids, param="prompt", prefix="cmpl", default_tokens=DEFAULT_TOKENS, came_s=came_s)
+    asked = admitted(
+        body, model, ids, param="prompt", prefix="cmpl", default_tokens=DEFAULT_TOKENS, came_s=came_s, once=once
+    )
     answer = Answer(generator, asked, model.text.decoder(), body.stops())
     labels = Labels(asked.id, int(time.time()), model.name)
     return await reply(request, answer, SHAPE, labels, stream=body.stream, with_usage=body.wants_usage())

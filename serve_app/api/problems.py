@@ -16,10 +16,12 @@ from serve_app.errors import (
     BodyTooLargeError,
     ContextLengthError,
     DeadlineError,
+    KeyReusedError,
     MismatchError,
     OverloadedError,
     PipelineError,
     RequestError,
+    TakenOverError,
     UnknownModelError,
 )
 from shard_tools.errors import IntegrityError
@@ -51,8 +53,8 @@ class Problem:
     def response(self) -> JSONResponse:
         """The whole HTTP answer."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
-        if self.status == 504:
-            # OpenAI's clients send a request again on any 5xx, but not against this: nobody waits for it any more.
+        if self.status in (409, 504):
+            # OpenAI's clients send a request again on these, but not against this: nobody waits for it any more.
             headers["x-should-retry"] = "false"
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
@@ -69,6 +71,10 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(404, INVALID, "model_not_found", said, error.param)
         case BodyTooLargeError():
             return Problem(413, INVALID, "request_too_large", said, error.param)
+        case KeyReusedError():
+            return Problem(422, INVALID, "idempotency_key_reused", said, error.param)
+        case TakenOverError():
+            return Problem(409, INVALID, "request_taken_over", said, "Idempotency-Key")
         case RequestError():
             return Problem(400, INVALID, None, said, error.param)
         case OverloadedError():
@@ -118,7 +124,7 @@ def install(app: FastAPI) -> None:
             response.headers["X-Request-Id"] = id
         return response
 
-    ours = RequestError, OverloadedError, DeadlineError, PipelineError, IntegrityError
+    ours = RequestError, TakenOverError, OverloadedError, DeadlineError, PipelineError, IntegrityError
     for kind in (*ours, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(Exception, answer)

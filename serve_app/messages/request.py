@@ -19,7 +19,7 @@ from shard_tools.errors import FormatError
 
 RequestId = NewType("RequestId", str)
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-FailureKind = Literal["request", "overloaded", "deadline", "pipeline", "integrity", "lost"]
+FailureKind = Literal["request", "key_reused", "taken_over", "overloaded", "deadline", "pipeline", "integrity", "lost"]
 
 MICRO = 1_000_000
 MAX_TOKENS = 1 << 20  # of prompt or completion: above any context length served today
@@ -29,6 +29,7 @@ MIN_REPETITION_MICRO, MAX_REPETITION_MICRO = MICRO // 100, 10 * MICRO  # servers
 MAX_BIASES, MAX_BIAS_MICRO = 300, 100 * MICRO  # OpenAI's
 MAX_REQUEST_BYTES = 8 << 20
 NONCE_BYTES = 32
+_DIGEST_BYTES = 32
 MAX_PRIORITY = 4  # levels above and below the usual 0
 MAX_CACHE_SALT_BYTES = 64
 MAX_TIMEOUT_MS = 86_400_000  # a day; what is to take longer has no deadline
@@ -145,6 +146,17 @@ def _wrong_bias(pairs: tuple[tuple[int, int], ...]) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Once:
+    """What shows a retry to be one, as SHA-256 digests.
+
+    key: of whose it is and of its Idempotency-Key; asked: of all that decides the answer.
+    """
+
+    key: bytes
+    asked: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One request as the Head sees it."""
 
@@ -159,6 +171,7 @@ class GenerationRequest:
     priority: int = 0  # the larger goes first, as if it had come earlier (scheduling/seats.py)
     cache_salt: bytes = b""  # requests share computed beginnings only with those of the same salt
     timeout_ms: int | None = None  # it may still take so long from when this is handed on; then it is cancelled
+    once: Once | None = None  # None: sent again it is another request
 
     def encode(self) -> bytes:
         return canonical.encode(
@@ -174,6 +187,7 @@ class GenerationRequest:
                 "priority": self.priority,
                 "cache_salt": self.cache_salt,
                 "timeout_ms": self.timeout_ms,
+                "once": self.once.key + self.once.asked if self.once else b"",
             }
         )
 
@@ -192,7 +206,14 @@ class GenerationRequest:
                 f.integer("priority", -MAX_PRIORITY, MAX_PRIORITY),
                 f.data("cache_salt", 0, MAX_CACHE_SALT_BYTES),
                 f.optional_integer("timeout_ms", 1, MAX_TIMEOUT_MS),
+                _once(f.data("once", 0, 2 * _DIGEST_BYTES)),
             )
+
+
+def _once(digests: bytes) -> Once | None:
+    if len(digests) not in (0, 2 * _DIGEST_BYTES):
+        raise FormatError(f"request.once: {len(digests)} bytes, where two digests are expected, or nothing")
+    return Once(digests[:_DIGEST_BYTES], digests[_DIGEST_BYTES:]) if digests else None
 
 
 def fresh_salt() -> bytes:

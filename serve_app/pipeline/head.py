@@ -107,11 +107,19 @@ class Head:
         running.reason = None
         self._running[seq] = running
         self._by_id[request.id] = seq
-        if request.timeout_ms is not None:
-            loop = asyncio.get_running_loop()
-            running.alarm = loop.call_later(request.timeout_ms / 1000, self._deadline, seq)
+        self.allow(request.id, request.timeout_ms)
         self._pump()
         return nonce
+
+    def allow(self, id: RequestId, timeout_ms: int | None) -> None:
+        """A request that runs may take so long from now, whatever it was given before."""
+        seq = self._by_id[id]
+        running = self._running[seq]
+        if running.alarm is not None:
+            running.alarm.cancel()
+        loop = asyncio.get_running_loop()
+        running.overdue = False
+        running.alarm = None if timeout_ms is None else loop.call_later(timeout_ms / 1000, self._deadline, seq)
 
     def stop(self, id: RequestId, *, keep: bool) -> None:
         """End a request now. keep: what it drew so far counts and is signed; else it is forgotten."""

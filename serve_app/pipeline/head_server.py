@@ -1,6 +1,7 @@
 """Lets ingresses of other processes use a Head: one link each, one message a step for all of its requests.
 
-When a link ends, its requests are cancelled: nobody is left to read their tokens.
+When a link ends, its requests are cancelled: nobody is left to read their tokens. Those with an Idempotency-Key run on
+for a while, for whoever asks again (keyed.py).
 """
 
 from __future__ import annotations
@@ -10,7 +11,14 @@ import logging
 import secrets
 from collections.abc import Callable
 
-from serve_app.errors import OverloadedError, PipelineError, ProtocolError, RequestError
+from serve_app.errors import (
+    KeyReusedError,
+    OverloadedError,
+    PipelineError,
+    ProtocolError,
+    RequestError,
+    TakenOverError,
+)
 from serve_app.messages.events import (
     MAX_MESSAGE_BYTES,
     Accepted,
@@ -24,6 +32,7 @@ from serve_app.messages.events import (
 )
 from serve_app.messages.request import Event, FailedEvent, FinishedEvent, RequestId
 from serve_app.pipeline.head import Head
+from serve_app.pipeline.keyed import KEEP_S, KeyedRequests
 from serve_app.transport.link import SECRET_BYTES, Link, LinkAddress, accept
 from shard_tools.canonical import Value
 
@@ -34,9 +43,9 @@ _log = logging.getLogger(__name__)
 class HeadServer:
     """Listens for ingresses on one address with a secret of its own."""
 
-    def __init__(self, head: Head, facts: Callable[[], dict[str, Value]]) -> None:
-        """facts: what a status call is answered with."""
-        self._head, self._facts = head, facts
+    def __init__(self, head: Head, facts: Callable[[], dict[str, Value]], keep_s: float = KEEP_S) -> None:
+        """facts: what a status call is answered with. keep_s: how long a request with a key waits for a retry."""
+        self._requests, self._facts = KeyedRequests(head, keep_s), facts
         self._secret = secrets.token_bytes(SECRET_BYTES)
         self._servers: list[asyncio.Server] = []
         self._links: set[Link] = set()
@@ -66,7 +75,7 @@ class HeadServer:
         if self._closed:  # while it proved itself
             link.close()
             return
-        caller = _Caller(self._head, link, self._facts)
+        caller = _Caller(self._requests, link, self._facts)
         self._links.add(link)
         try:
             while (frame := await link.receive()) is not None:
@@ -82,8 +91,8 @@ class HeadServer:
 class _Caller:
     """One ingress: its requests, and the events that wait for the end of this turn of the loop."""
 
-    def __init__(self, head: Head, link: Link, facts: Callable[[], dict[str, Value]]) -> None:
-        self._head, self._link, self._facts = head, link, facts
+    def __init__(self, all: KeyedRequests, link: Link, facts: Callable[[], dict[str, Value]]) -> None:
+        self._all, self._link, self._facts = all, link, facts
         self._requests: set[RequestId] = set()
         self._events: list[Event | Accepted] = []
 
@@ -95,7 +104,11 @@ class _Caller:
                     raise ProtocolError(f"request {request.id} was submitted twice")
                 self._requests.add(request.id)  # before: submit may tell of its end at once
                 try:
-                    self._tell(Accepted(request.id, self._head.submit(request, self._tell, begun)))
+                    self._all.submit(request, self._tell, begun)
+                except KeyReusedError as e:
+                    self._tell(FailedEvent(request.id, "key_reused", str(e)))
+                except TakenOverError as e:
+                    self._tell(FailedEvent(request.id, "taken_over", str(e)))
                 except RequestError as e:
                     self._tell(FailedEvent(request.id, "request", str(e)))
                 except OverloadedError as e:
@@ -104,13 +117,15 @@ class _Caller:
                     self._tell(FailedEvent(request.id, "lost", str(e)))
             case Stop(id, keep):
                 if id in self._requests:  # never another ingress's
-                    self._head.stop(id, keep=keep)
+                    if not keep:
+                        self._requests.discard(id)  # it may go on for a reader of another link
+                    self._all.stop(id, keep=keep)
             case AskStatus():
                 self._link.send(encode_events([], Status(self._facts())))
 
     def gone(self) -> None:
         for id in list(self._requests):
-            self._head.stop(id, keep=False)
+            self._all.stop(id, keep=False)
 
     def _tell(self, event: Event | Accepted) -> None:
         if isinstance(event, FinishedEvent | FailedEvent):

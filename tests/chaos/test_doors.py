@@ -10,9 +10,12 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from benchmarks import http_client
+from benchmarks.http_client import Reply
 from benchmarks.known_answers import Asker, Question
 from benchmarks.server import OwnServer
 from benchmarks.workload import Arrival
+from serve_app.client import fresh_nonce
 from tests.e2e.cluster import eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -99,13 +102,63 @@ def test_streams_of_the_other_door_do_not_notice_that_one_dies(server: OwnServer
     assert server.state()["epoch"] == epoch
 
 
+def test_a_retry_under_its_key_goes_on_where_the_killed_door_left_it(server: OwnServer, asker: Asker) -> None:
+    """The undisturbed text, a receipt that verifies, and every token drawn once."""
+    assert eventually(lambda: doors(server) == 2, 60)
+    tokens, epoch = 1000, server.state()["epoch"]
+
+    async def over_a_death() -> int:
+        known = await asker.learn(question(server, tokens), ANSWER_S)
+        drawn = await asyncio.to_thread(drawn_when_idle, server)
+        asked = [{**known.question.body, "stream": True, "llmd": fresh_nonce()} for _ in range(RUNNING)]
+        asked = [body | {"stream_options": {"include_usage": True}} for body in asked]
+
+        async def ask(i: int) -> Reply:
+            key = {"Idempotency-Key": f"retry-{i}"}
+            return await http_client.ask(
+                server.url, known.question.path, asked[i], headers=key, heard=heard.append, timeout_s=ANSWER_S
+            )
+
+        heard: list[Reply] = []
+        first = [asyncio.create_task(ask(i)) for i in range(RUNNING)]
+        door = await asyncio.to_thread(server.parts().one, "ingress")
+        while len({id(reply) for reply in heard}) < RUNNING:
+            await asyncio.sleep(0.02)
+        assert door.hear(signal.SIGKILL)
+        broken = [i for i, reply in enumerate(await asyncio.gather(*first)) if reply.error is not None]
+        assert broken
+        for i in broken:
+            again = await ask(i)
+            judged = asker.judge(known, again, asked[i]["llmd"]["nonce"])
+            assert judged.verdict == "correct" and judged.attempt == 0, judged
+        return drawn
+
+    drawn = asyncio.run(over_a_death())
+    assert drawn_when_idle(server) - drawn == RUNNING * tokens
+    assert server.state()["epoch"] == epoch
+
+
+def doors(server: OwnServer) -> int:
+    """How many there are now."""
+    return sum(part.kind == "ingress" for part in server.parts().alive())
+
+
+def drawn_when_idle(server: OwnServer) -> int:
+    """Tokens drawn by the Head so far. What it says of itself is a second old at most."""
+    seen = [-1]
+
+    def idle() -> bool:
+        state = server.state()
+        seen.append(state["tokens_drawn"])
+        return seen[-1] == seen[-2] and state["running"] == 0
+
+    assert eventually(idle, 30, every_s=1.5)
+    return seen[-1]
+
+
 def test_a_door_that_is_stopped_is_replaced_and_what_was_sent_to_it_is_answered(server: OwnServer) -> None:
     """Serve sends it to the other one, once three health checks in a row have had no answer."""
-
-    def doors() -> int:
-        return sum(part.kind == "ingress" for part in server.parts().alive())
-
-    assert eventually(lambda: doors() == 2, 60)
+    assert eventually(lambda: doors(server) == 2, 60)
     asked = question(server, 5)
 
     async def over_a_stop() -> list[httpx.Response]:

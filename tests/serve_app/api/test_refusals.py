@@ -12,12 +12,15 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from starlette.datastructures import Headers
 
 from serve_app.api.auth import ApiKeys
 from serve_app.api.echo import EchoGenerator
+from serve_app.api.idempotency import once_of
 from serve_app.api.problems import problem_of
+from serve_app.api.wire import ChatBody, CompletionBody, parse
 from serve_app.errors import ConfigError, MismatchError
-from serve_app.messages.request import Event, FailedEvent, GenerationRequest, TokensEvent
+from serve_app.messages.request import Event, FailedEvent, GenerationRequest, Once, TokensEvent
 from tests.serve_app.api.echo_server import Serve, Server
 
 CHAT = "/v1/chat/completions"
@@ -217,6 +220,9 @@ class Failing(EchoGenerator):
         ("overloaded", 429, "rate_limit_exceeded"),
         ("pipeline", 503, "pipeline_error"),
         ("integrity", 500, "integrity_error"),
+        ("deadline", 504, "deadline_exceeded"),
+        ("key_reused", 422, "idempotency_key_reused"),
+        ("taken_over", 409, "request_taken_over"),
         ("bug", 500, "internal_error"),
     ],
 )
@@ -252,6 +258,34 @@ def test_a_deadline_is_a_504_before_the_first_byte_and_an_event_after(serve: Ser
         raw = http.post(CHAT, json=GOOD | limit | {"stream": True} | LONG).text
     *_, failed, done, _ = raw.split("\n\n")
     assert json.loads(failed.removeprefix("data: "))["error"]["code"] == "deadline_exceeded" and done == "data: [DONE]"
+
+
+@pytest.mark.parametrize("keys", [[""], ["a b"], ['"a'], ["é"], ["x" * 256], ["a", "a"]])
+def test_an_idempotency_key_that_is_none_is_refused(server: Server, keys: list[str]) -> None:
+    with server.http as http:
+        headers = [("Idempotency-Key", key.encode()) for key in keys]
+        response = http.post(CHAT, json=GOOD, headers=headers)  # type: ignore[arg-type]
+    assert response.status_code == 400 and response.json()["error"]["param"] == "Idempotency-Key"
+
+
+def test_a_retry_is_known_by_all_that_decides_its_answer_and_by_whose_it_is() -> None:
+    def once(key: str = "k", authorization: str = "Bearer one", kind: Any = ChatBody, **change: Any) -> Once:
+        made = once_of(Headers({"Idempotency-Key": key, "authorization": authorization}), parsed(kind, change))
+        assert made is not None
+        return made
+
+    def parsed(kind: Any, change: dict[str, Any]) -> Any:
+        body = GOOD if kind is ChatBody else {"model": "echo", "prompt": "hi"}
+        return parse(json.dumps(body | change).encode(), kind)
+
+    first = once()
+    assert first == once('"k"') == once(stream=True, timeout=3) == once(llmd=None) == once()
+    assert once(llmd={}) == once(llmd={"deadline_ms": 5})
+    assert first.key != once("l").key and first.key != once(authorization="Bearer two").key
+    for change in ({"max_tokens": 5}, {"seed": 1}, {"stop": "x"}, {"llmd": {"nonce": "00" * 32}}):
+        assert first.key == once(**change).key and first.asked != once(**change).asked
+    assert first.asked != once(kind=CompletionBody).asked
+    assert once_of(Headers({}), parsed(ChatBody, {})) is None
 
 
 def test_a_client_that_leaves_while_it_sends_is_no_error_of_ours(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,8 +25,10 @@ from serve_app.messages.request import (
     MICRO,
     Event,
     FailedEvent,
+    FailureKind,
     FinishedEvent,
     GenerationRequest,
+    Once,
     RequestId,
     Sampling,
     TokensEvent,
@@ -36,6 +40,7 @@ from shard_tools.cid import Cid, Codec
 MANIFEST = Cid.of(Codec.DAG_CBOR, b"a manifest")
 ids = st.text(max_size=40).map(RequestId)
 tokens = st.lists(st.integers(0, 1 << 24), max_size=6).map(tuple)
+digests = st.binary(min_size=32, max_size=32)
 samplings = st.builds(
     Sampling,
     st.integers(0, 2 * MICRO),
@@ -60,6 +65,8 @@ requests = st.builds(
     tokens,
     st.binary(max_size=32),
     st.binary(min_size=32, max_size=32),
+    timeout_ms=st.none() | st.integers(1, 86_400_000),
+    once=st.none() | st.builds(Once, digests, digests),
 )
 CALLS: st.SearchStrategy[Call] = st.one_of(
     st.builds(Submit, requests), st.builds(Stop, ids, st.booleans()), st.just(AskStatus())
@@ -70,7 +77,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(
         FailedEvent,
         ids,
-        st.sampled_from(["request", "overloaded", "pipeline", "integrity"]),
+        st.sampled_from(get_args(FailureKind)),
         st.text(max_size=50),
         st.binary(max_size=50),
     ),
