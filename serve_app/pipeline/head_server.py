@@ -118,7 +118,7 @@ class _Caller:
             case Stop(id, keep):
                 if id in self._requests:  # never another ingress's
                     if not keep:
-                        self._requests.discard(id)  # it may go on for another reader, whom our end must not hurt
+                        self._requests.discard(id)  # it may go on for a reader of another link
                     self._all.stop(id, keep=keep)
             case AskStatus():
                 self._link.send(encode_events([], Status(self._facts())))
