@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 from serve_app.cluster.specs import Outsider, StageReport, StageSpec, Trouble
+from serve_app.cluster.stage_handle import StageHandle
 from serve_app.cluster.stage_host import node_key_path
 from serve_app.cluster.stage_orders import (
+    STAGE_ITSELF,
     ComputesFastIn,
     Connect,
     Listen,
@@ -63,6 +65,22 @@ def outside_stages(config: AppConfig) -> dict[int, OutsideStage]:
     return stages
 
 
+async def present_outside(config: AppConfig) -> dict[int, OutsideStage]:
+    """Those that answer within their grace, and those without which there is no pipeline."""
+    stages = outside_stages(config)
+    found = await asyncio.gather(*(stage.comes_back() for stage in stages.values()))
+    answers = zip(stages.items(), found, strict=True)
+    return {i: stage for (i, stage), is_there in answers if is_there or not stage.who.stand_in}
+
+
+async def returned(stages: Sequence[StageHandle | None], dead: Collection[str]) -> frozenset[str]:
+    """Of parts that did not answer, those outside that do so within their grace: they were cut off for a while."""
+    away = {f"stage {i}": stage for i, stage in enumerate(stages) if isinstance(stage, OutsideStage)}
+    asked = [name for name in dead if name in away]
+    found = await asyncio.gather(*(away[name].comes_back() for name in asked))
+    return frozenset(name for name, is_back in zip(asked, found, strict=True) if is_back)
+
+
 class OutsideStage:
     """Implements StageHandle. Every call is a connection of its own, so there is none that a cut link could spoil."""
 
@@ -71,13 +89,16 @@ class OutsideStage:
         self.who, self._stage, self._identity = who, stage, identity
         self._name = f"stage {stage} (at {who.host}:{who.port}, of another operator)"
         self._epoch = 0  # of none, until it takes a place
+        self._has_left = False
 
     @property
     def actor(self) -> None:
         return None
 
     async def comes_back(self) -> bool:
-        """Whether it answers within its grace."""
+        """Whether it answers within its grace. One that has said that it leaves is not waited for."""
+        if self._has_left and self.who.stand_in:
+            return False
         until, told = time.monotonic() + self.who.grace_s, False
         while True:
             try:
@@ -149,9 +170,14 @@ class OutsideStage:
 
     async def trouble(self, epoch: int) -> Trouble:
         gone = await self._ask(TellTrouble(epoch), read_gone)
+        if STAGE_ITSELF in gone:
+            self._has_left = True
+            return Trouble(f"{self._name} leaves", frozenset((f"stage {self._stage}",)))
         return Trouble(f"{self._name} has lost {', '.join(sorted(gone)) or 'its epoch'}", gone)
 
     async def ping(self) -> dict[str, Value]:
+        if self._has_left:
+            raise PipelineError(f"{self._name} has left")
         facts = await self._ask(Ping(), read_facts)
         ours: dict[str, Value] = {
             "stage": self._stage,

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from serve_app.cluster.actors import (
     tear_down,
 )
 from serve_app.cluster.enrol import enrol
-from serve_app.cluster.outside import OutsideStage, outside_stages
+from serve_app.cluster.outside import outside_stages, present_outside, returned
 from serve_app.cluster.resources import activation_dtype, loads_of, pages_of, resources_of
 from serve_app.cluster.specs import GroupPlan, HeadSpec, Place, StageReport, StageSpec, Trouble, actor_name
 from serve_app.cluster.stage_handle import RayStage, StageHandle
@@ -49,6 +50,7 @@ _log = logging.getLogger(__name__)
 _LOAD_S = 1800.0  # for all stages to load: 140 GB at 100 MB/s
 _START_S = 60.0  # for a new process; of a node that is gone its bundle may find no other
 _ADOPT_S = 5.0
+_HOLD_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +125,10 @@ async def repair_group(config: AppConfig, group: PipelineGroup, dead: Collection
 
     dead: names as in PipelineGroup.places. They are killed first, should they live; those outside are waited for.
     """
-    dead = await _without_those_that_return(group, dead)
+    dead = frozenset(dead) - await returned(group.stages, dead)
     began = time.monotonic()
+    if HEAD not in dead:
+        await _hold(group)
     actors = {f"stage {i}": stage.actor for i, stage in enumerate(group.stages) if stage is not None}
     for name in dead:
         kill_actor(group.head if name == HEAD else actors.get(name))
@@ -151,12 +155,12 @@ async def repair_group(config: AppConfig, group: PipelineGroup, dead: Collection
     return made
 
 
-async def _without_those_that_return(group: PipelineGroup, dead: Collection[str]) -> frozenset[str]:
-    """A stage outside may be cut off for a while: requests wait for it, and it takes its place again."""
-    away = {f"stage {i}": stage for i, stage in enumerate(group.stages) if isinstance(stage, OutsideStage)}
-    asked = [name for name in dead if name in away]
-    found = await asyncio.gather(*(away[name].comes_back() for name in asked))
-    return frozenset(dead) - {name for name, is_back in zip(asked, found, strict=True) if is_back}
+async def _hold(group: PipelineGroup) -> None:
+    """Requests wait. Else the first stage that is taken from a running pipeline would report a fault, and end them."""
+    with suppress(RayError, TimeoutError):  # whether it lives is another's affair
+        async with asyncio.timeout(_HOLD_S):
+            if group.head is not None:
+                await group.head.hold.remote("a part of the pipeline is replaced")
 
 
 async def replenish(config: AppConfig, group: PipelineGroup) -> PipelineGroup:
@@ -253,7 +257,7 @@ async def _build(config: AppConfig, group: int) -> PipelineGroup:
         )
         for i, (start, stop) in enumerate(spans)
     )
-    outside = await _present(config)
+    outside = await present_outside(config)
     places = [
         Place("", i, outside=outside[i].who) if i in outside else Place(actor_name(group, f"stage-{i}", group), i)
         for i in range(n_stages)
@@ -297,14 +301,6 @@ async def _build(config: AppConfig, group: int) -> PipelineGroup:
     for spare in spares:
         spare.prepare(dtype)
     return made
-
-
-async def _present(config: AppConfig) -> dict[int, OutsideStage]:
-    """The outside stages that answer, and those without which there is no pipeline."""
-    stages = outside_stages(config)
-    found = await asyncio.gather(*(stage.comes_back() for stage in stages.values()))
-    answers = zip(stages.items(), found, strict=True)
-    return {i: stage for (i, stage), is_there in answers if is_there or not stage.who.stand_in}
 
 
 async def _take_places(group: PipelineGroup) -> Sequence[StageReport]:

@@ -18,6 +18,7 @@ from serve_app.choices import store_of
 from serve_app.cluster.specs import StageSpec
 from serve_app.cluster.stage_host import Site, StageHost, node_key_path
 from serve_app.cluster.stage_orders import (
+    STAGE_ITSELF,
     ComputesFastIn,
     Connect,
     Listen,
@@ -50,6 +51,7 @@ _log = logging.getLogger(__name__)
 _CREDENTIALS_S = 3600  # each connection gets fresh ones
 _WATCH_EVERY_S = 0.5
 GIVE_UP_S = 5.0  # after a neighbour is gone: until then its controller may ask who it was
+_PARTING_S = 0.3  # for the word of it to arrive
 _CONNECT_S = 1800.0  # from take to connect: all others may load meanwhile
 _GPU_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
@@ -80,6 +82,7 @@ class StageServer:
         self._host = StageHost(policy.store, policy.state_dir, Site("", host, policy.edge_port))
         self._blocks = store_of(policy.store)
         self._seen = SeenVersions(policy.state_dir / "seen")
+        self._parting = asyncio.Event()
         self._changing = asyncio.Lock()  # held by whoever changes what this stage is
         self._held: _Held | None = None
         self._newest: dict[PublicKey, int] = {}  # epoch of each controller
@@ -99,6 +102,12 @@ class StageServer:
         finally:
             watching.cancel()
             self._leave()
+
+    async def part(self) -> None:
+        """Tell the controller that this stage will be gone for good: it need not be waited for."""
+        self._parting.set()
+        if self._held is not None:
+            await asyncio.sleep(_PARTING_S)
 
     def _credentials(self) -> bytes:
         return self._identity.certify_tls(int(time.time()), _CREDENTIALS_S)
@@ -123,9 +132,7 @@ class StageServer:
             case ComputesFastIn():
                 return {"fast": await asyncio.to_thread(self._computes_fast_in, order)}
             case TellTrouble():
-                if not self._is_of(who, order.epoch):
-                    return gone_value(())
-                return gone_value((await self._host.trouble(order.epoch)).gone)
+                return gone_value(await self._trouble(order.epoch) if self._is_of(who, order.epoch) else ())
         # A load cannot be cancelled, and nothing must begin beside it when its caller has left.
         return await asyncio.shield(self._change(who, order))
 
@@ -141,6 +148,16 @@ class StageServer:
             await asyncio.to_thread(self._connect, order)
             return {}
 
+    async def _trouble(self, epoch: int) -> frozenset[str]:
+        """Neighbours that are gone; or this stage itself, since its operator takes it away."""
+        lost, parts = asyncio.ensure_future(self._host.trouble(epoch)), asyncio.ensure_future(self._parting.wait())
+        try:
+            await asyncio.wait((lost, parts), return_when=asyncio.FIRST_COMPLETED)
+            return lost.result().gone if lost.done() else frozenset((STAGE_ITSELF,))
+        finally:
+            lost.cancel()
+            parts.cancel()
+
     def _computes_fast_in(self, order: ComputesFastIn) -> bool:
         from serve_app.engine.load import computes_fast_in  # torch: seconds
 
@@ -149,6 +166,8 @@ class StageServer:
     def _take(self, who: PublicKey, order: Take) -> Value:
         """Raises LlmdError where the order is not one to obey, or cannot be."""
         held, newest, policy = self._held, self._newest.get(who, -1), self._policy
+        if self._parting.is_set():
+            raise PipelineError("it leaves")
         if held is not None and held.by != who:
             raise PipelineError(f"it is a stage of another pipeline, led by {key_text(held.by)}")
         if order.epoch <= newest:
