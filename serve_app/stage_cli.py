@@ -24,7 +24,7 @@ _Controller = Annotated[
     typer.Option(
         "--controller",
         help="Public key, or file of one, of a node whose Supervisor may give orders (`llmd registry node` prints it "
-        "there). Once for each node that the Supervisor may run on.",
+        "there). Once for each node of the cluster that the Supervisor may run on.",
     ),
 ]
 _Store = Annotated[Path, typer.Option("--store", help="Folder of this stage's own blocks (`llmd fetch --layers a:b`).")]

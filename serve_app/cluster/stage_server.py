@@ -60,7 +60,7 @@ _GPU_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is
 class StagePolicy:
     """What a stage's own operator decides, and no controller can change."""
 
-    controllers: frozenset[PublicKey]  # whose orders it takes
+    controllers: frozenset[PublicKey]  # whose orders it takes: nodes that one cluster's Supervisor may run on
     publishers: Callable[[], TrustPolicy]  # asked anew with each take: files of keys may change
     store: Path | Choice
     state_dir: Path
@@ -85,7 +85,7 @@ class StageServer:
         self._parting = asyncio.Event()
         self._changing = asyncio.Lock()  # held by whoever changes what this stage is
         self._held: _Held | None = None
-        self._newest: dict[PublicKey, int] = {}  # epoch of each controller
+        self._newest = -1  # epoch it was of
         self._max_pages = 0
 
     @property
@@ -128,11 +128,11 @@ class StageServer:
             case Ready():
                 return {}
             case Ping():
-                return facts_value(self._host.facts()) if self._is_of(who) else {}
+                return facts_value(self._host.facts()) if self._held is not None else {}
             case ComputesFastIn():
                 return {"fast": await asyncio.to_thread(self._computes_fast_in, order)}
             case TellTrouble():
-                return gone_value(await self._trouble(order.epoch) if self._is_of(who, order.epoch) else ())
+                return gone_value(await self._trouble(order.epoch) if self._is_of(order.epoch) else ())
         # A load cannot be cancelled, and nothing must begin beside it when its caller has left.
         return await asyncio.shield(self._change(who, order))
 
@@ -140,7 +140,7 @@ class StageServer:
         async with self._changing:
             if isinstance(order, Take):
                 return await asyncio.to_thread(self._take, who, order)
-            if not self._is_of(who, order.epoch):
+            if not self._is_of(order.epoch):
                 raise PipelineError(f"it is no stage of epoch {order.epoch} any more: take it first")
             if isinstance(order, Listen):
                 found = await asyncio.to_thread(self._host.listen, order.awaited)
@@ -165,13 +165,11 @@ class StageServer:
 
     def _take(self, who: PublicKey, order: Take) -> Value:
         """Raises LlmdError where the order is not one to obey, or cannot be."""
-        held, newest, policy = self._held, self._newest.get(who, -1), self._policy
+        policy = self._policy
         if self._parting.is_set():
             raise PipelineError("it leaves")
-        if held is not None and held.by != who:
-            raise PipelineError(f"it is a stage of another pipeline, led by {key_text(held.by)}")
-        if order.epoch <= newest:
-            raise PipelineError(f"epoch {order.epoch} is not newer than {newest}, of which it was before")
+        if order.epoch <= self._newest:
+            raise PipelineError(f"epoch {order.epoch} is not newer than {self._newest}, of which it was before")
         trusted = policy.publishers()
         record = ModelRecord(order.manifest, order.signature)
         model = accept_record(record, "the controller", self._blocks, trusted, int(time.time()), self._seen)
@@ -200,7 +198,7 @@ class StageServer:
             state_dir=policy.state_dir,
             session_lifetime_s=order.lifetime_s,
         )
-        self._newest[who] = order.epoch
+        self._newest = order.epoch
         self._leave()
         report = self._host.take(spec, order.dtype)
         profile = report.profile
@@ -209,7 +207,7 @@ class StageServer:
         self._max_pages = room // profile.kv_page_bytes
         if self._max_pages < 1:
             raise PipelineError(f"no room for a KV page of {profile.kv_page_bytes} bytes in {room}")
-        self._held = _Held(who, order.epoch, time.monotonic())
+        self._held = _Held(order.epoch, time.monotonic())
         _log.info(
             "stage %d of %d, layers [%d, %d) of %s, in epoch %d of %s",
             order.stage,
@@ -228,9 +226,8 @@ class StageServer:
             raise PipelineError(f"{order.n_pages} KV pages were asked for, and it has room for {self._max_pages}")
         self._host.connect(order.head, order.after, order.n_pages, order.max_requests)
 
-    def _is_of(self, who: PublicKey, epoch: int | None = None) -> bool:
-        held = self._held
-        return held is not None and held.by == who and epoch in (None, held.epoch)
+    def _is_of(self, epoch: int) -> bool:
+        return self._held is not None and self._held.epoch == epoch
 
     def _leave(self) -> None:
         self._held = None
@@ -260,8 +257,7 @@ class StageServer:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """Whose stage it is."""
+    """Of which epoch it is a stage."""
 
-    by: PublicKey
     epoch: int
     since: float  # monotonic
