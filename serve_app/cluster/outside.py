@@ -38,7 +38,7 @@ from serve_app.cluster.wiring import Awaited, Joint, Party
 from serve_app.config import AppConfig, split_address
 from serve_app.engine.engine import ActivationDtype, BoxKind
 from serve_app.errors import PipelineError
-from serve_app.receipts.identity import Certificate, NodeIdentity, RegisteredNode, Registry
+from serve_app.receipts.identity import CLOCK_SKEW_S, Certificate, NodeIdentity, RegisteredNode, Registry
 from serve_app.transport.call import ask
 from serve_app.transport.handshake import EdgeAddress
 from shard_tools.canonical import Value
@@ -123,12 +123,12 @@ class OutsideStage:
     async def take(self, spec: StageSpec, dtype: ActivationDtype) -> StageReport:
         taken = await self._ask(Take.of(spec, dtype), Taken.from_value)
         try:
-            self._check_certificate(taken, spec.epoch)
+            self._check_certificate(taken, spec)
         except LlmdError as e:
             raise PipelineError(f"{self._name}: {e}") from e
         if taken.profile.dtype != dtype:
             raise PipelineError(f"{self._name} computes in {taken.profile.dtype} where all others do in {dtype}")
-        self._epoch = spec.epoch
+        self._epoch, self._has_left = spec.epoch, False
         return StageReport(
             stage=self._stage,
             # No process id and no Ray node: what it said of these could have others of this cluster killed.
@@ -141,13 +141,15 @@ class OutsideStage:
             max_pages=taken.max_pages,
         )
 
-    def _check_certificate(self, taken: Taken, epoch: int) -> None:
-        """Raises LlmdError unless its own key vouches for a session of this epoch."""
+    def _check_certificate(self, taken: Taken, spec: StageSpec) -> None:
+        """Raises LlmdError unless its own key vouches for a session of this epoch, for as long as it was asked to."""
         now_s = int(time.time())
         itself = Registry.of([RegisteredNode(self.who.key, self._name)], 1, now_s, _CREDENTIALS_S)
         terms = Certificate.open(taken.certificate, itself, "stage", now_s)
-        if terms.epoch != epoch:
-            raise PipelineError(f"its session is of epoch {terms.epoch}, and this is {epoch}")
+        if terms.epoch != spec.epoch:
+            raise PipelineError(f"its session is of epoch {terms.epoch}, and this is {spec.epoch}")
+        if terms.not_after < now_s + spec.session_lifetime_s - CLOCK_SKEW_S:
+            raise PipelineError(f"its session ends at {terms.not_after} (seconds since 1970), too soon")
 
     async def listen(self, awaited: Sequence[Awaited]) -> EdgeAddress | None:
         port = await self._ask(Listen(self._epoch, tuple(awaited)), read_port)

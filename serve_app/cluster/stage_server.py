@@ -86,6 +86,7 @@ class StageServer:
         self._changing = asyncio.Lock()  # held by whoever changes what this stage is
         self._held: _Held | None = None
         self._newest = -1  # epoch it was of
+        self._obeyed: set[type[Order]] = set()  # since it was taken
         self._max_pages = 0
 
     @property
@@ -142,6 +143,9 @@ class StageServer:
                 return await asyncio.to_thread(self._take, who, order)
             if not self._is_of(order.epoch):
                 raise PipelineError(f"it is no stage of epoch {order.epoch} any more: take it first")
+            if type(order) in self._obeyed:  # what the first one made would be lost, and live on
+                raise PipelineError(f"epoch {order.epoch} has its {type(order).__name__.lower()} already")
+            self._obeyed.add(type(order))
             if isinstance(order, Listen):
                 found = await asyncio.to_thread(self._host.listen, order.awaited)
                 return {"port": None if found is None else found.port}
@@ -199,6 +203,7 @@ class StageServer:
             session_lifetime_s=order.lifetime_s,
         )
         self._newest = order.epoch
+        self._obeyed.clear()
         self._leave()
         report = self._host.take(spec, order.dtype)
         profile = report.profile

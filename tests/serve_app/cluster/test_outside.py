@@ -197,6 +197,8 @@ def test_it_is_of_an_epoch_until_its_neighbours_are_gone(policy: StagePolicy, sp
                 await command(other, Connect(0, joint("the head"), None, 1, 1))
             neighbour = Signer.fresh()
             edge = await open_edge(stage, neighbour)
+            with pytest.raises(PipelineError, match="epoch 100 has its listen already"):
+                await open_edge(stage, neighbour)
             trouble = asyncio.create_task(stage.trouble(spec.epoch))
             edge.close_abruptly()
             assert (await asyncio.wait_for(trouble, 5)).gone == {"stage 0"}
@@ -298,8 +300,9 @@ def test_strangers_that_only_hold_the_door_keep_nobody_out(policy: StagePolicy) 
         (lambda session: session(Signer.fresh(), "stage", 100), "is not in registry|is signed by|not in registry"),
         (lambda session: session(None, "stage", 99), "its session is of epoch 99, and this is 100"),
         (lambda session: session(None, "head", 100), "for the role head, and was used as stage"),
+        (lambda session: session(None, "stage", 100), "ends at .* too soon"),
     ],
-    ids=["another node's", "another epoch's", "a Head's"],
+    ids=["another node's", "another epoch's", "a Head's", "one that ends soon"],
 )
 def test_a_certificate_that_is_not_its_own_for_this_epoch_is_refused(
     policy: StagePolicy, spec: StageSpec, lie: Callable[..., object], said: str
