@@ -24,7 +24,7 @@ _Controller = Annotated[
     typer.Option(
         "--controller",
         help="Public key, or file of one, of a node whose Supervisor may give orders (`llmd registry node` prints it "
-        "there). Once for each node that the Supervisor may run on.",
+        "there). Once for each node of the cluster that the Supervisor may run on.",
     ),
 ]
 _Store = Annotated[Path, typer.Option("--store", help="Folder of this stage's own blocks (`llmd fetch --layers a:b`).")]
@@ -79,12 +79,18 @@ def stage(
         server = StageServer(policy, host)
         typer.echo(f"llmd: this stage's node is {key_text(server.key)}; it takes orders at {listen}")
         serving = asyncio.ensure_future(server.serve(door))
+        asked = asyncio.Event()
         for what in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(what, serving.cancel)
-        try:
-            await serving
-        except asyncio.CancelledError:
+            asyncio.get_running_loop().add_signal_handler(what, asked.set)
+        ending = asyncio.ensure_future(asked.wait())
+        await asyncio.wait((serving, ending), return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            await server.part()
+            serving.cancel()
+            await asyncio.wait((serving,))
             typer.echo("llmd: the stage has left its pipeline")
+            return
+        serving.result()  # raises: it ends by nothing else
 
     try:
         read_trust(tuple(trust), int(time.time()))  # a mistake in it shows now, not with the first order

@@ -52,6 +52,11 @@ class _HeadProcess:
     def _edge_set(self, spec: HeadSpec) -> EdgeSet:
         return EdgeSet(self._identity, spec.epoch, spec.session_lifetime_s, self._take, self._stage_lost)
 
+    async def hold(self, why: str) -> None:
+        """Requests wait until `resume`."""
+        if self._head is not None:
+            self._head.lose(why)
+
     async def lead(self, spec: HeadSpec) -> None:
         """The stages of this epoch stand ready: let go of those before. Requests wait until `resume`."""
         before, self._spec, self._edges = self._edges, spec, self._edge_set(spec)

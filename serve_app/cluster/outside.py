@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 from serve_app.cluster.specs import Outsider, StageReport, StageSpec, Trouble
+from serve_app.cluster.stage_handle import StageHandle
 from serve_app.cluster.stage_host import node_key_path
 from serve_app.cluster.stage_orders import (
+    STAGE_ITSELF,
     ComputesFastIn,
     Connect,
     Listen,
@@ -36,7 +38,7 @@ from serve_app.cluster.wiring import Awaited, Joint, Party
 from serve_app.config import AppConfig, split_address
 from serve_app.engine.engine import ActivationDtype, BoxKind
 from serve_app.errors import PipelineError
-from serve_app.receipts.identity import Certificate, NodeIdentity, RegisteredNode, Registry
+from serve_app.receipts.identity import CLOCK_SKEW_S, Certificate, NodeIdentity, RegisteredNode, Registry
 from serve_app.transport.call import ask
 from serve_app.transport.handshake import EdgeAddress
 from shard_tools.canonical import Value
@@ -63,6 +65,22 @@ def outside_stages(config: AppConfig) -> dict[int, OutsideStage]:
     return stages
 
 
+async def present_outside(config: AppConfig) -> dict[int, OutsideStage]:
+    """Those that answer within their grace, and those without which there is no pipeline."""
+    stages = outside_stages(config)
+    found = await asyncio.gather(*(stage.comes_back() for stage in stages.values()))
+    answers = zip(stages.items(), found, strict=True)
+    return {i: stage for (i, stage), is_there in answers if is_there or not stage.who.stand_in}
+
+
+async def returned(stages: Sequence[StageHandle | None], dead: Collection[str]) -> frozenset[str]:
+    """Of parts that did not answer, those outside that do so within their grace: they were cut off for a while."""
+    away = {f"stage {i}": stage for i, stage in enumerate(stages) if isinstance(stage, OutsideStage)}
+    asked = [name for name in dead if name in away]
+    found = await asyncio.gather(*(away[name].comes_back() for name in asked))
+    return frozenset(name for name, is_back in zip(asked, found, strict=True) if is_back)
+
+
 class OutsideStage:
     """Implements StageHandle. Every call is a connection of its own, so there is none that a cut link could spoil."""
 
@@ -71,13 +89,16 @@ class OutsideStage:
         self.who, self._stage, self._identity = who, stage, identity
         self._name = f"stage {stage} (at {who.host}:{who.port}, of another operator)"
         self._epoch = 0  # of none, until it takes a place
+        self._has_left = False
 
     @property
     def actor(self) -> None:
         return None
 
     async def comes_back(self) -> bool:
-        """Whether it answers within its grace."""
+        """Whether it answers within its grace. One that has said that it leaves is not waited for."""
+        if self._has_left and self.who.stand_in:
+            return False
         until, told = time.monotonic() + self.who.grace_s, False
         while True:
             try:
@@ -102,12 +123,12 @@ class OutsideStage:
     async def take(self, spec: StageSpec, dtype: ActivationDtype) -> StageReport:
         taken = await self._ask(Take.of(spec, dtype), Taken.from_value)
         try:
-            self._check_certificate(taken, spec.epoch)
+            self._check_certificate(taken, spec)
         except LlmdError as e:
             raise PipelineError(f"{self._name}: {e}") from e
         if taken.profile.dtype != dtype:
             raise PipelineError(f"{self._name} computes in {taken.profile.dtype} where all others do in {dtype}")
-        self._epoch = spec.epoch
+        self._epoch, self._has_left = spec.epoch, False
         return StageReport(
             stage=self._stage,
             # No process id and no Ray node: what it said of these could have others of this cluster killed.
@@ -120,13 +141,15 @@ class OutsideStage:
             max_pages=taken.max_pages,
         )
 
-    def _check_certificate(self, taken: Taken, epoch: int) -> None:
-        """Raises LlmdError unless its own key vouches for a session of this epoch."""
+    def _check_certificate(self, taken: Taken, spec: StageSpec) -> None:
+        """Raises LlmdError unless its own key vouches for a session of this epoch, for as long as it was asked to."""
         now_s = int(time.time())
         itself = Registry.of([RegisteredNode(self.who.key, self._name)], 1, now_s, _CREDENTIALS_S)
         terms = Certificate.open(taken.certificate, itself, "stage", now_s)
-        if terms.epoch != epoch:
-            raise PipelineError(f"its session is of epoch {terms.epoch}, and this is {epoch}")
+        if terms.epoch != spec.epoch:
+            raise PipelineError(f"its session is of epoch {terms.epoch}, and this is {spec.epoch}")
+        if terms.not_after < now_s + spec.session_lifetime_s - CLOCK_SKEW_S:
+            raise PipelineError(f"its session ends at {terms.not_after} (seconds since 1970), too soon")
 
     async def listen(self, awaited: Sequence[Awaited]) -> EdgeAddress | None:
         port = await self._ask(Listen(self._epoch, tuple(awaited)), read_port)
@@ -149,9 +172,14 @@ class OutsideStage:
 
     async def trouble(self, epoch: int) -> Trouble:
         gone = await self._ask(TellTrouble(epoch), read_gone)
+        if STAGE_ITSELF in gone:
+            self._has_left = True
+            return Trouble(f"{self._name} leaves", frozenset((f"stage {self._stage}",)))
         return Trouble(f"{self._name} has lost {', '.join(sorted(gone)) or 'its epoch'}", gone)
 
     async def ping(self) -> dict[str, Value]:
+        if self._has_left:
+            raise PipelineError(f"{self._name} has left")
         facts = await self._ask(Ping(), read_facts)
         ours: dict[str, Value] = {
             "stage": self._stage,

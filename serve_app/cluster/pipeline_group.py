@@ -21,7 +21,7 @@ from serve_app.cluster.actors import (
     tear_down,
 )
 from serve_app.cluster.enrol import enrol
-from serve_app.cluster.outside import OutsideStage, outside_stages
+from serve_app.cluster.outside import outside_stages, present_outside
 from serve_app.cluster.resources import activation_dtype, loads_of, pages_of, resources_of
 from serve_app.cluster.specs import GroupId, GroupPlan, HeadSpec, Place, StageReport, StageSpec, Trouble
 from serve_app.cluster.stage_handle import RayStage, StageHandle
@@ -146,7 +146,7 @@ async def _build(
         )
         for i, (start, stop) in enumerate(spans)
     )
-    outside = await _present(config)
+    outside = await present_outside(config)
     places = [
         Place("", i, outside=outside[i].who) if i in outside else Place(group.actor(f"stage-{i}", epoch), i)
         for i in range(n_stages)
@@ -189,14 +189,6 @@ async def _build(
     for spare in spares:
         spare.prepare(dtype)
     return made
-
-
-async def _present(config: AppConfig) -> dict[int, OutsideStage]:
-    """The outside stages that answer, and those without which there is no pipeline."""
-    stages = outside_stages(config)
-    found = await asyncio.gather(*(stage.comes_back() for stage in stages.values()))
-    answers = zip(stages.items(), found, strict=True)
-    return {i: stage for (i, stage), is_there in answers if is_there or not stage.who.stand_in}
 
 
 async def take_places(group: PipelineGroup, kept: Collection[str]) -> Sequence[StageReport]:

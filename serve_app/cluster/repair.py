@@ -10,12 +10,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from ray.exceptions import RayError
 
 from serve_app.cluster.actors import has_room, kill_actor, kill_processes, make_stage, room_of
-from serve_app.cluster.outside import OutsideStage
+from serve_app.cluster.outside import returned
 from serve_app.cluster.pipeline_group import BrokenError, PipelineGroup, cause_of, lead, take_places, with_reports
 from serve_app.cluster.specs import Place
 from serve_app.cluster.stage_handle import RayStage
@@ -26,6 +27,7 @@ from shard_tools.errors import LlmdError
 
 _log = logging.getLogger(__name__)
 _PLACE_S = 60.0  # for a node to come in place of one that died, where nothing else is to be done
+_HOLD_S = 1.0
 _SPARE_S = 1.0  # one that loads answers all the same
 _JOIN_S = 120.0  # to join all anew: a new process on a GPU compiles and captures its graphs meanwhile
 
@@ -35,8 +37,11 @@ async def repair_group(config: AppConfig, group: PipelineGroup, dead: Collection
 
     dead: names as in PipelineGroup.places. They are killed first, should they live; those outside are waited for.
     """
-    dead = await _without_those_that_return(group, dead)
-    began, noticed = time.monotonic(), time.time()
+    noticed = time.time()
+    dead = frozenset(dead) - await returned(group.stages, dead)
+    began = time.monotonic()
+    if HEAD not in dead:
+        await _hold(group)
     actors = {f"stage {i}": stage.actor for i, stage in enumerate(group.stages) if stage is not None}
     for name in dead:
         kill_actor(group.head if name == HEAD else actors.get(name))
@@ -68,12 +73,12 @@ async def repair_group(config: AppConfig, group: PipelineGroup, dead: Collection
     return made
 
 
-async def _without_those_that_return(group: PipelineGroup, dead: Collection[str]) -> frozenset[str]:
-    """A stage outside may be cut off for a while: requests wait for it, and it takes its place again."""
-    away = {f"stage {i}": stage for i, stage in enumerate(group.stages) if isinstance(stage, OutsideStage)}
-    asked = [name for name in dead if name in away]
-    found = await asyncio.gather(*(away[name].comes_back() for name in asked))
-    return frozenset(dead) - {name for name, is_back in zip(asked, found, strict=True) if is_back}
+async def _hold(group: PipelineGroup) -> None:
+    """Requests wait. Else the first stage that is taken from a running pipeline would report a fault, and end them."""
+    with suppress(RayError, TimeoutError):  # whether it lives is another's affair
+        async with asyncio.timeout(_HOLD_S):
+            if group.head is not None:
+                await group.head.hold.remote("a part of the pipeline is replaced")
 
 
 async def replenish(config: AppConfig, group: PipelineGroup) -> PipelineGroup:

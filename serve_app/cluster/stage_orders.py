@@ -30,6 +30,7 @@ _MAX_PAGE_SIZE, _MAX_PAGES, _MAX_REQUESTS = 1024, 1 << 28, 65_536  # as Pipeline
 _MIN_LIFETIME_S, _MAX_LIFETIME_S = 60, 30 * 86_400
 _MAX_AWAITED = 2  # the stage before; the Head
 _MAX_GONE = 3
+STAGE_ITSELF = "itself"  # among the neighbours that are gone: the stage that answers leaves for good
 _MAX_TEXT = 1000  # characters of a reason
 _MAX_NAME = 100
 _MAX_HOST = 255

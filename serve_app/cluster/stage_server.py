@@ -18,6 +18,7 @@ from serve_app.choices import store_of
 from serve_app.cluster.specs import StageSpec
 from serve_app.cluster.stage_host import Site, StageHost, node_key_path
 from serve_app.cluster.stage_orders import (
+    STAGE_ITSELF,
     ComputesFastIn,
     Connect,
     Listen,
@@ -50,6 +51,7 @@ _log = logging.getLogger(__name__)
 _CREDENTIALS_S = 3600  # each connection gets fresh ones
 _WATCH_EVERY_S = 0.5
 GIVE_UP_S = 5.0  # after a neighbour is gone: until then its controller may ask who it was
+_PARTING_S = 0.3  # for the word of it to arrive
 _CONNECT_S = 1800.0  # from take to connect: all others may load meanwhile
 _GPU_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
@@ -58,7 +60,7 @@ _GPU_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is
 class StagePolicy:
     """What a stage's own operator decides, and no controller can change."""
 
-    controllers: frozenset[PublicKey]  # whose orders it takes
+    controllers: frozenset[PublicKey]  # whose orders it takes: nodes that one cluster's Supervisor may run on
     publishers: Callable[[], TrustPolicy]  # asked anew with each take: files of keys may change
     store: Path | Choice
     state_dir: Path
@@ -80,9 +82,11 @@ class StageServer:
         self._host = StageHost(policy.store, policy.state_dir, Site("", host, policy.edge_port))
         self._blocks = store_of(policy.store)
         self._seen = SeenVersions(policy.state_dir / "seen")
+        self._parting = asyncio.Event()
         self._changing = asyncio.Lock()  # held by whoever changes what this stage is
         self._held: _Held | None = None
-        self._newest: dict[PublicKey, int] = {}  # epoch of each controller
+        self._newest = -1  # epoch it was of
+        self._obeyed: set[type[Order]] = set()  # since it was taken
         self._max_pages = 0
 
     @property
@@ -99,6 +103,12 @@ class StageServer:
         finally:
             watching.cancel()
             self._leave()
+
+    async def part(self) -> None:
+        """Tell the controller that this stage will be gone for good: it need not be waited for."""
+        self._parting.set()
+        if self._held is not None:
+            await asyncio.sleep(_PARTING_S)
 
     def _credentials(self) -> bytes:
         return self._identity.certify_tls(int(time.time()), _CREDENTIALS_S)
@@ -119,13 +129,11 @@ class StageServer:
             case Ready():
                 return {}
             case Ping():
-                return facts_value(self._host.facts()) if self._is_of(who) else {}
+                return facts_value(self._host.facts()) if self._held is not None else {}
             case ComputesFastIn():
                 return {"fast": await asyncio.to_thread(self._computes_fast_in, order)}
             case TellTrouble():
-                if not self._is_of(who, order.epoch):
-                    return gone_value(())
-                return gone_value((await self._host.trouble(order.epoch)).gone)
+                return gone_value(await self._trouble(order.epoch) if self._is_of(order.epoch) else ())
         # A load cannot be cancelled, and nothing must begin beside it when its caller has left.
         return await asyncio.shield(self._change(who, order))
 
@@ -133,13 +141,26 @@ class StageServer:
         async with self._changing:
             if isinstance(order, Take):
                 return await asyncio.to_thread(self._take, who, order)
-            if not self._is_of(who, order.epoch):
+            if not self._is_of(order.epoch):
                 raise PipelineError(f"it is no stage of epoch {order.epoch} any more: take it first")
+            if type(order) in self._obeyed:  # what the first one made would be lost, and live on
+                raise PipelineError(f"epoch {order.epoch} has its {type(order).__name__.lower()} already")
+            self._obeyed.add(type(order))
             if isinstance(order, Listen):
                 found = await asyncio.to_thread(self._host.listen, order.awaited)
                 return {"port": None if found is None else found.port}
             await asyncio.to_thread(self._connect, order)
             return {}
+
+    async def _trouble(self, epoch: int) -> frozenset[str]:
+        """Neighbours that are gone; or this stage itself, since its operator takes it away."""
+        lost, parts = asyncio.ensure_future(self._host.trouble(epoch)), asyncio.ensure_future(self._parting.wait())
+        try:
+            await asyncio.wait((lost, parts), return_when=asyncio.FIRST_COMPLETED)
+            return lost.result().gone if lost.done() else frozenset((STAGE_ITSELF,))
+        finally:
+            lost.cancel()
+            parts.cancel()
 
     def _computes_fast_in(self, order: ComputesFastIn) -> bool:
         from serve_app.engine.load import computes_fast_in  # torch: seconds
@@ -148,11 +169,11 @@ class StageServer:
 
     def _take(self, who: PublicKey, order: Take) -> Value:
         """Raises LlmdError where the order is not one to obey, or cannot be."""
-        held, newest, policy = self._held, self._newest.get(who, -1), self._policy
-        if held is not None and held.by != who:
-            raise PipelineError(f"it is a stage of another pipeline, led by {key_text(held.by)}")
-        if order.epoch <= newest:
-            raise PipelineError(f"epoch {order.epoch} is not newer than {newest}, of which it was before")
+        policy = self._policy
+        if self._parting.is_set():
+            raise PipelineError("it leaves")
+        if order.epoch <= self._newest:
+            raise PipelineError(f"epoch {order.epoch} is not newer than {self._newest}, of which it was before")
         trusted = policy.publishers()
         record = ModelRecord(order.manifest, order.signature)
         model = accept_record(record, "the controller", self._blocks, trusted, int(time.time()), self._seen)
@@ -181,7 +202,8 @@ class StageServer:
             state_dir=policy.state_dir,
             session_lifetime_s=order.lifetime_s,
         )
-        self._newest[who] = order.epoch
+        self._newest = order.epoch
+        self._obeyed.clear()
         self._leave()
         report = self._host.take(spec, order.dtype)
         profile = report.profile
@@ -190,7 +212,7 @@ class StageServer:
         self._max_pages = room // profile.kv_page_bytes
         if self._max_pages < 1:
             raise PipelineError(f"no room for a KV page of {profile.kv_page_bytes} bytes in {room}")
-        self._held = _Held(who, order.epoch, time.monotonic())
+        self._held = _Held(order.epoch, time.monotonic())
         _log.info(
             "stage %d of %d, layers [%d, %d) of %s, in epoch %d of %s",
             order.stage,
@@ -209,9 +231,8 @@ class StageServer:
             raise PipelineError(f"{order.n_pages} KV pages were asked for, and it has room for {self._max_pages}")
         self._host.connect(order.head, order.after, order.n_pages, order.max_requests)
 
-    def _is_of(self, who: PublicKey, epoch: int | None = None) -> bool:
-        held = self._held
-        return held is not None and held.by == who and epoch in (None, held.epoch)
+    def _is_of(self, epoch: int) -> bool:
+        return self._held is not None and self._held.epoch == epoch
 
     def _leave(self) -> None:
         self._held = None
@@ -241,8 +262,7 @@ class StageServer:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """Whose stage it is."""
+    """Of which epoch it is a stage."""
 
-    by: PublicKey
     epoch: int
     since: float  # monotonic

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from openai import OpenAI
 
@@ -23,7 +23,7 @@ from tests.e2e.far_host import FarHost
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
-GRACE_S = 16
+GRACE_S = 20
 CUT_S = 10.0
 ASKED: dict[str, Any] = {"model": NAME, "prompt": "a", "max_tokens": 400, "temperature": 0, "stream": True}
 
@@ -55,9 +55,13 @@ class Outside:
         ports = (f"--port={free_port()}", f"--dashboard-port={self.dashboard}", f"--node-ip-address={self.far.here}")
         started = self.cluster.run("ray", "start", "--head", "--num-cpus=2", "--disable-usage-stats", *ports)
         assert started.returncode == 0, started.stderr
+        self.deploy()
+        self.cluster.wait_until_ready()
+
+    def deploy(self) -> None:
+        """The configuration as it stands now."""
         deployed = self.cluster.run("serve", "deploy", str(self.cluster.config), "-a", self.dashboard_url)
         assert deployed.returncode == 0, deployed.stderr
-        self.cluster.wait_until_ready()
 
     @property
     def dashboard_url(self) -> str:
@@ -78,8 +82,11 @@ class Outside:
             )
 
     def stages(self) -> list[dict[str, Any]]:
-        stages: list[dict[str, Any]] = self.cluster.state()["pipelines"][0]["stages"]
-        return stages
+        try:
+            stages: list[dict[str, Any]] = self.cluster.state()["pipelines"][0]["stages"]
+        except (httpx.HTTPError, LookupError):
+            return [{}, {}]  # between two doors
+        return stages or [{}, {}]
 
     def epoch(self) -> int:
         epoch: int = self.cluster.state()["pipelines"][0]["epoch"]
@@ -143,7 +150,7 @@ def test_a_link_that_is_cut_for_ten_seconds_is_a_pause(outside: Outside, undistu
     paused_s = time.monotonic() - cut_s
     timer.join()
     assert text == undisturbed
-    assert CUT_S < paused_s < CUT_S + 8
+    assert CUT_S < paused_s < CUT_S + 15
     assert eventually(lambda: outside.epoch() > epoch, 10)
     assert eventually(lambda: outside.stages()[1].get("outside") == before["outside"], 10)
     assert outside.stages()[1]["load_ms"] == before["load_ms"]
@@ -175,15 +182,29 @@ def test_one_that_is_cut_off_for_longer_is_replaced_by_the_cluster(outside: Outs
     assert "is given up" in (outside.cluster.root / "stage-log").read_text()
 
 
-def test_nothing_is_left_of_either(outside: Outside) -> None:
-    """Runs last. The stage ends on request, and the cluster's part as ever."""
-    assert outside.stage is not None and outside.stage.poll() is None
-    outside.stage.send_signal(signal.SIGTERM)
-    assert outside.stage.wait(20) == 0
+def test_it_joins_the_next_pipeline_and_leaves_it_again(outside: Outside, undisturbed: str) -> None:
+    """A changed configuration makes the pipeline anew, with it; Ctrl-C, and nobody waits until its grace is over."""
+    text = outside.cluster.config.read_text()
+    outside.cluster.config.write_text(text.replace(f"grace_s: {GRACE_S}", "grace_s: 100"))
+    outside.deploy()
+    assert eventually(lambda: "outside" in outside.stages()[1], 60)
+    chunks = outside.client.completions.create(**ASKED)
+    began = [next(chunks) for _ in range(10)]
+    assert outside.stage is not None
+    outside.stage.send_signal(signal.SIGINT)
+    left_s = time.monotonic()
+    assert _text(began) + _text(chunks) == undisturbed
+    assert time.monotonic() - left_s < 30
+    assert outside.stage.wait(10) == 0
+    assert eventually(lambda: "outside" not in outside.stages()[1], 10)
+
+
+def test_nothing_is_left(outside: Outside) -> None:
+    """Runs last."""
     assert outside.cluster.run("serve", "shutdown", "-y", "-a", outside.dashboard_url).returncode == 0
     ours = ("ray::_StageProcess", "ray::_HeadProcess", "ray::_SupervisorProcess", "pulse.py")
     assert eventually(lambda: not any(outside.cluster.processes(title) for title in ours), 40)
-    assert not os.path.exists(f"/proc/{outside.stage.pid}")
+    assert not outside.cluster.processes("llmd stage")
 
 
 def _node_key(state_dir: Path) -> str:

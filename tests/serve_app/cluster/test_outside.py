@@ -9,6 +9,8 @@ import asyncio
 import socket
 import ssl
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -184,19 +186,19 @@ def test_what_its_operator_does_not_allow_is_refused(
     asyncio.run(main())
 
 
-def test_it_is_of_one_controller_until_its_neighbours_are_gone(policy: StagePolicy, spec: StageSpec) -> None:
-    """The first learns who was lost; then the epoch is given up, and another may take it."""
+def test_it_is_of_an_epoch_until_its_neighbours_are_gone(policy: StagePolicy, spec: StageSpec) -> None:
+    """Its controller learns who was lost; then the epoch is given up. Another node of the cluster may lead it too."""
 
     async def main() -> None:
         async with serving(policy, give_up_s=0.1) as seen_by:
             stage, other = seen_by(CONTROLLER), seen_by(OTHER)
             await stage.take(spec, "float32")
-            with pytest.raises(PipelineError, match=f"another pipeline, led by {key_text(CONTROLLER.public)}"):
-                await other.take(spec, "float32")
             with pytest.raises(PipelineError, match="no stage of epoch 0 any more"):
                 await command(other, Connect(0, joint("the head"), None, 1, 1))
             neighbour = Signer.fresh()
             edge = await open_edge(stage, neighbour)
+            with pytest.raises(PipelineError, match="epoch 100 has its listen already"):
+                await open_edge(stage, neighbour)
             trouble = asyncio.create_task(stage.trouble(spec.epoch))
             edge.close_abruptly()
             assert (await asyncio.wait_for(trouble, 5)).gone == {"stage 0"}
@@ -205,7 +207,34 @@ def test_it_is_of_one_controller_until_its_neighbours_are_gone(policy: StagePoli
                     break
                 await asyncio.sleep(0.05)
             assert (await stage.trouble(spec.epoch)).gone == frozenset()
-            await other.take(spec, "float32")
+            await other.take(replace(spec, epoch=101), "float32")
+            await other.take(replace(spec, epoch=102), "float32")
+            assert (await stage.trouble(101)).gone == frozenset()
+
+    asyncio.run(main())
+
+
+def test_it_runs_without_ray() -> None:
+    """No module of Ray's is loaded by what a stage of another operator runs."""
+    program = "import sys, serve_app.cluster.stage_server, serve_app.engine.load; sys.exit('ray' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_stage_that_leaves_says_so_and_is_not_waited_for(policy: StagePolicy, spec: StageSpec) -> None:
+    async def main() -> None:
+        server, door = StageServer(policy, HOST), socket.create_server((HOST, 0))
+        stage = OutsideStage(Outsider(HOST, door.getsockname()[1], server.key, 60, True), 1, NodeIdentity(CONTROLLER))
+        task = asyncio.create_task(server.serve(door))
+        await stage.take(spec, "float32")
+        trouble = asyncio.create_task(stage.trouble(spec.epoch))
+        await asyncio.sleep(0.1)
+        await server.part()
+        assert (await trouble).gone == {"stage 1"}
+        assert not await stage.comes_back()
+        with pytest.raises(PipelineError, match="it leaves"):
+            await stage.take(replace(spec, epoch=101), "float32")
+        task.cancel()
+        await asyncio.wait([task])
 
     asyncio.run(main())
 
@@ -271,8 +300,9 @@ def test_strangers_that_only_hold_the_door_keep_nobody_out(policy: StagePolicy) 
         (lambda session: session(Signer.fresh(), "stage", 100), "is not in registry|is signed by|not in registry"),
         (lambda session: session(None, "stage", 99), "its session is of epoch 99, and this is 100"),
         (lambda session: session(None, "head", 100), "for the role head, and was used as stage"),
+        (lambda session: session(None, "stage", 100), "ends at .* too soon"),
     ],
-    ids=["another node's", "another epoch's", "a Head's"],
+    ids=["another node's", "another epoch's", "a Head's", "one that ends soon"],
 )
 def test_a_certificate_that_is_not_its_own_for_this_epoch_is_refused(
     policy: StagePolicy, spec: StageSpec, lie: Callable[..., object], said: str

@@ -27,3 +27,12 @@ def test_neighbours_of_one_ray_node_share_memory_and_others_talk_tls(
     a = Party("stage 0", key, 1, "node-a", "10.0.0.1")
     b = Party("stage 1", key, 2, "node-a" if same_node else "node-b", "10.0.0.1")
     assert kind_between(mode, a, b) == kind
+
+
+@pytest.mark.parametrize("mode", ["auto", "tcp", "ray"])
+def test_a_stage_outside_talks_tls_whoever_it_talks_to(mode: EdgeMode) -> None:
+    """Two of them are on no Ray node: that does not make them neighbours of one kernel."""
+    key = Signer.from_seed(bytes(32)).public
+    inside = Party("stage 0", key, 1, "node-a", "10.0.0.1")
+    one, two = (Party(f"stage {i}", key, 0, "", "10.0.0.2") for i in (1, 2))
+    assert [kind_between(mode, a, b) for a, b in ((inside, one), (one, two), (two, inside))] == ["tcp"] * 3
