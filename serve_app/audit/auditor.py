@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from serve_app.audit.calibration import Calibration
 from serve_app.audit.error import Rows, whitened_errors
-from serve_app.audit.record import StageRecord
 from serve_app.audit.replay import Replayed, opened, replay
 from serve_app.audit.verdict import Judgement, Verdict, judge
 from serve_app.engine.engine import ActivationDtype
 from serve_app.engine.load import LoadOptions
 from serve_app.errors import AuditError, ForgedRecordError
+from serve_app.messages.record import StageRecord
 from serve_app.receipts.statement import StageStatement, envelope_cid
 from shard_tools.manifest import Manifest
 from shard_tools.signing import Envelope, PublicKey, Signer

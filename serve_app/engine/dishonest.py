@@ -1,22 +1,30 @@
 """Engines that do not compute what their stage signs: for tests, benchmarks and demonstrations of audits.
 
 Each takes a plain engine of honest weights and spoils it in place, as somebody would who saves memory or time, or wants
-another answer. Nothing that serves imports this.
+another answer. Nothing that serves imports this; `load_dishonest` can be named by a config only where an installed
+package makes it an entry point of the group `llmd.engines`, as tests do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from serve_app.engine.engine import StepOutput
+from serve_app.engine.engine import Engine, StepOutput
+from serve_app.engine.engines import AUTO
+from serve_app.engine.host_rows import HostRows
+from serve_app.engine.load import LoadOptions, load_engine, load_plain
 from serve_app.engine.torch_engine import TorchEngine
+from serve_app.errors import ConfigError
 from serve_app.messages.step import StepPlan
 from shard_tools.checkpoint.quantise import dequantised, quantised
+from shard_tools.manifest import Manifest
 from shard_tools.shard_file import Dtype
+from shard_tools.store.block_store import BlockStore
 
 
 def _small_weights(dtype: Dtype) -> Callable[[TorchEngine], None]:
@@ -113,6 +121,28 @@ DISHONEST: Mapping[str, Callable[[TorchEngine], None]] = {
     "drift": _drifted,
     "poisoned-kv": _poisoned_cache,
 }
+
+
+def load_cheat(
+    store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions, attack: str
+) -> Engine:
+    """An engine that cheats, under the name of the one that the options ask for."""
+    honest = load_engine(store, manifest, start, stop, options).profile
+    plain = load_plain(store, manifest, start, stop, options)
+    spoil(plain, attack)
+    return HostRows(plain, honest)
+
+
+def load_dishonest(
+    store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions, *, attack: str, first: int
+) -> Engine:
+    """A factory as engines.ENGINES takes it: the stage that begins with layer `first` cheats, the others do not."""
+    if attack not in DISHONEST:
+        raise ConfigError(f"no such way to cheat: {attack!r}")
+    options = replace(options, engine=AUTO)
+    if start != first:
+        return load_engine(store, manifest, start, stop, options)
+    return load_cheat(store, manifest, start, stop, options, attack)
 
 
 def spoil(engine: TorchEngine, attack: str) -> None:

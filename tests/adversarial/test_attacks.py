@@ -19,11 +19,11 @@ import pytest
 from serve_app.audit.auditor import Audited
 from serve_app.audit.draw import draw, secret_commitment
 from serve_app.audit.error import floats_of
-from serve_app.audit.record import StageRecord
 from serve_app.audit.replay import replay
 from serve_app.audit.standing import Standing, State, after_refusal, after_verdict
 from serve_app.audit.verdict import commit, revealed
 from serve_app.errors import AuditError, ReceiptError
+from serve_app.messages.record import StageRecord
 from serve_app.messages.request import Sampling
 from serve_app.receipts.check import Expected, check, check_against_manifest
 from serve_app.receipts.log import require_grown

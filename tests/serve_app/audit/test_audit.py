@@ -9,10 +9,10 @@ import pytest
 
 from serve_app.audit.auditor import Auditor
 from serve_app.audit.calibration import Calibration
-from serve_app.audit.record import StageRecord, StageRecords
 from serve_app.audit.verdict import VERDICT_TYPE, Verdict, commit, revealed
 from serve_app.engine.dishonest import DISHONEST
 from serve_app.errors import AuditError
+from serve_app.messages.record import StageRecord
 from serve_app.receipts.rows import Boundary, RowTree
 from serve_app.receipts.statement import StageStatement
 from serve_app.rehearsal import Rehearsed
@@ -166,12 +166,3 @@ def test_a_commitment_opens_to_one_verdict_only() -> None:
     assert revealed(committed, verdict, salt)
     assert not revealed(committed, dataclasses.replace(verdict, auditor=OTHER.public), salt)
     assert not revealed(committed, verdict, b"t" * 32) and not revealed(committed, verdict, b"")
-
-
-def test_records_keep_to_their_bound_and_count_what_they_drop() -> None:
-    """The oldest goes first; taken is gone."""
-    records = StageRecords(max_bytes=25)
-    for i in range(3):
-        records.put(bytes([i]), 0, StageRecord(b"12345", b"12345"))
-    assert records.dropped == 1 and records.take(b"\0", 0) is None
-    assert records.take(b"\1", 0) == StageRecord(b"12345", b"12345") and records.take(b"\1", 0) is None
