@@ -75,7 +75,8 @@ class LocalPipeline:
         """
         self.operator = operator or Signer.fresh()
         self.manifest = manifest
-        node, now_s = NodeIdentity(Signer.fresh()), int(time.time())
+        self.node = node = NodeIdentity(Signer.fresh())
+        now_s = int(time.time())
         registry = Registry.of([RegisteredNode(node.key, "this process")], 1, now_s, _LIFETIME_S)
         sessions = [node.open_session("stage", _EPOCH, now_s, _LIFETIME_S) for _ in range(stages)]
         loop = asyncio.get_running_loop()

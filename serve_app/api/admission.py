@@ -13,6 +13,7 @@ from serve_app.errors import ContextLengthError, RequestError, UnknownModelError
 from serve_app.messages.request import GenerationRequest, RequestId, fresh_salt
 
 T = TypeVar("T")
+LEVEL_HEADER = "x-llmd-assurance"
 
 LONG_CHARS = 16 << 10  # tokenising this much takes a few ms; more would hold up every other stream's tokens
 
@@ -37,10 +38,12 @@ def admitted(
     param: str,
     prefix: str,
     default_tokens: int | None,
+    level: str | None,
 ) -> GenerationRequest:
     """The request for the pipeline. param: the field that holds the prompt; prefix: of the id ("chatcmpl").
 
-    default_tokens: the completion's longest length when the client names none; None: what the context leaves.
+    level: what the header names. default_tokens: the completion's longest length when the client names none; None: what
+    the context leaves.
     Raises ContextLengthError when prompt and completion do not fit, RequestError for an id outside the vocabulary.
     """
     if not prompt_ids:
@@ -66,4 +69,5 @@ def admitted(
         salt=fresh_salt(),
         priority=body.priority(),
         cache_salt=body.cache_salt(),
+        assurance=body.assurance(level),
     )

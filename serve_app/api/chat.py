@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from serve_app.api.admission import admitted, find_model, tokenised
+from serve_app.api.admission import LEVEL_HEADER, admitted, find_model, tokenised
 from serve_app.api.answer import Answer
 from serve_app.api.connection import read_body
 from serve_app.api.generator import Generator, ServedModel
@@ -47,7 +47,15 @@ async def chat(
     turns = [message.for_template() for message in body.messages]
     chars = sum(len(turn["content"]) for turn in turns)
     ids = await tokenised(chars, lambda: model.text.encode_chat(turns))
-    asked = admitted(body, model, ids, param="messages", prefix="chatcmpl", default_tokens=None)
+    asked = admitted(
+        body,
+        model,
+        ids,
+        param="messages",
+        prefix="chatcmpl",
+        default_tokens=None,
+        level=request.headers.get(LEVEL_HEADER),
+    )
     answer = Answer(generator, asked, model.text.decoder(), body.stops())
     labels = Labels(asked.id, int(time.time()), model.name)
     return await reply(request, answer, SHAPE, labels, stream=body.stream, with_usage=body.wants_usage())

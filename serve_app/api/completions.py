@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from serve_app.api.admission import admitted, find_model, tokenised
+from serve_app.api.admission import LEVEL_HEADER, admitted, find_model, tokenised
 from serve_app.api.answer import Answer
 from serve_app.api.connection import read_body
 from serve_app.api.generator import Generator, ServedModel
@@ -46,7 +46,15 @@ async def complete(
         ids = await tokenised(len(text), lambda: model.text.encode(text, True))
     else:
         ids = tuple(prompt)
-    asked = admitted(body, model, ids, param="prompt", prefix="cmpl", default_tokens=DEFAULT_TOKENS)
+    asked = admitted(
+        body,
+        model,
+        ids,
+        param="prompt",
+        prefix="cmpl",
+        default_tokens=DEFAULT_TOKENS,
+        level=request.headers.get(LEVEL_HEADER),
+    )
     answer = Answer(generator, asked, model.text.decoder(), body.stops())
     labels = Labels(asked.id, int(time.time()), model.name)
     return await reply(request, answer, SHAPE, labels, stream=body.stream, with_usage=body.wants_usage())

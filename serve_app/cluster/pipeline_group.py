@@ -18,8 +18,6 @@ from ray.exceptions import RayError
 
 from serve_app.choices import index_of, store_of
 from serve_app.cluster.actors import (
-    find_actor,
-    kill_actor,
     kill_processes,
     make_head,
     make_room,
@@ -27,7 +25,9 @@ from serve_app.cluster.actors import (
     room_of,
     tear_down,
 )
+from serve_app.cluster.audit_specs import audit_plan
 from serve_app.cluster.enrol import enrol
+from serve_app.cluster.named_actors import find_actor, kill_actor
 from serve_app.cluster.resources import loads_of, pages_of, resources_of
 from serve_app.cluster.specs import GroupPlan, HeadSpec, Place, StageReport, StageSpec, Trouble, actor_name
 from serve_app.cluster.wiring import HEAD, Member, Party, wire
@@ -203,7 +203,7 @@ def _replaced(group: PipelineGroup, dead: Collection[str]) -> PipelineGroup:
 
 def digest_of(config: AppConfig) -> str:
     """Tells configurations apart that need different pipelines."""
-    return hashlib.sha256(repr((config.model, config.pipeline, config.identity)).encode()).hexdigest()
+    return hashlib.sha256(repr((config.model, config.pipeline, config.audit, config.identity)).encode()).hexdigest()
 
 
 async def _build(config: AppConfig, group: int) -> PipelineGroup:
@@ -236,6 +236,7 @@ async def _build(config: AppConfig, group: int) -> PipelineGroup:
             threads=wants.threads,
             state_dir=config.identity.state_dir,
             session_lifetime_s=config.identity.session_lifetime_s,
+            retain_bytes=config.audit.retain_bytes if config.audit.on else 0,
         )
         for i, (start, stop) in enumerate(spans)
     )
@@ -270,6 +271,7 @@ async def _build(config: AppConfig, group: int) -> PipelineGroup:
         registry=_enrol(config, reports, None),
         state_dir=config.identity.state_dir,
         session_lifetime_s=config.identity.session_lifetime_s,
+        audit=audit_plan(config.audit, manifest, dtype),
     )
     whole = PipelineGroup(spec, places[0], tuple(actors), tuple(spares), None, None)
     async with asyncio.timeout(_LOAD_S):

@@ -19,9 +19,11 @@ import ray
 from ray.util import get_node_ip_address
 
 from serve_app.choices import store_of
+from serve_app.cluster.showing import Showing
 from serve_app.cluster.specs import StageReport, StageSpec, Trouble
 from serve_app.cluster.wiring import Awaited, EdgeSet, Joint, Party
 from serve_app.engine.engine import ActivationDtype, BoxKind, Engine, LendsRows
+from serve_app.pipeline.retention import Retention
 from serve_app.pipeline.stage import Stage
 from serve_app.pipeline.witness import StageSpan
 from serve_app.receipts.identity import NodeIdentity, Session
@@ -97,6 +99,7 @@ class _StageProcess:
         self._past_host: list[Value] = []  # what this stage sends from GPU to GPU
         self._stage: Stage | None = None
         self._hashed: bool | None = None
+        self._showing = Showing(Retention(spec.retain_bytes)) if spec.retain_bytes else None
 
     async def ready(self) -> None:
         """The process runs."""
@@ -215,6 +218,7 @@ class _StageProcess:
             head=self._edges.open(head),
             epoch=spec.epoch,
             hashed=self._hashed,
+            retention=self._showing.retention if self._showing else None,
         )
         self._hashed = self._stage.hashed
 
@@ -260,6 +264,27 @@ class _StageProcess:
         gone = frozenset(edges.gone if edges is not None and self._spec.epoch == epoch else ())
         return Trouble(f"stage {self._spec.stage} has lost {', '.join(sorted(gone))}", gone)
 
+    async def node_key(self) -> PublicKey:
+        """Of the node it runs on."""
+        return self._identity.key
+
+    async def hold(self, request: bytes, attempt: int) -> None:
+        """As Retention; nothing happens where no rows are kept."""
+        if self._showing is not None:
+            self._showing.retention.hold(request, attempt)
+
+    async def show(self, request: bytes, attempt: int, start: int) -> bytes | None:
+        """As Showing.piece."""
+        showing, stage = self._showing, self._spec.stage
+        if showing is None:
+            return None
+        return await _outside_the_loop(showing.piece, request, attempt, start, stage, self._session)
+
+    async def release(self, request: bytes, attempt: int) -> None:
+        """As Showing."""
+        if self._showing is not None:
+            self._showing.release(request, attempt)
+
     async def ping(self) -> dict[str, Value]:
         """Alive, and how busy."""
         stage = self._stage
@@ -281,6 +306,9 @@ class _StageProcess:
             "rows_hashed": stage.witness.rows_hashed if stage else 0,
             "rows_reused": stage.witness.rows_reused if stage else 0,
             "rows_abandoned": stage.witness.rows_abandoned if stage else 0,
+            "retains": stage is not None and stage.retention is not None,
+            "retained_bytes": self._showing.retention.bytes if self._showing else 0,
+            "unauditable": self._showing.retention.unauditable if self._showing else 0,
         }
 
     def _take(self, message: bytes) -> None:

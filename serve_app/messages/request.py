@@ -19,6 +19,9 @@ from shard_tools.errors import FormatError
 
 RequestId = NewType("RequestId", str)
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+# signed: may be audited, at the operator's rate. audited: one stage of it certainly is.
+Assurance = Literal["signed", "audited"]
+ASSURANCES: tuple[Assurance, ...] = ("signed", "audited")
 
 MICRO = 1_000_000
 MAX_TOKENS = 1 << 20  # of prompt or completion: above any context length served today
@@ -156,6 +159,7 @@ class GenerationRequest:
     salt: bytes  # 32 random bytes of the ingress, so that the commitment hides a guessable prompt
     priority: int = 0  # the larger goes first, as if it had come earlier (scheduling/seats.py)
     cache_salt: bytes = b""  # requests share computed beginnings only with those of the same salt
+    assurance: Assurance = "signed"
 
     def encode(self) -> bytes:
         return canonical.encode(
@@ -170,6 +174,7 @@ class GenerationRequest:
                 "salt": self.salt,
                 "priority": self.priority,
                 "cache_salt": self.cache_salt,
+                "assurance": self.assurance,
             }
         )
 
@@ -187,7 +192,16 @@ class GenerationRequest:
                 f.data("salt", NONCE_BYTES, NONCE_BYTES),
                 f.integer("priority", -MAX_PRIORITY, MAX_PRIORITY),
                 f.data("cache_salt", 0, MAX_CACHE_SALT_BYTES),
+                assurance_of(f.text("assurance", 20)),
             )
+
+
+def assurance_of(text: str) -> Assurance:
+    """The level of that name. Raises FormatError."""
+    found = next((level for level in ASSURANCES if level == text), None)
+    if found is None:
+        raise FormatError(f"assurance: {text!r} is none of {', '.join(ASSURANCES)}")
+    return found
 
 
 def fresh_salt() -> bytes:

@@ -27,6 +27,7 @@ from serve_app.messages.request import (
     TokensEvent,
 )
 from serve_app.messages.step import Fault, Reply, Roots, Signed, StepPlan, StepResult, closing_plan, decode_reply
+from serve_app.pipeline.assurance import Audits, NoAudits
 from serve_app.pipeline.facts import PipelineFacts
 from serve_app.pipeline.running import Running, mismatch, ticket_of
 from serve_app.receipts import rows_native
@@ -52,8 +53,16 @@ Sink = Callable[[Event], None]
 class Head:
     """Leads one pipeline. Every method is called in the event loop it was made for."""
 
-    def __init__(self, facts: PipelineFacts, scheduler: Scheduler, first: Edge, session: Session) -> None:
+    def __init__(
+        self,
+        facts: PipelineFacts,
+        scheduler: Scheduler,
+        first: Edge,
+        session: Session,
+        audits: Audits = NoAudits(),  # noqa: B008 (it holds nothing)
+    ) -> None:
         rows_native.prepare()
+        self._audits = audits
         self._facts, self._scheduler, self._first, self._session = facts, scheduler, first, session
         self._seqs = itertools.count(1)
         self._running: dict[int, Running] = {}
@@ -102,7 +111,12 @@ class Head:
         running = Running(request, sink, request_hash(request), nonce)
         if begun is not None:
             running.go_on(begun)
-        self._scheduler.admit(ticket_of(seq, running))
+        self._audits.admit(request, resumed=begun is not None)
+        try:
+            self._scheduler.admit(ticket_of(seq, running))
+        except LlmdError:
+            self._audits.ended(request, b"")
+            raise
         running.reason = None
         self._running[seq] = running
         self._by_id[request.id] = seq
@@ -360,4 +374,5 @@ class Head:
     def _end(self, seq: int, event: Event) -> None:
         running = self._running.pop(seq)
         del self._by_id[running.request.id]
+        self._audits.ended(running.request, event.receipt if isinstance(event, FinishedEvent) else b"")
         running.sink(event)

@@ -48,7 +48,7 @@ class Retention:
     def __init__(self, max_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_bytes, self._clock = max_bytes, clock
         self._lock = threading.Lock()
-        self._page_size = 0
+        self._page_size, self._stage = 0, -1
         self._open: dict[int, _Record] = {}
         self._closed: OrderedDict[tuple[bytes, int], _Record] = OrderedDict()  # by the time of closing
         self._by_page: dict[int, _Page] = {}  # what lies in each KV page now
@@ -56,12 +56,16 @@ class Retention:
         self.unauditable = 0  # sealed requests whose rows were not there, or went before a draw could ask for them
         self.timed_out = 0  # drawn ones that nobody released in time
 
-    def begin(self, page_size: int) -> None:
-        """A Stage begins, whose engine knows no sequence. What was sealed before it stays."""
+    def begin(self, stage: int, page_size: int) -> None:
+        """This Stage begins, whose engine knows no sequence. What the same one sealed before stays."""
         with self._lock:
-            self._page_size = page_size
-            for record in self._open.values():
+            gone = list(self._open.values())
+            if stage != self._stage:
+                gone += self._closed.values()
+                self._closed.clear()
+            for record in gone:
                 self._drop(record)
+            self._stage, self._page_size = stage, page_size
             self._open.clear()
             self._by_page.clear()
 

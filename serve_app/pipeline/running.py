@@ -56,7 +56,8 @@ def ticket_of(seq: int, running: Running) -> Ticket:
         sampling_key(request, running.node_nonce),
         frozenset(request.stop_ids),
         request.priority,
-        request.cache_salt,
+        # An audit needs every row from the first on, and rows of a shared beginning may not be kept any more.
+        request.cache_salt if request.assurance == "signed" else running.hash,
         tuple(running.tokens),
         running.reason if running.reason in ("stop", "length") else None,
         running.attempt,

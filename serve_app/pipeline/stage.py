@@ -67,7 +67,7 @@ class Stage:
         self._open: set[int] = set()  # sequences that the engine knows
         self.retention = None if hashed else retention
         if self.retention is not None:
-            self.retention.begin(page_size)
+            self.retention.begin(span.stage, page_size)
         self.witness = Witness(span, chain, self._reply, page_size=page_size, hashed=hashed, retention=self.retention)
         self._inbox: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUED)
         self._flights: queue.Queue[_Flight | None] = queue.Queue(MAX_LAUNCHED)

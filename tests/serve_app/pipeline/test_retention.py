@@ -62,7 +62,7 @@ def output(plan: StepPlan, salt: int = 0) -> StepOutput:
 def begun(max_bytes: int = 1 << 20) -> tuple[Retention, Clock]:
     clock = Clock()
     retention = Retention(max_bytes, clock)
-    retention.begin(PAGE)
+    retention.begin(0, PAGE)
     return retention, clock
 
 
@@ -151,10 +151,12 @@ def test_another_stage_of_the_process_forgets_what_is_open_and_keeps_what_was_si
     retention, _ = begun()
     whole(retention, 1, [0], 4)
     run(retention, step([(2, 0, 4, [1])], {2: 0}))
-    retention.begin(PAGE)
+    retention.begin(0, PAGE)
     assert retention.bytes == ONE_PAGE and retention.read(name(1), 0)
     run(retention, step([(2, 4, 1, [0, 2])], {2: 4}, [(2, 5, SEAL)]))
     assert retention.unauditable == 1
+    retention.begin(1, PAGE)  # a spare that has become another stage
+    assert retention.bytes == 0 and retention.read(name(1), 0) is None
 
 
 @given(st.binary(max_size=40), st.binary(max_size=40), st.binary(max_size=80))
@@ -176,7 +178,7 @@ def root_of(boundary: Boundary, rows: bytes) -> bytes:
 def test_every_record_of_a_pipeline_opens_what_its_stage_signed(
     tiny: tuple[MemoryStore, Manifest], retain_bytes: int
 ) -> None:
-    """Shared beginnings, guesses, too few pages: what is kept hashes to both roots, and the bound holds all the time."""
+    """Shared beginnings, guesses, too few pages: what is kept hashes to both roots, and the bound always holds."""
     store, manifest = tiny
     options = LoadOptions("cpu", "float32", 16, None)
     limits = LocalLimits(
