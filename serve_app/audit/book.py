@@ -25,6 +25,7 @@ from shard_tools.signing import KEY_BYTES, PublicKey, key_text
 MAX_BOOK_BYTES = 4 << 20
 MAX_NODES = 4096
 _MILLI, _MOST = 1000, 1 << 53
+_READMIT = "readmit"
 _STATES = {state.value: state for state in State}
 
 
@@ -94,6 +95,31 @@ class StandingBook:
             beside.replace(self._path)
         except OSError as e:
             raise InputError(f"cannot keep the standings in {self._path}: {e.strerror}") from e
+
+
+def ask_to_readmit(folder: Path, node: PublicKey) -> None:
+    """Whoever keeps the book in this folder is asked to: a file there, which takes the right to write it.
+
+    Raises InputError if there is no such folder.
+    """
+    try:
+        (folder / _READMIT).mkdir(exist_ok=True, mode=0o700)
+        (folder / _READMIT / node.hex()).touch()
+    except OSError as e:
+        raise InputError(f"cannot ask in {folder}: {e.strerror}. Is identity.state_dir on this host?") from e
+
+
+def asked_to_readmit(folder: Path) -> list[PublicKey]:
+    """Nodes that were asked for since the last call. Raises InputError."""
+    found = []
+    try:
+        for file in sorted((folder / _READMIT).glob("*")):
+            file.unlink()
+            if len(file.name) == 2 * KEY_BYTES and set(file.name) <= set("0123456789abcdef"):
+                found.append(PublicKey(bytes.fromhex(file.name)))
+    except OSError as e:
+        raise InputError(f"cannot read who is to be readmitted in {folder}: {e.strerror}") from e
+    return found
 
 
 def _encode(standings: dict[PublicKey, Standing], read_to: int) -> bytes:

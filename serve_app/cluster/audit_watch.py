@@ -14,7 +14,7 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from serve_app.audit.book import StandingBook
+from serve_app.audit.book import StandingBook, asked_to_readmit
 from serve_app.audit.office import News
 from serve_app.audit.verdict import MAX_VERDICT_BYTES, Verdict
 from serve_app.cluster.audit_specs import AUDITOR, FOLDER, OWNER, AuditorSpec, auditor_spec, nodes_of
@@ -101,6 +101,8 @@ class AuditWatch:
         try:
             if self._book is None:
                 self._book = StandingBook(config.identity.state_dir / FOLDER / "standing")
+            for node in asked_to_readmit(config.identity.state_dir / FOLDER):
+                _log.warning("node %s is %s now", key_text(node), self._book.readmit(node).state.value)
             auditor = await self._living(auditor_spec(config, group.spec))
             async with asyncio.timeout(_CALL_S):
                 key, news, self._status = await auditor.news.remote(self._book.read_to)

@@ -30,7 +30,7 @@ from shard_tools.canonical import Value
 from shard_tools.catalog import open_record
 from shard_tools.errors import LlmdError
 from shard_tools.index.model_index import ModelRecord
-from shard_tools.signing import PublicKey, Signer
+from shard_tools.signing import PublicKey, Signer, key_text
 
 if TYPE_CHECKING:
     from serve_app.audit.auditor import Auditor
@@ -51,6 +51,7 @@ class _AuditorProcess:
         self._store = store_of(spec.store)
         self._manifest = open_record(ModelRecord(spec.manifest, spec.signature), self._store, spec.trusted)
         self._signer = Signer.load_or_create(spec.state_dir / "auditor.key")
+        (spec.state_dir / "auditor.pub").write_text(key_text(self._signer.public) + "\n")
         self._office = AuditOffice(spec.state_dir / FOLDER, self._signer, spec.operator, self._make)
         self._queue: asyncio.Queue[tuple[Drawn, str, StageStatement]] = asyncio.Queue(_MAX_QUEUED)
         self._replays = ThreadPoolExecutor(1, "replay")

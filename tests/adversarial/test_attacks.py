@@ -49,7 +49,7 @@ NOT_BUILT = {
     16: "FAULT of a fork across receipts: nobody collects statements by session yet; within one it is refused",
     17: "copying a replica's output: there are no replicated requests yet; copying a verdict is refused",
     20: "sketches: there are none to forge",
-    21: "time-outs and deletion: retention in the running pipeline; wrong bytes and refusals are judged",
+    21: "deletion of rows that nobody promised: counted, not blamed; promised ones and wrong bytes are judged",
     24: "canaries for lazy auditors",
     30: "FAULT for a broken promise of exactness: no level promises it; a lowered level is refused",
 }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from serve_app.audit.auditor import Auditor
-from serve_app.audit.book import StandingBook
+from serve_app.audit.book import StandingBook, ask_to_readmit, asked_to_readmit
 from serve_app.audit.desk import Drawn, Note
 from serve_app.audit.draw import secret_commitment
 from serve_app.audit.office import AuditOffice, News
@@ -163,6 +163,11 @@ def test_standings_outlive_who_keeps_the_book(tmp_path: Path) -> None:
     assert again.quarantined() == {liar} and again.of(PublicKey(b"s" * 32)).state is State.SUSPECT
     assert again.readmit(liar).state is State.PROBATION and again.readmit(NODE).state is State.SUSPECT
     assert StandingBook(path).of(liar).audited_always and len(again.state()) == 3
+    ask_to_readmit(path.parent, liar)
+    (path.parent / "readmit" / "something else").touch()
+    assert asked_to_readmit(path.parent) == [liar] and asked_to_readmit(path.parent) == []
+    with pytest.raises(InputError):
+        ask_to_readmit(path / "nowhere", liar)
     path.write_bytes(b"x")
     with pytest.raises(FormatError):
         StandingBook(path)
