@@ -38,8 +38,9 @@ class AuditPump:
                 sent = await self._turn()
             except (RayError, TimeoutError, PipelineError) as e:
                 self._auditor = None
-                lines = str(e).splitlines()
-                self._desk.failed(f"the auditor does not answer: {lines[0] if lines else type(e).__name__}")
+                # Ray's message ends with the error's own last line, behind a whole remote traceback.
+                lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+                self._desk.failed(f"the auditor does not answer: {lines[-1] if lines else type(e).__name__}")
             except Exception as e:  # a mistake of ours must not end all audits in silence
                 _log.exception("the auditor cannot be spoken to")
                 self._desk.failed(f"{type(e).__name__}: {e}")

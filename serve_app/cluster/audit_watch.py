@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -47,11 +48,15 @@ class AuditWatch:
 
     def tick(self, config: AppConfig, group: PipelineGroup) -> None:
         """Called every second or so; does its work in the background."""
-        if group.spec.audit is not None and (self._turn is None or self._turn.done()):
+        if group.spec.audit is None:
+            if self._auditor is not None:  # of a configuration before
+                self.stop()
+                self._auditor = None
+        elif self._turn is None or self._turn.done():
             self._turn = asyncio.get_running_loop().create_task(self._work(config, group))
 
     def stop(self) -> None:
-        """Nobody serves any more."""
+        """Nothing is audited any more."""
         if self._turn is not None:
             self._turn.cancel()
         kill_actor(find_actor(AUDITOR))
@@ -163,5 +168,6 @@ class AuditWatch:
         """On which nodes they are."""
         for place, spare in zip(group.spec.plan.spares, group.spares, strict=True):
             if spare is not None and place.actor not in self._spare_nodes:
-                async with asyncio.timeout(_CALL_S):
-                    self._spare_nodes[place.actor] = await spare.node_key.remote()
+                with suppress(RayError, TimeoutError):  # one that is gone, or is being started: asked again
+                    async with asyncio.timeout(_CALL_S):
+                        self._spare_nodes[place.actor] = await spare.node_key.remote()

@@ -81,7 +81,7 @@ class _AuditorProcess:
                 continue
             stage = await self._aside(self._logs, find_actor, actor)
             if stage is not None:
-                stage.hold.remote(said.request_hash, said.attempt)
+                stage.hold.remote(said.request_hash, said.attempt, one.certain)
             try:
                 self._queue.put_nowait((one, actor, said))
             except asyncio.QueueFull:

@@ -268,10 +268,10 @@ class _StageProcess:
         """Of the node it runs on."""
         return self._identity.key
 
-    async def hold(self, request: bytes, attempt: int) -> None:
+    async def hold(self, request: bytes, attempt: int, promised: bool) -> None:
         """As Retention; nothing happens where no rows are kept."""
         if self._showing is not None:
-            self._showing.retention.hold(request, attempt)
+            self._showing.retention.hold(request, attempt, promised=promised)
 
     async def show(self, request: bytes, attempt: int, start: int) -> bytes | None:
         """As Showing.piece."""

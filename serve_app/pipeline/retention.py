@@ -3,8 +3,9 @@
 Rows lie in pages like the keys and values they led to, so a sequence that opens behind pages which an earlier one
 filled shares that one's rows. They are copied by the thread that hashes them, a step behind the pipeline.
 Memory is bounded: past it the oldest record that nobody drew goes, and is counted if it might still have been drawn,
-because a request that cannot be audited must not look as if it could. What is drawn is held until it is released or
-its time is over. Knows requests by hash and attempt, as the stage's statement names them, and nothing of audits.
+because a request that cannot be audited must not look as if it could. What was promised to a client is held, once it is
+drawn, until it is released or its time is over. Knows requests by hash and attempt, as the stage's statement names
+them, and nothing of audits.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Retention:
         self._by_page: dict[int, _Page] = {}  # what lies in each KV page now
         self.bytes = 0
         self.unauditable = 0  # sealed requests whose rows were not there, or went before a draw could ask for them
-        self.timed_out = 0  # drawn ones that nobody released in time
+        self.timed_out = 0  # promised ones that nobody released in time
 
     def begin(self, stage: int, page_size: int) -> None:
         """This Stage begins, whose engine knows no sequence. What the same one sealed before stays."""
@@ -85,14 +86,21 @@ class Retention:
                 if record is not None:
                     self._close(record, rows, seal == SEAL)
 
-    def hold(self, request: bytes, attempt: int) -> int | None:
-        """It is drawn: kept until released, for HOLD_S at most. Returns its bytes; None if it is not there."""
+    def hold(self, request: bytes, attempt: int, *, promised: bool) -> bool:
+        """It is drawn. Returns whether it is there.
+
+        promised: it is kept until released, for HOLD_S at most. Else it only goes as if it were the latest: nothing was
+        set aside for it, and it must not take the place of what something was.
+        """
+        key = request, attempt
         with self._lock:
-            record = self._closed.get((request, attempt))
+            record = self._closed.get(key)
             if record is None:
-                return None
-            record.held_until_s = self._clock() + HOLD_S
-            return sum(len(page.received) + len(page.sent) for page in record.pages)
+                return False
+            self._closed.move_to_end(key)
+            if promised:
+                record.held_until_s = self._clock() + HOLD_S
+            return True
 
     def read(self, request: bytes, attempt: int) -> StageRecord | None:
         """Its rows, or None if they are not there."""

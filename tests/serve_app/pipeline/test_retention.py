@@ -122,7 +122,7 @@ def test_a_step_that_failed_leaves_no_record() -> None:
 def test_the_oldest_that_nobody_drew_goes_first_and_is_counted_while_it_might_have_been_drawn() -> None:
     retention, clock = begun(2 * ONE_PAGE)
     whole(retention, 1, [0], 4)
-    assert retention.hold(name(1), 0) == ONE_PAGE and retention.hold(name(9), 0) is None
+    assert retention.hold(name(1), 0, promised=True) and not retention.hold(name(9), 0, promised=True)
     whole(retention, 2, [1], 4)
     whole(retention, 3, [2], 4)  # in place of 2: 1 is drawn
     assert retention.read(name(2), 0) is None and retention.read(name(1), 0) and retention.unauditable == 1
@@ -133,14 +133,27 @@ def test_the_oldest_that_nobody_drew_goes_first_and_is_counted_while_it_might_ha
     assert (retention.unauditable, retention.timed_out) == (1, 1)
 
 
-def test_what_is_drawn_is_never_dropped_for_what_is_not() -> None:
+def test_what_is_drawn_without_a_promise_goes_as_if_it_were_the_latest() -> None:
+    """Before what was promised, and after what nobody drew."""
+    retention, _ = begun(3 * ONE_PAGE)
+    for seq in (1, 2, 3):
+        whole(retention, seq, [seq], 4)
+    retention.hold(name(1), 0, promised=False)
+    retention.hold(name(3), 0, promised=True)
+    whole(retention, 4, [4], 4)
+    assert [retention.read(name(i), 0) is not None for i in range(1, 5)] == [True, False, True, True]
+    whole(retention, 5, [5], 4)
+    assert [retention.read(name(i), 0) is not None for i in range(1, 6)] == [False, False, True, True, True]
+
+
+def test_what_is_promised_is_never_dropped_for_what_is_not() -> None:
     """Then the newcomer has no record, and an open one goes before a drawn one."""
     retention, _ = begun(2 * ONE_PAGE)
     whole(retention, 1, [0], 4)
-    retention.hold(name(1), 0)
+    retention.hold(name(1), 0, promised=True)
     run(retention, step([(2, 0, 4, [1])], {2: 0}))
     whole(retention, 3, [2], 4)
-    retention.hold(name(3), 0)
+    retention.hold(name(3), 0, promised=True)
     run(retention, step([(2, 4, 1, [4])], closes=[(2, 5, SEAL)]))
     whole(retention, 4, [3], 8)
     assert [retention.read(name(i), 0) is not None for i in range(1, 5)] == [True, False, True, False]
