@@ -5,7 +5,8 @@
 Both pipelines stand in one process and answer the same greedy requests in turn, so that a slow minute of the machine
 meets both; the ratio of each pair is kept. Because a few per cent drown in such a machine's noise, the processor time
 that the witnesses' threads take is counted as well. The client's check is timed on receipts of 44 and of 2000 rows,
-with nothing remembered from issuing them. On a CPU: where an engine hashes by itself, leaving it out takes more.
+with nothing remembered from issuing them. Keeping rows for audits is timed in a pipeline of its own, as processor time.
+On a CPU: where an engine hashes by itself, leaving it out takes more.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from serve_app.local import LocalLimits, LocalPipeline
 from serve_app.messages.request import FailedEvent, FinishedEvent, GenerationRequest, TokensEvent
 from serve_app.messages.step import StepPlan
 from serve_app.pipeline.head import Head
+from serve_app.pipeline.retention import Retention
 from serve_app.pipeline.witness import Witness
 from serve_app.receipts import rows
 from serve_app.receipts.check import check
@@ -84,6 +86,17 @@ class TimedWitness(Witness):
         self.cpu_s += time.thread_time() - began
 
 
+class TimedRetention(Retention):
+    """A Retention that counts its writer's processor time."""
+
+    cpu_s = 0.0
+
+    def saw(self, *args: Any) -> None:
+        began = time.thread_time()
+        super().saw(*args)
+        self.cpu_s += time.thread_time() - began
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["smollm2", "tiny"], default="smollm2")
@@ -98,6 +111,7 @@ def main() -> int:
         model = published(root / "model", a.model)
         figures: dict[str, Any] = {"model": model.manifest.name, "stages": a.stages}
         figures |= asyncio.run(compare(model, a.stages, a.pairs, a.requests, a.tokens))
+        figures |= asyncio.run(keeping(model, a.stages, a.pairs, a.requests, a.tokens))
         small = model if a.model == "tiny" else published(root / "tiny", "tiny")
         figures["check_ms"] = asyncio.run(check_times(small))
     save(Result("receipts_cost", figures), a.out)
@@ -143,6 +157,28 @@ async def compare(model: PublishedModel, stages: int, pairs: int, n: int, tokens
         "ratio_lowest": round(min(ratios), 4),
         "ratio_highest": round(max(ratios), 4),
         "witness_share_of_cpu_percent": round(100 * witness_s / total_s, 2),
+    }
+
+
+async def keeping(model: PublishedModel, stages: int, rounds: int, n: int, tokens: int) -> dict[str, Any]:
+    """What share of the processor's time goes into keeping rows; the first round warms up and is not counted."""
+    serve_app.local.Retention = TimedRetention  # type: ignore[misc]
+    try:
+        pipeline = model.pipeline(stages, LocalLimits(retain_bytes=1 << 30))
+    finally:
+        serve_app.local.Retention = Retention  # type: ignore[misc]
+    kept: list[Any] = [stage.retention for stage in pipeline.stages]
+    draw = random.Random(0)
+    prompts = [random_prompt(draw, model.manifest, draw.randint(16, 64)) for _ in range(n)]
+    for i in range(rounds + 1):
+        if i == 1:
+            cpu, keeping = time.process_time(), sum(retention.cpu_s for retention in kept)
+        await asyncio.gather(*(ended(pipeline, greedy(model.manifest, prompt, tokens)) for prompt in prompts))
+    share = (sum(retention.cpu_s for retention in kept) - keeping) / (time.process_time() - cpu)
+    pipeline.close()
+    return {
+        "retention_share_of_cpu_percent": round(100 * share, 2),
+        "retained_bytes_per_stage": max(retention.bytes for retention in kept),
     }
 
 

@@ -1,4 +1,4 @@
-"""`llmd audit calibrate` and `llmd audit demo`: what honest stages err by, and what becomes of one that is not honest.
+"""`llmd audit`: what honest stages err by, what becomes of one that is not honest, and how it comes back.
 
 Exit codes: 0 done (demo: the cheat was found and nobody else blamed), 1 not so, 2 nothing could be measured.
 """
@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
     audits = typer.Typer(no_args_is_help=True, help="Stages computed again by somebody else.")
     audits.command("calibrate")(calibrate)
     audits.command("demo")(demo)
+    audits.command("readmit")(readmit)
     app.add_typer(audits, name="audit")
 
 
@@ -75,6 +76,23 @@ def demo(
 
     try:
         raise typer.Exit(run_demo(cheat, stage, requests))
+    except LlmdError as e:
+        typer.echo(f"llmd: {e}", err=True)
+        raise typer.Exit(2) from e
+
+
+def readmit(
+    node: Annotated[str, typer.Argument(help="llmd-ed25519:..., as `llmd status` shows it.")],
+    state_dir: Annotated[
+        Path, typer.Option("--state-dir", help="identity.state_dir, where the Supervisor runs.")
+    ] = Path("~/.llmd"),
+) -> None:
+    """Put a quarantined node on probation, once you have looked at it; the Supervisor sees it in a second or two."""
+    from serve_app.audit.book import ask_to_readmit
+    from shard_tools.signing import parse_key
+
+    try:
+        ask_to_readmit(state_dir.expanduser() / "audit", parse_key(node))
     except LlmdError as e:
         typer.echo(f"llmd: {e}", err=True)
         raise typer.Exit(2) from e

@@ -233,12 +233,18 @@ def _print_state(state: dict[str, Any], name: str = "") -> None:
     for key, value in state.items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             below.append((key, value))
+        elif isinstance(value, dict):
+            below.append((key, [value]))
         else:
             facts.add_row(escape(key), _cell(value))
     if facts.row_count:
         out.print(facts)
     for key, items in below:
-        if any(isinstance(value, list) and value and isinstance(value[0], dict) for i in items for value in i.values()):
+        if isinstance(state[key], dict):
+            _print_state(items[0], key)
+        elif any(
+            isinstance(value, list) and value and isinstance(value[0], dict) for i in items for value in i.values()
+        ):
             for i, item in enumerate(items):
                 _print_state(item, f"{key} {i}")
         else:

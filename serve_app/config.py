@@ -27,7 +27,8 @@ from serve_app.errors import ConfigError
 from serve_app.known_keys import refuse_unknown
 from serve_app.serve_keys import Keys
 from shard_tools.choice import Choice, absolute_path
-from shard_tools.errors import InputError
+from shard_tools.cid import Cid
+from shard_tools.errors import FormatError, InputError
 from shard_tools.signing import parse_key
 from shard_tools.trust import TrustPolicy
 from shard_tools.trust_root import read_trust
@@ -42,6 +43,13 @@ def _everywhere_the_same(path: Path) -> Path:
     try:
         return absolute_path(str(path))
     except InputError as e:
+        raise ValueError(str(e)) from e
+
+
+def _cid(text: str) -> str:
+    try:
+        return str(Cid.parse(text))
+    except FormatError as e:
         raise ValueError(str(e)) from e
 
 
@@ -112,6 +120,7 @@ AbsolutePath = Annotated[Path, AfterValidator(_everywhere_the_same)]
 Trusted = Annotated[str, Field(max_length=4096), AfterValidator(_key_or_file)]
 FolderOrChoice = Annotated[Path | Choice, PlainValidator(_folder_or_choice)]
 NameOrChoice = Annotated[Choice, PlainValidator(_name_or_choice)]
+CalibrationCid = Annotated[str, AfterValidator(_cid)]
 Digest = Annotated[str, AfterValidator(_digest)]
 HostAndPort = Annotated[str, Field(max_length=255), AfterValidator(_host_and_port)]
 NodeKey = Annotated[str, Field(max_length=100), AfterValidator(_key)]
@@ -231,6 +240,23 @@ class IngressConfig:
 
 
 @dataclass(frozen=True, slots=True, config=_CLOSED)
+class AuditConfig:
+    """Which answers are computed again, one stage of each, by an auditor of the operator's."""
+
+    rate: Annotated[float, Field(ge=0, le=1)] = 0.0  # of all answers, drawn after they were signed for; 0: none
+    on_request: bool = False  # clients may ask for `audited` answers: 429 when there is no room for their rows
+    # on the host, for rows of each stage, while anything is audited: 2 GiB are 130,000 positions at width 4096
+    retain_bytes: Annotated[int, Field(ge=1 << 20)] = 2 << 30
+    calibration: Annotated[tuple[CalibrationCid, ...], Field(max_length=256)] = ()  # blocks of `llmd audit calibrate`
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1  # of the auditor, which yields to everything else on its host
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is audited, so that rows are kept."""
+        return self.rate > 0 or self.on_request
+
+
+@dataclass(frozen=True, slots=True, config=_CLOSED)
 class IdentityConfig:
     """Who signs, and who vouches for the signers."""
 
@@ -252,6 +278,7 @@ class AppConfig:
     model: ModelConfig
     pipeline: PipelineConfig = PipelineConfig()
     ingress: IngressConfig = IngressConfig()
+    audit: AuditConfig = AuditConfig()
     identity: IdentityConfig = IdentityConfig()
 
     @classmethod

@@ -21,6 +21,7 @@ from serve_app.errors import PipelineError
 from serve_app.messages.request import Event, FailedEvent, FinishedEvent, GenerationRequest, RequestId
 from serve_app.pipeline.facts import PipelineFacts, can_reuse_pages
 from serve_app.pipeline.head import Head
+from serve_app.pipeline.retention import Retention
 from serve_app.pipeline.stage import Stage
 from serve_app.pipeline.warm_up import warm_up_request
 from serve_app.pipeline.witness import StageSpan
@@ -51,6 +52,7 @@ class LocalLimits:
     take_turns: bool = False  # one step at a time: for stages that have the same cores
     prefix_cache: bool = False  # off, so that whoever counts rows or seconds counts what was asked for
     speculate: int = 0  # tokens guessed at most per step and sequence
+    retain_bytes: int = 0  # of rows that each stage keeps for audits
 
 
 class LocalPipeline:
@@ -73,7 +75,8 @@ class LocalPipeline:
         """
         self.operator = operator or Signer.fresh()
         self.manifest = manifest
-        node, now_s = NodeIdentity(Signer.fresh()), int(time.time())
+        self.node = node = NodeIdentity(Signer.fresh())
+        now_s = int(time.time())
         registry = Registry.of([RegisteredNode(node.key, "this process")], 1, now_s, _LIFETIME_S)
         sessions = [node.open_session("stage", _EPOCH, now_s, _LIFETIME_S) for _ in range(stages)]
         loop = asyncio.get_running_loop()
@@ -97,7 +100,16 @@ class LocalPipeline:
             )
             after = LocalEdge(self.stages[0].deliver) if self.stages else None
             chain = StatementChain(sessions[i])
-            stage = Stage(engine, span, chain, page_size=options.page_size, next=after, head=to_head, epoch=_EPOCH)
+            stage = Stage(
+                engine,
+                span,
+                chain,
+                page_size=options.page_size,
+                next=after,
+                head=to_head,
+                epoch=_EPOCH,
+                retention=Retention(limits.retain_bytes) if limits.retain_bytes else None,
+            )
             self.stages.insert(0, stage)
 
         scheduler = Scheduler(

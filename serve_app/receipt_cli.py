@@ -24,7 +24,14 @@ from serve_app.receipts.bundle import Bundle
 from serve_app.receipts.check import CheckedReceipt, Expected, check, check_against_manifest
 from serve_app.receipts.receipt import Receipt
 from serve_app.receipts.statement import StageStatement
-from serve_app.transcript import MAX_TRANSCRIPT_BYTES, find_receipt, parse_nonce, parse_request, parse_response
+from serve_app.transcript import (
+    MAX_TRANSCRIPT_BYTES,
+    find_receipt,
+    parse_assurance,
+    parse_nonce,
+    parse_request,
+    parse_response,
+)
 from shard_tools.cid import Cid
 from shard_tools.errors import InputError, IntegrityError, LlmdError
 from shard_tools.signing import PublicKey, key_text, parse_key, read_public_key
@@ -53,6 +60,9 @@ def verify(
     store: Annotated[Path | None, typer.Option("--store", help="Directory of blocks that holds the model.")] = None,
     manifest: Annotated[str | None, typer.Option("--manifest", help="CID of the model you asked for.")] = None,
     nonce: Annotated[str | None, typer.Option("--nonce", help="The nonce you sent, 64 hex digits.")] = None,
+    assurance: Annotated[
+        str | None, typer.Option("--assurance", help="The level you asked for: signed, audited.")
+    ] = None,
     max_age_s: Annotated[int | None, typer.Option("--max-age-s", help="Refuse older receipts.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -68,6 +78,7 @@ def verify(
         expected = Expected(
             manifest=None if manifest is None else Cid.parse(manifest),
             client_nonce=None if nonce is None else parse_nonce(nonce),
+            assurance=None if assurance is None else parse_assurance(assurance),
             max_age_s=max_age_s,
         )
         operators = frozenset(_key(text) for text in trust)
@@ -151,6 +162,7 @@ def _print_checked(checked: CheckedReceipt, done: list[str]) -> None:
         "seed": "no nonce; the noise follows the request's seed",
         "none": "no freshness: nothing in it was chosen by the client alone",
     }
+    table.add_row("level", receipt.assurance)
     table.add_row("request", f"{receipt.request_hash.hex()} ({fresh[receipt.freshness]})")
     table.add_row(
         "tokens", f"{receipt.n_prompt} of the prompt, {len(receipt.out_ids)} answered ({receipt.finish_reason})"
@@ -176,7 +188,10 @@ def _print_checked(checked: CheckedReceipt, done: list[str]) -> None:
     missing = [text for name, text in left.items() if name not in done]
     if missing:
         out.print(f"not checked: {'; '.join(missing)}", style="yellow", soft_wrap=True)
-    out.print("Signed, not audited: nobody computed this again.", style="dim")
+    if receipt.assurance == "audited":
+        out.print("To be audited: what was found stands at GET /v1/receipts/REQUEST_ID of the server.", style="dim")
+    else:
+        out.print("Signed, not audited: nobody computed this again.", style="dim")
 
 
 def _as_json(checked: CheckedReceipt) -> dict[str, Any]:
@@ -205,6 +220,7 @@ def _receipt_json(receipt: Receipt) -> dict[str, Any]:
         "out_ids": list(receipt.out_ids),
         "finish_reason": receipt.finish_reason,
         "issued_ms": receipt.issued_ms,
+        "assurance": receipt.assurance,
     }
 
 

@@ -23,7 +23,9 @@ def check_request(checked: CheckedReceipt, sent: SentRequest, codec: TextCodec, 
     """
     receipt = checked.receipt
     require_expected(
-        checked, Expected(client_nonce=sent.nonce, sampling=sent.sampling, max_tokens=sent.max_tokens), now_s
+        checked,
+        Expected(client_nonce=sent.nonce, sampling=sent.sampling, max_tokens=sent.max_tokens, assurance=sent.assurance),
+        now_s,
     )
     if receipt.stop_ids != codec.stop_ids:
         raise ReceiptError(f"receipt.stop: it says {receipt.stop_ids}, the model's files {codec.stop_ids}")

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from serve_app.api.text import TextCodec
-from serve_app.audit.record import RecordingEngine, StageRecord, StageRecords
 from serve_app.engine.engine import Engine
-from serve_app.engine.load import LoadOptions, load_engine, load_plain
+from serve_app.engine.host_rows import HostRows
+from serve_app.engine.load import LoadOptions, load_engine
 from serve_app.errors import PipelineError
 from serve_app.local import LocalLimits, LocalPipeline
+from serve_app.messages.record import StageRecord
 from serve_app.messages.request import FinishedEvent, GenerationRequest, RequestId, Sampling, fresh_salt
 from serve_app.receipts.bundle import Bundle
 from serve_app.receipts.check import CheckedReceipt, check
@@ -25,6 +26,7 @@ from shard_tools.signing import Envelope
 from shard_tools.store.block_store import BlockStore
 
 PROMPT_TOKENS = 24
+_RETAIN_BYTES = 1 << 30  # in each stage; what was answered is taken out at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +83,16 @@ class _Rehearsal:
     ) -> None:
         self._store, self._manifest, self._stages, self._options = store, manifest, stages, options
         self._at_once, self._cheats = at_once, cheats
-        self._records: dict[int, StageRecords] = {}  # by first layer
+        self._loaded = 0
 
     async def answers(self, prompts: Sequence[Sequence[int]], tokens: int, temperature_micro: int) -> list[Rehearsed]:
         pages = self._at_once * (-(-(max(map(len, prompts)) + tokens) // self._options.page_size) + 1)
-        limits = LocalLimits(n_pages=pages, max_running=self._at_once, max_waiting=len(prompts) + self._at_once)
+        limits = LocalLimits(
+            n_pages=pages,
+            max_running=self._at_once,
+            max_waiting=len(prompts) + self._at_once,
+            retain_bytes=_RETAIN_BYTES,
+        )
         pipeline = LocalPipeline(
             self._store, self._manifest, stages=self._stages, options=self._options, limits=limits, load=self._load
         )
@@ -100,18 +107,14 @@ class _Rehearsal:
             pipeline.close()
 
     def _load(self, store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> Engine:
-        stage = self._stages - 1 - len(self._records)  # they are made from the last to the first
-        engine = load_engine(store, manifest, start, stop, options)
-        profile = engine.profile  # what is signed, whoever computes
-        if stage in self._cheats:
-            # Imported where it is asked for: nothing that serves has it in memory.
-            from serve_app.engine.dishonest import spoil
+        self._loaded += 1
+        cheat = self._cheats.get(self._stages - self._loaded)  # they are made from the last to the first
+        if cheat is None:
+            return HostRows(load_engine(store, manifest, start, stop, options))
+        # Imported where it is asked for: nothing that serves has it in memory.
+        from serve_app.engine.dishonest import load_cheat
 
-            plain = load_plain(store, manifest, start, stop, options)
-            spoil(plain, self._cheats[stage])
-            engine = plain
-        self._records[start] = StageRecords()
-        return RecordingEngine(engine, self._records[start], profile)
+        return load_cheat(store, manifest, start, stop, options, cheat)
 
     async def _answer(
         self,
@@ -137,8 +140,10 @@ class _Rehearsal:
         checked = check(bundle, pipeline.operator.public, now_s=int(time.time()))
         records = []
         for said in checked.statements:
-            record = self._records[said.start].take(said.request_hash, said.attempt)
-            if record is None:
+            retention = pipeline.stages[said.stage].retention
+            record = retention.read(said.request_hash, said.attempt) if retention else None
+            if retention is None or record is None:
                 raise PipelineError(f"stage {said.stage} kept no rows of a request it has signed for")
+            retention.release(said.request_hash, said.attempt)
             records.append(record)
         return Rehearsed(checked, bundle.statements, tuple(records))

@@ -14,10 +14,10 @@ from decimal import ROUND_HALF_EVEN, Decimal
 from typing import Any
 
 from serve_app.errors import RequestError
-from serve_app.messages.request import MICRO, NONCE_BYTES, Sampling
+from serve_app.messages.request import MICRO, NONCE_BYTES, Assurance, Sampling, assurance_of
 from serve_app.receipts.bundle import MAX_BUNDLE_BYTES, bytes_of_text
 from shard_tools.canonical import Value
-from shard_tools.errors import InputError
+from shard_tools.errors import FormatError, InputError
 
 MAX_TRANSCRIPT_BYTES = 4 * MAX_BUNDLE_BYTES  # a stream repeats its labels with every piece of text
 
@@ -33,6 +33,7 @@ class SentRequest:
     sampling: Sampling
     max_tokens: int | None  # None: left to the server
     nonce: bytes  # empty: none was sent
+    assurance: Assurance | None  # None: not in the body, and a header may have said it
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,8 @@ def parse_request(data: bytes) -> SentRequest:
         elif not isinstance(prompt, str):
             raise InputError("the request has neither messages nor one prompt: is it the JSON that was sent?")
     stops = body.get("stop") or []
-    nonce = _object(body.get("llmd") or {}, "llmd").get("nonce", "")
+    own = _object(body.get("llmd") or {}, "llmd")
+    nonce, level = own.get("nonce", ""), own.get("assurance")
     asked = body.get("max_completion_tokens") or body.get("max_tokens")
     return SentRequest(
         messages,
@@ -69,6 +71,7 @@ def parse_request(data: bytes) -> SentRequest:
         _sampling(body),
         None if asked is None else _integer(asked, "max_tokens"),
         parse_nonce(nonce) if nonce else b"",
+        None if level is None else parse_assurance(level),
     )
 
 
@@ -109,6 +112,14 @@ def find_receipt(data: bytes) -> bytes:
     if receipt is None:
         raise InputError("this response carries no receipt: it has no llmd.receipt")
     return bytes_of_text(receipt)
+
+
+def parse_assurance(text: object) -> Assurance:
+    """A level's name. Raises InputError."""
+    try:
+        return assurance_of(str(text)[:80])
+    except FormatError as e:
+        raise InputError(str(e)) from e
 
 
 def parse_nonce(text: object) -> bytes:

@@ -14,6 +14,7 @@ from serve_app.errors import ContextLengthError, DeadlineError, RequestError, Un
 from serve_app.messages.request import GenerationRequest, Once, RequestId, fresh_salt
 
 T = TypeVar("T")
+LEVEL_HEADER = "x-llmd-assurance"
 
 LONG_CHARS = 16 << 10  # tokenising this much takes a few ms; more would hold up every other stream's tokens
 
@@ -40,13 +41,14 @@ def admitted(
     default_tokens: int | None,
     came_s: float,
     once: Once | None,
+    level: str | None,
 ) -> GenerationRequest:
     """The request for the pipeline. param: the field that holds the prompt; prefix: of the id ("chatcmpl").
 
     default_tokens: the completion's longest length when the client names none; None: what the context leaves.
     came_s: on the monotonic clock, when the body was there; its time runs from then. once: what shows a retry.
-    Raises ContextLengthError when prompt and completion do not fit, RequestError for an id outside the vocabulary,
-    DeadlineError when tokenising took all its time.
+    level: what the header names. Raises ContextLengthError when prompt and completion do not fit, RequestError for an
+    id outside the vocabulary, DeadlineError when tokenising took all its time.
     """
     if not prompt_ids:
         raise RequestError("The prompt has no tokens; send some text.", param)
@@ -78,4 +80,5 @@ def admitted(
         cache_salt=body.cache_salt(),
         timeout_ms=timeout_ms,
         once=once,
+        assurance=body.assurance(level),
     )

@@ -19,6 +19,7 @@ from serve_app.api.chat import chat
 from serve_app.api.completions import complete
 from serve_app.api.connection import ClientGoneError
 from serve_app.api.generator import Generator, ServedModel
+from serve_app.api.receipts import Receipts, receipt_response
 from shard_tools.canonical import Value
 from shard_tools.cid import Cid
 
@@ -31,8 +32,12 @@ def create_app(
     generator: Generator,
     keys: ApiKeys,
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    receipts: Receipts | None = None,
 ) -> FastAPI:
-    """The application that serves `models` by `generator` to whoever shows one of `keys`."""
+    """The application that serves `models` by `generator` to whoever shows one of `keys`.
+
+    receipts: None where nobody audits.
+    """
     app = FastAPI(title="llm-d", docs_url=None, redoc_url=None, openapi_url=None)  # bodies are parsed in wire.py
     problems.install(app)
     app.add_exception_handler(ClientGoneError, _to_nobody)
@@ -58,6 +63,10 @@ def create_app(
     @app.get("/v1/cluster/state")
     async def state_route() -> JSONResponse:
         return JSONResponse(_json(generator.status()))
+
+    @app.get("/v1/receipts/{id}")
+    async def receipt_route(id: str) -> JSONResponse:
+        return await receipt_response(receipts, id)
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health_route() -> JSONResponse:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from serve_app.api.admission import admitted, find_model, tokenised
+from serve_app.api.admission import LEVEL_HEADER, admitted, find_model, tokenised
 from serve_app.api.answer import Answer
 from serve_app.api.connection import read_body
 from serve_app.api.generator import Generator, ServedModel
@@ -51,7 +51,15 @@ async def chat(
     chars = sum(len(turn["content"]) for turn in turns)
     ids = await tokenised(chars, lambda: model.text.encode_chat(turns))
     asked = admitted(
-        body, model, ids, param="messages", prefix="chatcmpl", default_tokens=None, came_s=came_s, once=once
+        body,
+        model,
+        ids,
+        param="messages",
+        prefix="chatcmpl",
+        default_tokens=None,
+        came_s=came_s,
+        once=once,
+        level=request.headers.get(LEVEL_HEADER),
     )
     answer = Answer(generator, asked, model.text.decoder(), body.stops())
     labels = Labels(asked.id, int(time.time()), model.name)

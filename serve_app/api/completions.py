@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from serve_app.api.admission import admitted, find_model, tokenised
+from serve_app.api.admission import LEVEL_HEADER, admitted, find_model, tokenised
 from serve_app.api.answer import Answer
 from serve_app.api.connection import read_body
 from serve_app.api.generator import Generator, ServedModel
@@ -50,7 +50,15 @@ async def complete(
     else:
         ids = tuple(prompt)
     asked = admitted(
-        body, model, ids, param="prompt", prefix="cmpl", default_tokens=DEFAULT_TOKENS, came_s=came_s, once=once
+        body,
+        model,
+        ids,
+        param="prompt",
+        prefix="cmpl",
+        default_tokens=DEFAULT_TOKENS,
+        came_s=came_s,
+        once=once,
+        level=request.headers.get(LEVEL_HEADER),
     )
     answer = Answer(generator, asked, model.text.decoder(), body.stops())
     labels = Labels(asked.id, int(time.time()), model.name)

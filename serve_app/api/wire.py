@@ -23,13 +23,17 @@ from serve_app.messages.request import (
     MAX_TOKENS,
     MAX_VOCAB,
     MICRO,
+    Assurance,
     Sampling,
+    assurance_of,
 )
+from shard_tools.errors import FormatError
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 256  # of one message
 MAX_TEXT_CHARS = 8 << 20  # the body's own limit comes first; this one holds when that is raised
 
+_LEVEL = "llmd.assurance"
 _Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 _Id = Annotated[int, Field(ge=0, lt=MAX_VOCAB)]
@@ -88,11 +92,13 @@ class StreamOptions(_Closed):
 class Extension(_Closed):
     """Our own part of a request, under `llmd`. nonce: 32 bytes in hex that make the receipt fresh.
 
-    priority: the larger goes first. cache_salt: only requests with the same one see from the time to the first token
-    that this beginning was computed before. deadline_ms: `timeout` in milliseconds.
+    assurance: the level that is to back the answer. priority: the larger goes first. cache_salt: only requests with the
+    same one see from the time to the first token that this beginning was computed before. deadline_ms: `timeout` in
+    milliseconds.
     """
 
     nonce: Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")] | None = None
+    assurance: Annotated[str, Field(max_length=20)] | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     deadline_ms: Annotated[int, Field(ge=1, le=MAX_TIMEOUT_MS)] | None = None
     cache_salt: Annotated[str, Field(pattern="^[!-~]+$", max_length=MAX_CACHE_SALT_BYTES)] | None = None
@@ -159,6 +165,19 @@ class _Body(_Closed):
     def nonce(self) -> bytes:
         """The client's nonce, or empty."""
         return bytes.fromhex(self.llmd.nonce) if self.llmd and self.llmd.nonce else b""
+
+    def assurance(self, header: str | None) -> Assurance:
+        """The level that body or header (X-LLMD-Assurance) asks for. Raises RequestError."""
+        said = {text for text in (header, self.llmd.assurance if self.llmd else None) if text is not None}
+        if len(said) > 1:
+            raise RequestError("llmd.assurance and the header X-LLMD-Assurance name two levels; send one.", _LEVEL)
+        level = said.pop() if said else "signed"
+        if level == "exact":
+            raise RequestError("No pipeline gives `exact` yet; the most there is is `audited`.", _LEVEL)
+        try:
+            return assurance_of(level[:80])
+        except FormatError as e:
+            raise RequestError(f"{e}.", _LEVEL) from e
 
     def priority(self) -> int:
         """How urgent it is; 0 is usual."""

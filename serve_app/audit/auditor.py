@@ -1,7 +1,8 @@
 """One auditor at work: a signed statement and the rows behind it in, a signed verdict out.
 
-Holds a store it reads shards from, the calibrations it may judge by, and its node's key. What it cannot judge it
-refuses with AuditError and says nothing about: no verdict is no evidence.
+Holds a store it reads shards from, the calibrations it may judge by, and its node's key. Where it has no calibration of
+that kind it says so ("uncalibrated"). What it cannot judge for another reason it refuses with AuditError and says
+nothing about: no verdict is no evidence.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from dataclasses import dataclass
 
 from serve_app.audit.calibration import Calibration
 from serve_app.audit.error import Rows, whitened_errors
-from serve_app.audit.record import StageRecord
 from serve_app.audit.replay import Replayed, opened, replay
 from serve_app.audit.verdict import Judgement, Verdict, judge
 from serve_app.engine.engine import ActivationDtype
 from serve_app.engine.load import LoadOptions
 from serve_app.errors import AuditError, ForgedRecordError
+from serve_app.messages.record import StageRecord
 from serve_app.receipts.statement import StageStatement, envelope_cid
 from shard_tools.manifest import Manifest
 from shard_tools.signing import Envelope, PublicKey, Signer
@@ -63,16 +64,16 @@ class Auditor:
         try:
             dtype, sent = opened(said, record, self._manifest)
         except ForgedRecordError:
-            verdict = Verdict(
-                cid, said.request_hash, said.stage, holder, "forged", 0, 0, 0, 0, 0, 0, said.n_rows, None, self.key,
-                said.epoch, now_ms,
-            )  # fmt: skip
-            return Audited(verdict, verdict.seal(self._signer), None)
+            forged = Verdict.without("forged", statement=cid, said=said, node=holder, auditor=self.key, at_ms=now_ms)
+            return Audited(forged, forged.seal(self._signer), None)
         calibrations = [c for c in self._calibrations if c.prover == said.profile and c.start == said.start]
-        if not calibrations:
-            raise AuditError(f"nothing is calibrated for layers [{said.start}, {said.stop}) by {said.profile[:100]!r}")
-        replayed = self._replay(said, dtype, [record])[0]
-        calibration = next((c for c in calibrations if c.auditor == replayed.profile), calibrations[0])
+        replayed = self._replay(said, dtype, [record])[0] if calibrations else None
+        calibration = next((c for c in calibrations if replayed and c.auditor == replayed.profile), None)
+        if calibration is None or replayed is None:
+            unknown = Verdict.without(
+                "uncalibrated", statement=cid, said=said, node=said.node, auditor=self.key, at_ms=now_ms
+            )
+            return Audited(unknown, unknown.seal(self._signer), None)
         calibration.require_for(said, replayed.profile)
         if len(calibration.sizes) != self._manifest.hidden_size:
             raise AuditError(

@@ -12,11 +12,11 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from serve_app.audit.error import Floats, Rows, channel_sizes, whitened_errors, window_means
-from serve_app.audit.replay import Replayed
 from serve_app.audit.tail import DECILES, MAX_PICO, MICRO, MIN_SAMPLES, Tail, fit
 from serve_app.errors import AuditError
 from serve_app.receipts.statement import MAX_LAYERS, StageStatement, manifest_link
@@ -24,6 +24,9 @@ from shard_tools import canonical
 from shard_tools.canonical import Fields, Value
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import FormatError
+
+if TYPE_CHECKING:  # it brings torch along, and who reads verdicts and calibrations needs none
+    from serve_app.audit.replay import Replayed
 
 MAX_CALIBRATION_BYTES = 1 << 20  # 4 bytes a channel, and some hundred of the rest
 TOKENS = (1, 4, 16, 64)  # window lengths: one altered row shows in the first, a slow drift in the last

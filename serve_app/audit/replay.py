@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from serve_app.audit.error import Rows, floats_of
-from serve_app.audit.record import StageRecord
 from serve_app.engine.engine import ActivationDtype
 from serve_app.engine.load import LoadOptions, load_layers, shards_of
 from serve_app.errors import AuditError, ForgedRecordError, ProtocolError
+from serve_app.messages.record import StageRecord
 from serve_app.messages.step import CLOSE, OPEN, SPAN, StepPlan
 from serve_app.receipts.rows import Boundary, RowTree, ids_boundary
 from serve_app.receipts.statement import StageStatement

@@ -60,7 +60,7 @@ class Standing:
 def after_verdict(standing: Standing, verdict: Verdict, owner: str) -> Standing:
     """The standing once an auditor of `owner` has said this of the node; "forged" is a proof: see after_proof."""
     assert verdict.finding != "forged", "rows that do not open are a proof, not a statistic"
-    if not standing.serves:
+    if not standing.serves or verdict.finding == "uncalibrated":
         return standing
     gathered = min(max(standing.evidence.get(owner, 1.0), 1.0) * verdict.evidence_micro / MICRO, _MOST)
     now = replace(standing, evidence={**standing.evidence, owner: gathered}, strikes=0)

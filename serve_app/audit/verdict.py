@@ -6,7 +6,8 @@ The rule, on the errors of all rows and an honest calibration of the same kind:
     suspect   between: another auditor should look
     fault     p <= 1e-6, and the window errs by more than GUARD times what the calibration ever saw: no honest stage
     evidence  an e-value, of which the mean is at most 1 if the stage is honest: audits that each show nothing add up
-Rows that do not open what was signed are the holder's fault ("forged"), whatever they hold. Law:
+Rows that do not open what was signed are the holder's fault ("forged"), whatever they hold. Rows that do, of a stage of
+a kind that nobody has calibrated, are "uncalibrated": that says nothing for it or against it. Law:
 `Verdict.open(v.seal(s), keys) == v`. Bytes: PROTOCOL.md. A verdict is a word of one auditor; standing.py weighs words.
 """
 
@@ -21,18 +22,19 @@ from serve_app.audit.calibration import Calibration
 from serve_app.audit.error import Floats, window_means
 from serve_app.audit.tail import MAX_PICO, PICO, Tail
 from serve_app.receipts.identity import MAX_EPOCH, MAX_TIME
-from serve_app.receipts.statement import HASH_BYTES, MAX_ROWS, MAX_STAGES
+from serve_app.receipts.statement import HASH_BYTES, MAX_ROWS, MAX_STAGES, StageStatement
 from shard_tools import canonical
 from shard_tools.canonical import Fields
 from shard_tools.cid import Cid
 from shard_tools.errors import FormatError
 from shard_tools.signing import KEY_BYTES, Envelope, PublicKey, Signer
 
-VERDICT_TYPE = "application/vnd.llmd.verdict.v1+dag-cbor"
+VERDICT_TYPE = "application/vnd.llmd.verdict.v2+dag-cbor"
 MAX_VERDICT_BYTES = 2 << 10
 
-Finding = Literal["pass", "suspect", "fault", "forged"]
-_FINDINGS = ("pass", "suspect", "fault", "forged")
+Finding = Literal["pass", "suspect", "fault", "forged", "uncalibrated"]
+_FINDINGS = ("pass", "suspect", "fault", "forged", "uncalibrated")
+_NOT_COMPARED = ("forged", "uncalibrated")
 
 SUSPECT_P, FAULT_P = 1e-4, 1e-6
 # A fit is only as good as its sample: beyond what was ever seen, an error must also be plainly larger. int8 weights and
@@ -41,7 +43,7 @@ GUARD = 1.25
 _KAPPA = 0.5  # of e = kappa * p ** (kappa - 1), an e-value of any p-value: Vovk and Wang 2021
 _LEAST_P = 1e-12
 MICRO = 10**6
-_COMMIT_TAG = b"llmd.verdict.v1\0"
+_COMMIT_TAG = b"llmd.verdict.v2\0"
 SALT_BYTES = 32
 
 
@@ -141,11 +143,27 @@ class Verdict:
             at_ms,
         )
 
+    @classmethod
+    def without(
+        cls,
+        finding: Literal["forged", "uncalibrated"],
+        *,
+        statement: Cid,
+        said: StageStatement,
+        node: PublicKey,
+        auditor: PublicKey,
+        at_ms: int,
+    ) -> Verdict:
+        """A verdict for which no rows were compared. node: whom it is about."""
+        p_pico = PICO if finding == "uncalibrated" else 0
+        request, stage, rows, epoch = said.request_hash, said.stage, said.n_rows, said.epoch
+        return cls(statement, request, stage, node, finding, p_pico, 0, 0, 0, 0, 0, rows, None, auditor, epoch, at_ms)
+
     def encode(self) -> bytes:
         """The payload that is signed."""
         return canonical.encode(
             {
-                "v": 1,
+                "v": 2,
                 "statement": self.statement,
                 "request": self.request_hash,
                 "stage": self.stage,
@@ -168,16 +186,16 @@ class Verdict:
     def decode(cls, payload: bytes) -> Verdict:
         """Read a payload; whoever calls has checked its signature, or will. Raises FormatError."""
         with Fields(canonical.decode(payload, max_bytes=MAX_VERDICT_BYTES), "verdict") as f:
-            f.integer("v", 1, 1)
-            finding = f.text("finding", 10)
+            f.integer("v", 2, 2)
+            finding = f.text("finding", 20)
             if finding not in _FINDINGS:
                 raise FormatError(f"verdict.finding: {finding!r} is none of {', '.join(_FINDINGS)}")
             window = f.integers("window", 2, 0, MAX_ROWS)
             calibration = f.any("calibration")
             if len(window) != 2 or not (calibration is None or isinstance(calibration, Cid)):
                 raise FormatError("verdict.window is no pair, or verdict.calibration no link")
-            if (calibration is None) != (finding == "forged"):
-                raise FormatError("verdict.calibration: rows are compared by one, and forged ones are not compared")
+            if (calibration is None) != (finding in _NOT_COMPARED):
+                raise FormatError("verdict.calibration: rows are compared by one, and a finding without is another")
             return cls(
                 f.link("statement"),
                 f.data("request", HASH_BYTES, HASH_BYTES),

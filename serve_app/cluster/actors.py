@@ -18,6 +18,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from serve_app.cluster.head_actor import HeadActor
+from serve_app.cluster.named_actors import find_actor, kill_actor
 from serve_app.cluster.resources import HEAD_CPUS, SPARE_CPUS, brief
 from serve_app.cluster.specs import NAMESPACE, GroupId, HeadSpec, Place, Resources, StageSpec, is_supervisor
 from serve_app.cluster.stage_actor import StageActor
@@ -112,14 +113,6 @@ def find_stage(place: Place) -> RayStage | None:
     return None if actor is None else RayStage(actor)
 
 
-def find_actor(name: str) -> Any | None:
-    """The living actor of this name."""
-    try:
-        return ray.get_actor(name, NAMESPACE)
-    except (ValueError, RayError):
-        return None
-
-
 def names_of(group: GroupId) -> list[str]:
     """Its named actors."""
     return [name for name in _named_actors() if GroupId.of(name) == group]
@@ -158,13 +151,6 @@ def tear_down(group: GroupId) -> None:
 
 def _named_actors() -> list[str]:
     return [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE]
-
-
-def kill_actor(actor: Any | None) -> None:
-    """Ray ends it, if it is not gone already."""
-    if actor is not None:
-        with suppress(ValueError, RayError):
-            ray.kill(actor)
 
 
 async def kill_processes(places: Sequence[Place]) -> None:

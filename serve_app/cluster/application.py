@@ -25,6 +25,8 @@ from serve_app.api.generator import ServedModel
 from serve_app.api.text import TextCodec
 from serve_app.choices import check_choices, store_of
 from serve_app.cluster.actors import kill_processes
+from serve_app.cluster.audit_specs import AUDITOR
+from serve_app.cluster.named_actors import find_actor
 from serve_app.cluster.specs import Place
 from serve_app.cluster.supervisor import supervisor_of
 from serve_app.cluster.version import version_of
@@ -34,6 +36,7 @@ from serve_app.pipeline.head_client import HeadClient
 from serve_app.pipeline.head_server import LOOPBACK
 from serve_app.serve_file import refuse_exposure
 from serve_app.transport.link import LinkAddress
+from shard_tools.canonical import Value
 from shard_tools.catalog import open_record
 from shard_tools.errors import LlmdError
 from shard_tools.fetch import read_file
@@ -44,6 +47,7 @@ _RENEW_S = 1.0
 _POLL_S = 0.1
 _HANGS_S = 15.0  # a Supervisor that keeps an ingress waiting for so long; its calls to Ray take a second at most
 _AGREE_TRIES = 60
+_LOOKUP_S = 10.0
 _MOST_AUTO = 256  # requests that run at once, at most, where the config leaves it to the device
 _TO_REFUSE = 64  # more than the Head has room for: it says why, and when to come again
 # Serve takes a door away after three checks in a row without an answer: 9 s, not the 90 of its defaults, in which every
@@ -115,6 +119,7 @@ class _Ingress:
             self._client,
             _keys(self._config),
             self._config.ingress.max_body_bytes,
+            _AuditorsReceipts() if self._config.audit.on else None,
         )
 
     async def __del__(self) -> None:
@@ -164,6 +169,26 @@ class _Ingress:
                 _log.warning("the supervisor does not answer; making sure there is one")
                 self._supervisor = supervisor_of(self._args, self._version)
             await asyncio.sleep(_RENEW_S)
+
+
+class _AuditorsReceipts:
+    """Implements api/receipts.py's Receipts by the cluster's auditor, whichever it is now."""
+
+    def __init__(self) -> None:
+        self._auditor: Any | None = None
+
+    async def lookup(self, id: str) -> dict[str, Value] | None:
+        try:
+            if self._auditor is None:
+                self._auditor = await asyncio.to_thread(find_actor, AUDITOR)
+            if self._auditor is None:
+                raise PipelineError("no auditor is there now, who would know; serving goes on without. Try again soon")
+            async with asyncio.timeout(_LOOKUP_S):
+                found: dict[str, Value] | None = await self._auditor.lookup.remote(id)
+                return found
+        except (RayError, TimeoutError) as e:
+            self._auditor = None
+            raise PipelineError("the auditor does not answer; serving goes on without. Try again soon") from e
 
 
 Ingress: Any = serve.deployment(name="ingress")(serve.ingress()(_Ingress))

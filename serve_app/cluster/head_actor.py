@@ -10,12 +10,16 @@ from typing import Any, TypeVar
 
 import ray
 
+from serve_app.audit.desk import AuditDesk
+from serve_app.cluster.audit_pump import AuditPump
+from serve_app.cluster.audit_specs import terms_of
 from serve_app.cluster.specs import HeadSpec, Place, Trouble
 from serve_app.cluster.stage_actor import site_here
 from serve_app.cluster.stage_host import SWITCH_INTERVAL_S, TROUBLE_EVERY_S, node_key_path
 from serve_app.cluster.wiring import HEAD, Awaited, EdgeSet, Joint, Party
 from serve_app.errors import PipelineError
 from serve_app.messages.request import Event, FailedEvent, FinishedEvent
+from serve_app.pipeline.assurance import NoAudits
 from serve_app.pipeline.facts import PipelineFacts, can_reuse_pages
 from serve_app.pipeline.head import Head
 from serve_app.pipeline.head_server import HeadServer
@@ -48,6 +52,9 @@ class _HeadProcess:
         self._address: LinkAddress | None = None
         self._place: Place | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._desk = None if spec.audit is None else AuditDesk(terms_of(spec, spec.audit), time.monotonic)
+        self._audits: dict[str, Value] = {}  # what the Supervisor says of them
+        self._pump: asyncio.Task[None] | None = None
 
     def _edge_set(self, spec: HeadSpec) -> EdgeSet:
         return EdgeSet(self._identity, spec.epoch, spec.session_lifetime_s, self._take, self._stage_lost)
@@ -92,7 +99,7 @@ class _HeadProcess:
         if self._head is not None:
             self._head.lead(facts, edge, session)
             return
-        self._head = Head(facts, self._scheduler(), edge, session)
+        self._head = Head(facts, self._scheduler(), edge, session, self._desk or NoAudits())
         self._server = HeadServer(self._head, self._facts)
 
     async def look_ahead(self) -> None:
@@ -136,6 +143,8 @@ class _HeadProcess:
         assert self._head is not None and self._server is not None, "start before connect"
         self._place = place
         self._watch = asyncio.get_running_loop().create_task(self._keep_watch())
+        if self._desk is not None:
+            self._pump = asyncio.get_running_loop().create_task(AuditPump(self._desk, lambda: self._spec).run())
         ended: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
 
         def see(event: Event) -> None:
@@ -174,9 +183,11 @@ class _HeadProcess:
         """Take in message `number` of this edge of Ray calls."""
         self._edges.push(edge, number, message)
 
-    async def ping(self, stages: list[Value]) -> None:
-        """Alive. stages: what each said of itself, for status calls."""
-        self._stages = stages
+    async def ping(self, stages: list[Value], audits: dict[str, Value]) -> None:
+        """Alive. stages: what each said of itself, for status calls. audits: what is known of theirs, the same."""
+        self._stages, self._audits = stages, audits
+        if self._desk is not None:
+            self._desk.learn(stages, audits)
 
     async def drain(self) -> int:
         """Take in nothing new from now on. Returns how many requests are still to end."""
@@ -205,7 +216,8 @@ class _HeadProcess:
     def _facts(self) -> dict[str, Value]:
         assert self._head is not None
         ready = self._ready and self._head.failure is None  # one that waits for a stage takes requests in
-        return {"ready": ready, "pipelines": [{**self._head.status(), "stages": self._stages}]}
+        facts: dict[str, Value] = {"ready": ready, "pipelines": [{**self._head.status(), "stages": self._stages}]}
+        return facts if self._desk is None else {**facts, "audit": {**self._audits, **self._desk.status()}}
 
     async def _keep_watch(self) -> None:
         while self._head is not None:

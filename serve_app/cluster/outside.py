@@ -187,6 +187,7 @@ class OutsideStage:
             "outside": f"{self.who.host}:{self.who.port}",
             "node": self.who.key.hex()[:16],
             "past_host": [],
+            "retains": False,  # nobody may ask it for rows yet
         }
         return facts and facts | ours
 

@@ -11,16 +11,16 @@ from ray.exceptions import RayError
 
 from serve_app.choices import store_of
 from serve_app.cluster.actors import (
-    find_actor,
     find_stage,
-    kill_actor,
     make_head,
     make_room,
     make_stage,
     room_of,
     tear_down,
 )
+from serve_app.cluster.audit_specs import audit_plan
 from serve_app.cluster.enrol import enrol
+from serve_app.cluster.named_actors import find_actor, kill_actor
 from serve_app.cluster.outside import outside_stages, present_outside
 from serve_app.cluster.resources import activation_dtype, loads_of, pages_of, resources_of
 from serve_app.cluster.specs import GroupId, GroupPlan, HeadSpec, Place, StageReport, StageSpec, Trouble
@@ -143,6 +143,7 @@ async def _build(
             threads=wants.threads,
             state_dir=config.identity.state_dir,
             session_lifetime_s=config.identity.session_lifetime_s,
+            retain_bytes=config.audit.retain_bytes if config.audit.on else 0,
         )
         for i, (start, stop) in enumerate(spans)
     )
@@ -182,6 +183,7 @@ async def _build(
         registry=_enrol(config, reports, None),
         state_dir=config.identity.state_dir,
         session_lifetime_s=config.identity.session_lifetime_s,
+        audit=audit_plan(config.audit, manifest, dtype),
     )
     whole = PipelineGroup(spec, places[0], tuple(actors), tuple(spares), None, None)
     async with asyncio.timeout(_LOAD_S):

@@ -15,7 +15,8 @@ from dataclasses import replace
 
 from ray.exceptions import RayError
 
-from serve_app.cluster.actors import has_room, kill_actor, kill_processes, make_stage, room_of
+from serve_app.cluster.actors import has_room, kill_processes, make_stage, room_of
+from serve_app.cluster.named_actors import kill_actor
 from serve_app.cluster.outside import returned
 from serve_app.cluster.pipeline_group import BrokenError, PipelineGroup, cause_of, lead, take_places, with_reports
 from serve_app.cluster.specs import Place

@@ -59,6 +59,7 @@ class StageSpec:
     threads: int
     state_dir: Path
     session_lifetime_s: int
+    retain_bytes: int = 0  # of rows, for audits
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,16 @@ class GroupPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditPlan:
+    """How the answers of one pipeline are audited. Values as in AuditConfig."""
+
+    rate_micro: int
+    on_request: bool
+    retain_bytes: int
+    row_bytes: int  # of one position, in and out, at the stage where that is most
+
+
+@dataclass(frozen=True, slots=True)
 class HeadSpec:
     """The Head of one pipeline. Limits as in PipelineConfig."""
 
@@ -142,6 +153,7 @@ class HeadSpec:
     registry: Envelope
     state_dir: Path
     session_lifetime_s: int
+    audit: AuditPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from serve_app.cluster.wiring import Awaited, Joint
 from serve_app.engine.engine import ActivationDtype, BoxKind
 from serve_app.transport.handshake import EdgeAddress
 from shard_tools.canonical import Value
+from shard_tools.signing import PublicKey
 
 T = TypeVar("T")
 
@@ -66,6 +67,24 @@ class _StageProcess:
 
     async def trouble(self, epoch: int) -> Trouble:
         return await self._host.trouble(epoch)
+
+    async def node_key(self) -> PublicKey:
+        """Of the node it runs on."""
+        return self._host.key
+
+    async def hold(self, request: bytes, attempt: int, promised: bool) -> None:
+        """As Retention; nothing happens where no rows are kept."""
+        if self._host.showing is not None:
+            self._host.showing.retention.hold(request, attempt, promised=promised)
+
+    async def show(self, request: bytes, attempt: int, start: int) -> bytes | None:
+        """As Showing.piece."""
+        return await _outside_the_loop(self._host.show, request, attempt, start)
+
+    async def release(self, request: bytes, attempt: int) -> None:
+        """As Showing."""
+        if self._host.showing is not None:
+            self._host.showing.release(request, attempt)
 
     async def ping(self) -> dict[str, Value]:
         """Alive, and how busy."""

@@ -13,6 +13,7 @@ from serve_app.cluster.wiring import Awaited, Joinable, Joint
 from serve_app.engine.engine import ActivationDtype, BoxKind
 from serve_app.transport.handshake import EdgeAddress
 from shard_tools.canonical import Value
+from shard_tools.signing import PublicKey
 
 
 class StageHandle(Joinable, Protocol):
@@ -46,6 +47,11 @@ class RayStage:
 
     async def ready(self) -> None:
         await self._actor.ready.remote()
+
+    async def node_key(self) -> PublicKey:
+        """Of the node it runs on."""
+        key: PublicKey = await self._actor.node_key.remote()
+        return key
 
     async def computes_fast_in(self, dtype: ActivationDtype) -> bool:
         return bool(await self._actor.computes_fast_in.remote(dtype))

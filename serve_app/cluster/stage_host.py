@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve_app.choices import store_of
+from serve_app.cluster.showing import Showing
 from serve_app.cluster.specs import StageReport, StageSpec, Trouble
 from serve_app.cluster.wiring import Awaited, EdgeSet, Joint, Party
 from serve_app.engine.engine import ActivationDtype, BoxKind, Engine, KvDtype, LendsRows
+from serve_app.pipeline.retention import Retention
 from serve_app.pipeline.stage import Stage
 from serve_app.pipeline.witness import StageSpan
 from serve_app.receipts.identity import NodeIdentity, Session
@@ -123,6 +125,18 @@ class StageHost:
         self._past_host: list[Value] = []  # what this stage sends from GPU to GPU
         self._stage: Stage | None = None
         self._hashed: bool | None = None
+        self.showing: Showing | None = None  # of the rows that it keeps, where its spec says so
+
+    @property
+    def key(self) -> PublicKey:
+        """Of the node it runs on."""
+        return self._identity.key
+
+    def show(self, request: bytes, attempt: int, start: int) -> bytes | None:
+        """As Showing.piece; None where no rows are kept."""
+        if self.showing is None or self._spec is None:
+            return None
+        return self.showing.piece(request, attempt, start, self._spec.stage, self._session)
 
     def take(self, spec: StageSpec, dtype: ActivationDtype) -> StageReport:
         """Be this stage, in a new epoch: every request and neighbour is forgotten, layers that are here already stay.
@@ -133,6 +147,8 @@ class StageHost:
         self.hold(spec, dtype)
         assert self._engine is not None
         self._spec, self._dtype = spec, dtype
+        if spec.retain_bytes and self.showing is None:
+            self.showing = Showing(Retention(spec.retain_bytes))
         self._session = self._identity.open_session("stage", spec.epoch, int(time.time()), spec.session_lifetime_s)
         self._edges = EdgeSet(self._identity, spec.epoch, spec.session_lifetime_s, self._take_in, self._neighbour_lost)
         return StageReport(
@@ -234,6 +250,7 @@ class StageHost:
             head=self._edges.open(head),
             epoch=spec.epoch,
             hashed=self._hashed,
+            retention=self.showing.retention if self.showing else None,
         )
         self._hashed = self._stage.hashed
 
@@ -314,6 +331,9 @@ class StageHost:
             "rows_hashed": stage.witness.rows_hashed if stage else 0,
             "rows_reused": stage.witness.rows_reused if stage else 0,
             "rows_abandoned": stage.witness.rows_abandoned if stage else 0,
+            "retains": stage is not None and stage.retention is not None,
+            "retained_bytes": self.showing.retention.bytes if self.showing else 0,
+            "unauditable": self.showing.retention.unauditable if self.showing else 0,
         }
 
     def _take_in(self, message: bytes) -> None:

@@ -24,6 +24,7 @@ from ray.exceptions import RayError
 
 from serve_app.choices import index_of, store_of
 from serve_app.cluster.actors import kill_processes, known_groups, names_of, other_groups, supervisors, tear_down
+from serve_app.cluster.audit_watch import AuditWatch
 from serve_app.cluster.pipeline_group import (
     BrokenError,
     PipelineGroup,
@@ -79,6 +80,7 @@ class _SupervisorProcess:
         self._rebuilds = -1
         self._repairs = 0
         self._polls: list[asyncio.Future[Trouble]] = []  # what each part will say when it is in trouble
+        self._audits = AuditWatch()
         self._main: asyncio.Task[None] | None = None
 
     async def lease(self, ingress: str, began: float, record: ModelRecord | None) -> Place:
@@ -161,6 +163,7 @@ class _SupervisorProcess:
             else:
                 await asyncio.sleep(_WATCH_EVERY_S)
         _log.info("nobody serves version %s any more", self._version)
+        await self._audits.stop()
         for group in known_groups(self._version):
             tear_down(group)
         # Not exit_actor: it ends an actor by an exception, which a background task cannot raise to Ray.
@@ -277,7 +280,12 @@ class _SupervisorProcess:
             await self._repair(group, dead, why)
             return
         assert group.head is not None
-        group.head.ping.remote(stages)  # whether it answers, the next check sees
+        group.head.ping.remote(stages, self._audits.state(group))  # whether it answers, the next check sees
+        self._audits.tick(self._config, group)
+        left, quarantined = self._audits.to_replace(group)
+        if quarantined:
+            await self._repair(left, quarantined, f"{', '.join(sorted(quarantined))} of quarantined nodes")
+            return
         group = replace(group, spares=await self._living(group.spares))
         if sum(spare is not None for spare in group.spares) < self._config.pipeline.spares:
             self._group = await replenish(self._config, group)

@@ -18,7 +18,7 @@ _DIGITS = 10
 
 def version_of(config: AppConfig) -> str:
     """Ten hex digits. What only ingresses look at makes no difference: their number, their API keys."""
-    configured = repr((config.model, config.pipeline, config.identity)).encode()
+    configured = repr((config.model, config.pipeline, config.audit, config.identity)).encode()
     return hashlib.sha256(hashlib.sha256(configured).digest() + _code()).hexdigest()[:_DIGITS]
 
 

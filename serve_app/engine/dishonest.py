@@ -1,22 +1,31 @@
 """Engines that do not compute what their stage signs: for tests, benchmarks and demonstrations of audits.
 
 Each takes a plain engine of honest weights and spoils it in place, as somebody would who saves memory or time, or wants
-another answer. Nothing that serves imports this.
+another answer. Nothing that serves imports this; `load_dishonest` can be named by a config only where an installed
+package makes it an entry point of the group `llmd.engines`, as tests do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from serve_app.engine.engine import StepOutput
+from serve_app.engine.engine import Engine, EngineProfile, Launched, StepOutput
+from serve_app.engine.engines import AUTO
+from serve_app.engine.host_rows import HostRows
+from serve_app.engine.load import LoadOptions, load_engine, load_plain
 from serve_app.engine.torch_engine import TorchEngine
+from serve_app.errors import ConfigError
 from serve_app.messages.step import StepPlan
 from shard_tools.checkpoint.quantise import dequantised, quantised
+from shard_tools.manifest import Manifest
 from shard_tools.shard_file import Dtype
+from shard_tools.store.block_store import BlockStore
 
 
 def _small_weights(dtype: Dtype) -> Callable[[TorchEngine], None]:
@@ -113,6 +122,62 @@ DISHONEST: Mapping[str, Callable[[TorchEngine], None]] = {
     "drift": _drifted,
     "poisoned-kv": _poisoned_cache,
 }
+
+
+def load_cheat(
+    store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions, attack: str
+) -> Engine:
+    """An engine that cheats, under the name of the one that the options ask for."""
+    honest = load_engine(store, manifest, start, stop, options).profile
+    plain = load_plain(store, manifest, start, stop, options)
+    spoil(plain, attack)
+    return HostRows(plain, honest)
+
+
+def load_dishonest(
+    store: BlockStore,
+    manifest: Manifest,
+    start: int,
+    stop: int,
+    options: LoadOptions,
+    *,
+    attack: str,
+    first: int,
+    when: str,
+) -> Engine:
+    """A factory as engines.ENGINES takes it: the stage from layer `first` on cheats while the file `when` is there.
+
+    The others do not. Raises ConfigError for no way to cheat.
+    """
+    if attack not in DISHONEST:
+        raise ConfigError(f"no such way to cheat: {attack!r}")
+    options = replace(options, engine=AUTO)
+    honest = load_engine(store, manifest, start, stop, options)
+    if start != first:
+        return honest
+    return _Sometimes(honest, load_cheat(store, manifest, start, stop, options, attack), Path(when))
+
+
+class _Sometimes:
+    """Implements engine.Engine by two that both run every step, so that either can be believed at any time."""
+
+    def __init__(self, honest: Engine, cheat: Engine, when: Path) -> None:
+        self._honest, self._cheat, self._when = honest, cheat, when
+
+    @property
+    def profile(self) -> EngineProfile:
+        return self._honest.profile
+
+    def reserve(self, n_pages: int, max_sequences: int) -> None:
+        self._honest.reserve(n_pages, max_sequences)
+        self._cheat.reserve(n_pages, max_sequences)
+
+    def hash_rows(self, inlet: bytes, outlet: bytes, *, hand_on: bool) -> bool:
+        return False
+
+    def launch(self, plan: StepPlan, rows: memoryview) -> Launched:
+        honest, cheat = self._honest.launch(plan, rows), self._cheat.launch(plan, rows)
+        return cheat if self._when.exists() else honest
 
 
 def spoil(engine: TorchEngine, attack: str) -> None:

@@ -20,6 +20,9 @@ from shard_tools.errors import FormatError
 RequestId = NewType("RequestId", str)
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 FailureKind = Literal["request", "key_reused", "taken_over", "overloaded", "deadline", "pipeline", "integrity", "lost"]
+# signed: may be audited, at the operator's rate. audited: one stage of it certainly is.
+Assurance = Literal["signed", "audited"]
+ASSURANCES: tuple[Assurance, ...] = ("signed", "audited")
 
 MICRO = 1_000_000
 MAX_TOKENS = 1 << 20  # of prompt or completion: above any context length served today
@@ -172,6 +175,7 @@ class GenerationRequest:
     cache_salt: bytes = b""  # requests share computed beginnings only with those of the same salt
     timeout_ms: int | None = None  # it may still take so long from when this is handed on; then it is cancelled
     once: Once | None = None  # None: sent again it is another request
+    assurance: Assurance = "signed"
 
     def encode(self) -> bytes:
         return canonical.encode(
@@ -188,6 +192,7 @@ class GenerationRequest:
                 "cache_salt": self.cache_salt,
                 "timeout_ms": self.timeout_ms,
                 "once": self.once.key + self.once.asked if self.once else b"",
+                "assurance": self.assurance,
             }
         )
 
@@ -207,6 +212,7 @@ class GenerationRequest:
                 f.data("cache_salt", 0, MAX_CACHE_SALT_BYTES),
                 f.optional_integer("timeout_ms", 1, MAX_TIMEOUT_MS),
                 _once(f.data("once", 0, 2 * _DIGEST_BYTES)),
+                assurance_of(f.text("assurance", 20)),
             )
 
 
@@ -214,6 +220,14 @@ def _once(digests: bytes) -> Once | None:
     if len(digests) not in (0, 2 * _DIGEST_BYTES):
         raise FormatError(f"request.once: {len(digests)} bytes, where two digests are expected, or nothing")
     return Once(digests[:_DIGEST_BYTES], digests[_DIGEST_BYTES:]) if digests else None
+
+
+def assurance_of(text: str) -> Assurance:
+    """The level of that name. Raises FormatError."""
+    found = next((level for level in ASSURANCES if level == text), None)
+    if found is None:
+        raise FormatError(f"assurance: {text!r} is none of {', '.join(ASSURANCES)}")
+    return found
 
 
 def fresh_salt() -> bytes:

@@ -34,8 +34,9 @@ from serve_app.messages.request import (
     TokensEvent,
 )
 from serve_app.messages.step import Fault, Reply, Roots, Signed, StepPlan, StepResult, closing_plan, decode_reply
+from serve_app.pipeline.assurance import Audits, NoAudits
 from serve_app.pipeline.facts import PipelineFacts, require_servable
-from serve_app.pipeline.running import Running, mismatch, ticket_of
+from serve_app.pipeline.running import Running, load_of, mismatch, ticket_of
 from serve_app.receipts import rows_native
 from serve_app.receipts.commitment import request_hash
 from serve_app.receipts.identity import Session
@@ -59,8 +60,16 @@ Sink = Callable[[Event], None]
 class Head:
     """Leads one pipeline. Every method is called in the event loop it was made for."""
 
-    def __init__(self, facts: PipelineFacts, scheduler: Scheduler, first: Edge, session: Session) -> None:
+    def __init__(
+        self,
+        facts: PipelineFacts,
+        scheduler: Scheduler,
+        first: Edge,
+        session: Session,
+        audits: Audits = NoAudits(),  # noqa: B008 (it holds nothing)
+    ) -> None:
         rows_native.prepare()
+        self._audits = audits
         self._facts, self._scheduler, self._first, self._session = facts, scheduler, first, session
         self._seqs = itertools.count(1)
         self._running: dict[int, Running] = {}
@@ -114,7 +123,12 @@ class Head:
         running = Running(request, sink, request_hash(request), nonce)
         if begun is not None:
             running.go_on(begun)
-        self._scheduler.admit(ticket_of(seq, running))
+        self._audits.admit(request, resumed=begun is not None)
+        try:
+            self._scheduler.admit(ticket_of(seq, running))
+        except LlmdError:
+            self._audits.ended(request, b"")
+            raise
         running.reason = None
         self._running[seq] = running
         self._by_id[request.id] = seq
@@ -240,17 +254,8 @@ class Head:
             "failure": self._failure,
             "waits_for": self.lost,
             "resumed": self.resumed,
-            "running": self._scheduler.running,
-            "waiting": self._scheduler.waiting,
-            "free_pages": self._scheduler.free_pages,
-            "steps_in_flight": self._scheduler.in_flight,
+            **load_of(self._scheduler),
             "rows_run": self.rows_run,
-            "rows_abandoned": self._scheduler.rows_abandoned,
-            "preemptions": self._scheduler.preemptions,
-            "prompt_tokens": self._scheduler.prompt_tokens,
-            "cached_tokens": self._scheduler.cached_tokens,
-            "guesses": self._scheduler.guesses,
-            "guesses_right": self._scheduler.guesses_right,
             "tokens_drawn": self.tokens_drawn,
             "receipts_issued": self.receipts_issued,
         }
@@ -385,6 +390,7 @@ class Head:
         if running.alarm is not None:
             running.alarm.cancel()
         del self._by_id[running.request.id]
+        self._audits.ended(running.request, event.receipt if isinstance(event, FinishedEvent) else b"")
         running.sink(event)
 
 

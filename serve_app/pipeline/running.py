@@ -12,7 +12,9 @@ from serve_app.messages.request import Event, FinishReason, GenerationRequest
 from serve_app.messages.step import Roots
 from serve_app.receipts.commitment import sampling_key
 from serve_app.receipts.rows import ids_root
+from serve_app.scheduling.scheduler import Scheduler
 from serve_app.scheduling.sequence import Ticket
+from shard_tools.canonical import Value
 from shard_tools.cid import Cid
 from shard_tools.signing import Envelope
 
@@ -59,7 +61,8 @@ def ticket_of(seq: int, running: Running) -> Ticket:
         sampling_key(request, running.node_nonce),
         frozenset(request.stop_ids),
         request.priority,
-        request.cache_salt,
+        # An audit needs every row from the first on, and rows of a shared beginning may not be kept any more.
+        request.cache_salt if request.assurance == "signed" else running.hash,
         tuple(running.tokens),
         running.reason if running.reason in ("stop", "length") else None,
         running.attempt,
@@ -76,3 +79,19 @@ def mismatch(manifest: Cid, running: Running, chain: Sequence[Roots]) -> str | N
             return f"stage {after.stage} received other rows than stage {before.stage} sent"
     short = next((r for r in chain if r.rows != len(fed)), None)
     return None if short is None else f"stage {short.stage} hashed {short.rows} rows of {len(fed)}"
+
+
+def load_of(scheduler: Scheduler) -> dict[str, Value]:
+    """What runs, what waits, and what it has come to so far, for people."""
+    return {
+        "running": scheduler.running,
+        "waiting": scheduler.waiting,
+        "free_pages": scheduler.free_pages,
+        "steps_in_flight": scheduler.in_flight,
+        "rows_abandoned": scheduler.rows_abandoned,
+        "preemptions": scheduler.preemptions,
+        "prompt_tokens": scheduler.prompt_tokens,
+        "cached_tokens": scheduler.cached_tokens,
+        "guesses": scheduler.guesses,
+        "guesses_right": scheduler.guesses_right,
+    }

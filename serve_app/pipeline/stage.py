@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from serve_app.engine.engine import Engine, Launched, Lent
 from serve_app.errors import PipelineError
 from serve_app.messages.step import NO_STEP, Fault, Reply, StepPlan, StepResult, encode_reply, forgetting_plan
+from serve_app.pipeline.retention import Retention
 from serve_app.pipeline.witness import StageSpan, Witness
 from serve_app.receipts.statement import StatementChain
 from serve_app.transport.edge import Edge, Rows
@@ -52,15 +53,22 @@ class Stage:
         head: Edge,
         epoch: int,
         hashed: bool | None = None,
+        retention: Retention | None = None,
     ) -> None:
-        """hashed: what engine.hash_rows has said to a Stage before this one. None: it is asked now."""
+        """hashed: what engine.hash_rows has said to a Stage before this one. None: it is asked now.
+
+        retention: keeps the rows, unless the engine hashes them itself: then they never come to the host.
+        """
         self._engine, self._span, self._next, self._head, self._epoch = engine, span, next, head, epoch
         self._head_lock = threading.Lock()  # the witness and the collector speak to the Head too
         if hashed is None:
             hashed = engine.hash_rows(span.inlet.leaf_prefix, span.outlet.leaf_prefix, hand_on=next is not None)
         self.hashed = hashed
         self._open: set[int] = set()  # sequences that the engine knows
-        self.witness = Witness(span, chain, self._reply, page_size=page_size, hashed=hashed)
+        self.retention = None if hashed else retention
+        if self.retention is not None:
+            self.retention.begin(span.stage, page_size)
+        self.witness = Witness(span, chain, self._reply, page_size=page_size, hashed=hashed, retention=self.retention)
         self._inbox: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUED)
         self._flights: queue.Queue[_Flight | None] = queue.Queue(MAX_LAUNCHED)
         self.steps = 0

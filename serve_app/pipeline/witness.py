@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from serve_app.engine.engine import StepOutput
 from serve_app.messages.step import ABANDON, MAX_GUESSES, SEAL, Fault, Reply, Roots, Signed, StepPlan
+from serve_app.pipeline.retention import Retention
 from serve_app.receipts import rows_native
 from serve_app.receipts.rows import PAGE_ROWS, Boundary, RowTree, ids_boundary, leaves_of, page_roots
 from serve_app.receipts.statement import StageStatement, StatementChain
@@ -84,16 +85,18 @@ class Witness:
         *,
         page_size: int,
         hashed: bool = False,
+        retention: Retention | None = None,
     ) -> None:
         """page_size: of the engine's KV pages; unless it is a multiple of PAGE_ROWS, none can be reused.
 
-        hashed: steps come with the engine's own digests of their rows.
+        hashed: steps come with the engine's own digests of their rows. retention: keeps the rows themselves.
         """
         rows_native.prepare()
         self._page_blocks, rest = divmod(page_size, PAGE_ROWS)  # pages of rows in a KV page
         if rest:
             self._page_blocks = 0
         self._span, self._chain, self._reply, self._hashed = span, chain, reply, hashed
+        self._retention = retention
         self._work: queue.Queue[tuple[StepPlan, StepOutput | None] | None] = queue.Queue(BEHIND)
         self._open: dict[int, _Trees] = {}
         # By KV page: the roots, in and out, of the pages of rows in it, while it holds them.
@@ -133,6 +136,8 @@ class Witness:
                             self._open[seq].lost = True
                 else:
                     self._hash(plan, output)
+                if self._retention is not None:
+                    self._retention.saw(plan, output)
                 self._end_and_sign(plan)
             except Exception as e:
                 _log.exception("stage %d could not witness step %d", self._span.stage, plan.step)

@@ -34,10 +34,16 @@ def _require_opening(receipt: Receipt, opening: Opening) -> None:
             f"receipt.n_prompt: it says {receipt.n_prompt} prompt tokens, the opening holds {len(opening.prompt_ids)}"
         )
     committed = commitment(
-        receipt.manifest, opening.prompt_ids, receipt.max_tokens, receipt.sampling, receipt.stop_ids, opening.salt
+        receipt.manifest,
+        opening.prompt_ids,
+        receipt.max_tokens,
+        receipt.sampling,
+        receipt.stop_ids,
+        opening.salt,
+        receipt.assurance,
     )
     if bind(opening.client_nonce, committed) != receipt.request_hash:
-        raise ReceiptError("receipt.request: it does not open to this prompt, nonce, model and sampling")
+        raise ReceiptError("receipt.request: it does not open to this prompt, nonce, model, sampling and level")
     expected = freshness_of(opening.client_nonce, receipt.sampling)
     if receipt.freshness != expected:
         raise ReceiptError(f"receipt.freshness: it says {receipt.freshness!r} where {expected!r} is true")

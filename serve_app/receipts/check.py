@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from serve_app.errors import ReceiptError
-from serve_app.messages.request import Sampling
+from serve_app.messages.request import Assurance, Sampling
 from serve_app.receipts.bundle import Bundle, Opening
 from serve_app.receipts.chain import require_whole
 from serve_app.receipts.identity import CLOCK_SKEW_S, Certificate, Registry, Role
-from serve_app.receipts.receipt import RECEIPT_TYPE, Receipt
+from serve_app.receipts.receipt import Receipt
 from serve_app.receipts.statement import STATEMENT_TYPE, StageStatement, envelope_cid
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import LlmdError
@@ -37,6 +37,7 @@ class Expected:
     max_tokens: int | None = None
     max_age_s: int | None = None  # of the receipt
     min_registry_version: int = 0  # the newest the client has seen: a registry never goes back
+    assurance: Assurance | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ def check(
     with _part("registry"):
         registry = Registry.open(parsed.registry, operator, issued_s)
     sessions = _Sessions(parsed.certificates, registry, issued_s)
-    head = sessions.open(parsed.receipt, RECEIPT_TYPE, "head", "receipt")
+    head = sessions.open(parsed.receipt, receipt.payload_type, "head", "receipt")
     if (receipt.node, receipt.epoch) != (head.node, head.epoch):
         raise ReceiptError("receipt: its node or epoch is not that of the session which signed it")
     if receipt.statements != tuple(envelope_cid(envelope) for envelope in parsed.statements):
@@ -143,6 +144,7 @@ def require_expected(checked: CheckedReceipt, request: Expected, now_s: int) -> 
         ("receipt.sampling", request.sampling, receipt.sampling),
         ("receipt.max", request.max_tokens, receipt.max_tokens),
         ("receipt.out_ids", request.out_ids, receipt.out_ids),
+        ("receipt.assurance", request.assurance, receipt.assurance),
     ):
         if wanted is not None and wanted != got:
             raise ReceiptError(f"{name}: this receipt belongs to another request: {_said(got)} is not {_said(wanted)}")

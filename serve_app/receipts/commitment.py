@@ -13,7 +13,7 @@ import struct
 from collections.abc import Sequence
 from typing import Literal
 
-from serve_app.messages.request import NONCE_BYTES, GenerationRequest, Sampling
+from serve_app.messages.request import NONCE_BYTES, Assurance, GenerationRequest, Sampling
 from serve_app.receipts.rows import ids_root
 from shard_tools import canonical
 from shard_tools.cid import Cid
@@ -23,6 +23,7 @@ Freshness = Literal["client-nonce", "seed", "none"]
 SAMPLING_KEY_BYTES = 8  # Philox4x32 takes two words
 
 _COMMITMENT_TAG = b"llmd.commitment.v1\0"
+_LEVEL_TAG = b"llmd.commitment.v2\0"  # of a request that asked for more than signatures
 _REQUEST_TAG = b"llmd.request.v1\0"
 _SAMPLING_TAG = b"llmd.sampling.v1"
 
@@ -34,19 +35,20 @@ def commitment(
     sampling: Sampling,
     stop_ids: Sequence[int],
     salt: bytes,
+    assurance: Assurance = "signed",
 ) -> bytes:
     """32 bytes that open to these values only, and tell nothing of them without the salt."""
-    said = canonical.encode(
-        {
-            "manifest": manifest,
-            "prompt": ids_root(manifest, prompt_ids),
-            "max": max_tokens,
-            "sampling": sampling.to_value(),
-            "stop": list(stop_ids),
-            "salt": salt,
-        }
-    )
-    return hashlib.sha256(_COMMITMENT_TAG + said).digest()
+    said: dict[str, canonical.Value] = {
+        "manifest": manifest,
+        "prompt": ids_root(manifest, prompt_ids),
+        "max": max_tokens,
+        "sampling": sampling.to_value(),
+        "stop": list(stop_ids),
+        "salt": salt,
+    }
+    if assurance == "signed":
+        return hashlib.sha256(_COMMITMENT_TAG + canonical.encode(said)).digest()
+    return hashlib.sha256(_LEVEL_TAG + canonical.encode(said | {"assurance": assurance})).digest()
 
 
 def bind(client_nonce: bytes, committed: bytes) -> bytes:
@@ -65,6 +67,7 @@ def request_hash(request: GenerationRequest) -> bytes:
             request.sampling,
             request.stop_ids,
             request.salt,
+            request.assurance,
         ),
     )
 

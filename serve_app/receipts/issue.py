@@ -14,7 +14,7 @@ from serve_app.receipts.bundle import Bundle, Opening
 from serve_app.receipts.chain import require_whole
 from serve_app.receipts.commitment import freshness_of, request_hash
 from serve_app.receipts.identity import Certificate, Session
-from serve_app.receipts.receipt import RECEIPT_TYPE, Receipt, ReceiptFinish
+from serve_app.receipts.receipt import Receipt, ReceiptFinish
 from serve_app.receipts.rows import ids_root
 from serve_app.receipts.statement import STATEMENT_TYPE, StageStatement, envelope_cid
 from shard_tools.errors import IntegrityError
@@ -59,13 +59,14 @@ def issue(
         node=session.node,
         epoch=session.epoch,
         issued_ms=now_ms,
+        assurance=request.assurance,
     )
     opening = Opening(request.prompt_ids, request.salt, request.client_nonce)
     require_whole(receipt, said, opening)
     needed = {session.certificate.payload: session.certificate}
     needed.update({envelope.payload: envelope for envelope in certificates})
     return Bundle(
-        receipt=session.seal(RECEIPT_TYPE, receipt.encode()),
+        receipt=session.seal(receipt.payload_type, receipt.encode()),
         statements=tuple(statements),
         certificates=tuple(needed[payload] for payload in sorted(needed)),
         registry=registry,

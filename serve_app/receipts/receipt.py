@@ -2,6 +2,7 @@
 
 The Head is trusted for nothing here: whatever it could bend is bound by the client's own nonce and ids, or by
 the stages' statements. Law: `Receipt.decode(r.encode()) == r`. Bytes: PROTOCOL.md.
+One whose request asked for more than signatures is of version 2 and says what; all others are of version 1.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from serve_app.messages.request import MAX_TOKENS, MAX_VOCAB, NONCE_BYTES, Sampling
+from serve_app.messages.request import MAX_TOKENS, MAX_VOCAB, NONCE_BYTES, Assurance, Sampling, assurance_of
 from serve_app.receipts.commitment import Freshness
 from serve_app.receipts.identity import MAX_EPOCH, MAX_TIME
 from serve_app.receipts.statement import HASH_BYTES, MAX_ATTEMPTS, MAX_STAGES, manifest_link
@@ -20,6 +21,7 @@ from shard_tools.errors import FormatError
 from shard_tools.signing import KEY_BYTES, PublicKey
 
 RECEIPT_TYPE = "application/vnd.llmd.receipt.v1+dag-cbor"
+LEVEL_RECEIPT_TYPE = "application/vnd.llmd.receipt.v2+dag-cbor"
 
 ReceiptFinish = Literal["stop", "length", "cancelled"]  # an answer that failed has no receipt
 
@@ -49,36 +51,47 @@ class Receipt:
     node: PublicKey  # the Head's
     epoch: int
     issued_ms: int  # since 1970
+    assurance: Assurance = "signed"
+
+    @property
+    def payload_type(self) -> str:
+        """What it is signed as."""
+        return RECEIPT_TYPE if self.assurance == "signed" else LEVEL_RECEIPT_TYPE
 
     def encode(self) -> bytes:
         """The payload that is signed."""
-        return canonical.encode(
-            {
-                "v": 1,
-                "request": self.request_hash,
-                "attempt": self.attempt,
-                "manifest": self.manifest,
-                "sampling": self.sampling.to_value(),
-                "max": self.max_tokens,
-                "stop": list(self.stop_ids),
-                "n_prompt": self.n_prompt,
-                "out_ids": list(self.out_ids),
-                "out_root": self.out_root,
-                "finish": self.finish_reason,
-                "freshness": self.freshness,
-                "node_nonce": self.node_nonce,
-                "statements": list(self.statements),
-                "node": self.node,
-                "epoch": self.epoch,
-                "issued_ms": self.issued_ms,
-            }
-        )
+        said: dict[str, canonical.Value] = {
+            "v": 1,
+            "request": self.request_hash,
+            "attempt": self.attempt,
+            "manifest": self.manifest,
+            "sampling": self.sampling.to_value(),
+            "max": self.max_tokens,
+            "stop": list(self.stop_ids),
+            "n_prompt": self.n_prompt,
+            "out_ids": list(self.out_ids),
+            "out_root": self.out_root,
+            "finish": self.finish_reason,
+            "freshness": self.freshness,
+            "node_nonce": self.node_nonce,
+            "statements": list(self.statements),
+            "node": self.node,
+            "epoch": self.epoch,
+            "issued_ms": self.issued_ms,
+        }
+        if self.assurance != "signed":
+            said |= {"v": 2, "assurance": self.assurance}
+        return canonical.encode(said)
 
     @classmethod
     def decode(cls, payload: bytes) -> Receipt:
         """Read a payload; whoever calls has checked its signature, or will. Raises FormatError."""
         with Fields(canonical.decode(payload, max_bytes=MAX_RECEIPT_BYTES), "receipt") as f:
-            f.integer("v", 1, 1)
+            assurance: Assurance = "signed"
+            if f.integer("v", 1, 2) == 2:
+                assurance = assurance_of(f.text("assurance", 20))
+                if assurance == "signed":
+                    raise FormatError("receipt.assurance: 'signed' is what a receipt of version 1 says")
             return cls(
                 request_hash=f.data("request", HASH_BYTES, HASH_BYTES),
                 attempt=f.integer("attempt", 0, MAX_ATTEMPTS),
@@ -96,6 +109,7 @@ class Receipt:
                 node=PublicKey(f.data("node", KEY_BYTES, KEY_BYTES)),
                 epoch=f.integer("epoch", 0, MAX_EPOCH),
                 issued_ms=f.integer("issued_ms", 0, MAX_TIME),
+                assurance=assurance,
             )
 
 

@@ -19,14 +19,15 @@ import pytest
 from serve_app.audit.auditor import Audited
 from serve_app.audit.draw import draw, secret_commitment
 from serve_app.audit.error import floats_of
-from serve_app.audit.record import StageRecord
 from serve_app.audit.replay import replay
 from serve_app.audit.standing import Standing, State, after_refusal, after_verdict
 from serve_app.audit.verdict import commit, revealed
 from serve_app.errors import AuditError, ReceiptError
+from serve_app.messages.record import StageRecord
 from serve_app.messages.request import Sampling
 from serve_app.receipts.check import Expected, check, check_against_manifest
 from serve_app.receipts.log import require_grown
+from serve_app.receipts.receipt import RECEIPT_TYPE, Receipt
 from serve_app.receipts.rows import Boundary, RowTree, ids_bytes, ids_root
 from serve_app.rehearsal import Rehearsed
 from shard_tools import canonical
@@ -48,9 +49,9 @@ NOT_BUILT = {
     16: "FAULT of a fork across receipts: nobody collects statements by session yet; within one it is refused",
     17: "copying a replica's output: there are no replicated requests yet; copying a verdict is refused",
     20: "sketches: there are none to forge",
-    21: "time-outs and deletion: retention in the running pipeline; wrong bytes and refusals are judged",
+    21: "deletion of rows that nobody promised: counted, not blamed; promised ones and wrong bytes are judged",
     24: "canaries for lazy auditors",
-    30: "FAULT for a broken promise of exactness, REJECT of a lowered `assurance`: neither field exists",
+    30: "FAULT for a broken promise of exactness: no level promises it; a lowered level is refused",
 }
 GAPS = {11, 12, 29, 32}
 
@@ -319,8 +320,22 @@ def test_29_gap_what_hides_inside_the_rounding() -> None:
 def test_30_a_profile_that_was_never_calibrated() -> None:
     """A stage cannot choose itself a wider limit: what nobody measured judges nobody, and shows."""
     said = dataclasses.replace(honest()[0].receipt.statements[1], profile="one with wide limits")
-    with pytest.raises(AuditError, match="nothing is calibrated"):
-        auditor().audit(Envelope("", said.encode(), said.node, bytes(64)), honest()[0].records[1], OTHER.public, 0)
+    envelope = Envelope("", said.encode(), said.node, bytes(64))
+    verdict = auditor().audit(envelope, honest()[0].records[1], OTHER.public, 0).verdict
+    assert verdict.finding == "uncalibrated" and after_verdict(Standing(), verdict, "an owner") == Standing()
+
+
+def test_30_a_level_that_was_lowered_or_raised() -> None:
+    """The request's hash covers it, so whoever lowers it must sign for a request that the client never sent."""
+    audited_one = CLUSTER.bundle(a_request(assurance="audited"))
+    asked = Expected(assurance="audited")
+    assert check(audited_one, CLUSTER.operator.public, now_s=LATER_S, request=asked).receipt.assurance == "audited"
+    refused(resign(audited_one, assurance="signed"), "receipt.request: it does not open")
+    refused(resign(HONEST, assurance="audited"), "receipt.request: it does not open")
+    refused(HONEST, "receipt.assurance: this receipt belongs to another request", request=asked)
+    payload = Receipt.decode(audited_one.receipt.payload)
+    old = dataclasses.replace(audited_one, receipt=CLUSTER.head.seal(RECEIPT_TYPE, payload.encode()))
+    refused(old, "receipt: expected application/vnd.llmd.receipt.v2")  # a version in the clothes of another
 
 
 def test_31_revoked_rotated_and_rolled_back() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -80,3 +81,28 @@ def test_controls_become_millionths_and_say_nothing_where_they_change_nothing() 
 @given(st.integers(0, 2_000_000))
 def test_micro_reads_back_every_millionth(n: int) -> None:
     assert micro(float(Decimal(n) / 1_000_000)) == n
+
+
+@pytest.mark.parametrize(
+    ("header", "field", "level"),
+    [
+        (None, {}, "signed"),
+        ("audited", {}, "audited"),
+        (None, {"llmd": {"assurance": "audited"}}, "audited"),
+        ("audited", {"llmd": {"assurance": "audited"}}, "audited"),
+        ("audited", {"llmd": {"assurance": "signed"}}, None),
+        ("exact", {}, None),
+        (None, {"llmd": {"assurance": "exact"}}, None),
+        ("Audited", {}, None),
+        ("", {}, None),
+    ],
+)
+def test_a_level_is_taken_as_asked_or_refused(header: str | None, field: dict[str, Any], level: str | None) -> None:
+    """Never another one than was asked for."""
+    body = parse(json.dumps({"model": "m", "prompt": "x", **field}).encode(), CompletionBody)
+    if level is not None:
+        assert body.assurance(header) == level
+    else:
+        with pytest.raises(RequestError) as refused:
+            body.assurance(header)
+        assert refused.value.param == "llmd.assurance"

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import tempfile
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from serve_app.audit.auditor import Auditor
 from serve_app.audit.calibration import Calibration, calibrate
 from serve_app.engine.engines import TORCH
 from serve_app.engine.load import LoadOptions
+from serve_app.local import LocalLimits, LocalPipeline
+from serve_app.messages.record import StageRecord
+from serve_app.messages.request import FinishedEvent, GenerationRequest, RequestId, Sampling, fresh_salt
+from serve_app.receipts.check import CheckedReceipt, check
+from serve_app.receipts.identity import Session
 from serve_app.rehearsal import Rehearsed, rehearse
 from shard_tools.checkpoint.source import open_checkpoint
 from shard_tools.checkpoint.split import split
 from shard_tools.manifest import Manifest
-from shard_tools.signing import Signer
+from shard_tools.signing import PublicKey, Signer
 from shard_tools.store.memory import MemoryStore
 from tests.tiny_models import write_tiny_checkpoint
 
@@ -64,3 +72,55 @@ def calibrations() -> tuple[Calibration, ...]:
 def auditor(signer: Signer = AUDITOR) -> Auditor:
     """One that can judge both stages."""
     return Auditor(*model(), REPLAY, calibrations(), signer)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a stage and a Head hold of one answer."""
+
+    bundle: bytes
+    checked: CheckedReceipt
+    records: tuple[StageRecord, ...]
+
+
+@dataclass(frozen=True)
+class House:
+    """Answers of a pipeline of this process, with the sessions of its stages, which can show its rows."""
+
+    operator: PublicKey
+    node: PublicKey
+    sessions: tuple[Session, ...]
+    answers: tuple[Answer, ...]
+
+
+@functools.cache
+def whole_house(count: int = 2) -> House:
+    """Made once; its stages' sessions are opened anew, as those of a later epoch are."""
+    return asyncio.run(_serve(count))
+
+
+async def _serve(count: int) -> House:
+    pipeline = LocalPipeline(
+        *model(), stages=STAGES, options=OPTIONS, limits=LocalLimits(n_pages=64, retain_bytes=1 << 24)
+    )
+    try:
+        answers = []
+        for i, prompt in enumerate(prompts(70, count)):
+            asked = GenerationRequest(
+                RequestId(f"a{i}"), model()[1].cid, tuple(prompt), 9, Sampling(0), (), b"", fresh_salt()
+            )
+            (*_, last) = [event async for event in pipeline.generate(asked)]
+            assert isinstance(last, FinishedEvent)
+            checked = check(last.receipt, pipeline.operator.public, now_s=int(time.time()))
+            kept = []
+            for said in checked.statements:
+                retention = pipeline.stages[said.stage].retention
+                record = retention.read(said.request_hash, said.attempt) if retention else None
+                assert record is not None
+                kept.append(record)
+            answers.append(Answer(last.receipt, checked, tuple(kept)))
+        now_s = int(time.time())
+        sessions = tuple(pipeline.node.open_session("stage", 2, now_s, 3600) for _ in range(STAGES))
+        return House(pipeline.operator.public, pipeline.node.key, sessions, tuple(answers))
+    finally:
+        pipeline.close()

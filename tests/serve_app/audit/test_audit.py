@@ -9,10 +9,11 @@ import pytest
 
 from serve_app.audit.auditor import Auditor
 from serve_app.audit.calibration import Calibration
-from serve_app.audit.record import StageRecord, StageRecords
+from serve_app.audit.standing import Standing, after_verdict
 from serve_app.audit.verdict import VERDICT_TYPE, Verdict, commit, revealed
 from serve_app.engine.dishonest import DISHONEST
 from serve_app.errors import AuditError
+from serve_app.messages.record import StageRecord
 from serve_app.receipts.rows import Boundary, RowTree
 from serve_app.receipts.statement import StageStatement
 from serve_app.rehearsal import Rehearsed
@@ -74,16 +75,16 @@ def test_what_cannot_be_judged_gets_no_verdict() -> None:
     """Nothing calibrated, another profile, other shards, another model: AuditError, which blames nobody."""
     one = honest()[0]
     said = one.receipt.statements[1]
-    with pytest.raises(AuditError, match="nothing is calibrated"):
-        Auditor(*model(), REPLAY, (), AUDITOR).audit(one.statements[1], one.records[1], OTHER.public, NOW_MS)
-    with pytest.raises(AuditError, match="profile of the auditor"):
-        other = dataclasses.replace(calibrations()[1], auditor="somebody else's")
-        Auditor(*model(), REPLAY, (other,), AUDITOR).audit(one.statements[1], one.records[1], OTHER.public, NOW_MS)
+    other = dataclasses.replace(calibrations()[1], auditor="somebody else's")
+    for known in ((), (other,), (calibrations()[0],)):
+        found = Auditor(*model(), REPLAY, known, AUDITOR).audit(one.statements[1], one.records[1], OTHER.public, NOW_MS)
+        assert found.verdict.finding == "uncalibrated" and found.verdict.node == said.node
+        assert Verdict.open(found.envelope, frozenset((AUDITOR.public,))) == found.verdict
+        assert after_verdict(Standing(), found.verdict, "an owner") == Standing()
     with pytest.raises(AuditError, match="channels"):
         narrow = dataclasses.replace(calibrations()[1], sizes=calibrations()[1].sizes[:-1])
         Auditor(*model(), REPLAY, (narrow,), AUDITOR).audit(one.statements[1], one.records[1], OTHER.public, NOW_MS)
     for changes, match in (
-        ({"profile": "an H100"}, "nothing is calibrated"),
         ({"shards": said.shards[:-1]}, "other shards"),
         ({"start": 0}, "other shards"),
         ({"stop": 99}, "not in"),
@@ -166,12 +167,3 @@ def test_a_commitment_opens_to_one_verdict_only() -> None:
     assert revealed(committed, verdict, salt)
     assert not revealed(committed, dataclasses.replace(verdict, auditor=OTHER.public), salt)
     assert not revealed(committed, verdict, b"t" * 32) and not revealed(committed, verdict, b"")
-
-
-def test_records_keep_to_their_bound_and_count_what_they_drop() -> None:
-    """The oldest goes first; taken is gone."""
-    records = StageRecords(max_bytes=25)
-    for i in range(3):
-        records.put(bytes([i]), 0, StageRecord(b"12345", b"12345"))
-    assert records.dropped == 1 and records.take(b"\0", 0) is None
-    assert records.take(b"\1", 0) == StageRecord(b"12345", b"12345") and records.take(b"\1", 0) is None

@@ -321,3 +321,36 @@ def _empty_plan(epoch: int) -> StepPlan:
     from serve_app.messages.step import closing_plan
 
     return closing_plan(epoch, 1, 1)
+
+
+def test_a_level_that_nobody_stands_behind_is_refused_and_one_that_is_set_aside_for_is_let_go_again(
+    tiny: Tiny,
+) -> None:
+    """Never lowered. Whoever sees to audits hears of every end, with its receipt if there is one."""
+    heard: list[tuple[str, bool]] = []
+
+    class Noting:
+        def admit(self, request: GenerationRequest, *, resumed: bool) -> None:
+            heard.append((request.id, resumed))
+
+        def ended(self, request: GenerationRequest, receipt: bytes) -> None:
+            heard.append((request.id, receipt != b""))
+
+    async def work(pipeline: LocalPipeline) -> None:
+        with pytest.raises(RequestError) as refused:
+            await collect(pipeline, request(tiny[1], "none", assurance="audited"))
+        assert refused.value.param == "llmd.assurance"
+        pipeline.head._audits = Noting()
+        _, end = await collect(pipeline, request(tiny[1], "sure", assurance="audited"))
+        assert isinstance(end, FinishedEvent)
+        said = check(end.receipt, pipeline.operator.public, now_s=int(time.time())).receipt
+        assert said.assurance == "audited"
+        pipeline.head.submit(request(tiny[1], "gone", assurance="audited"), lambda event: None)
+        pipeline.head.stop(RequestId("gone"), keep=False)
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+            if len(heard) == 4:
+                break
+        assert heard == [("sure", False), ("sure", True), ("gone", False), ("gone", False)]
+
+    run(tiny, 2, work)

@@ -39,7 +39,7 @@ def resign(bundle: Bundle, cluster: Cluster = CLUSTER, **changes: Any) -> Bundle
     """The bundle with a receipt that a lying Head changed and signed again, properly."""
     changes.setdefault("statements", tuple(envelope_cid(envelope) for envelope in bundle.statements))
     receipt = replace(Receipt.decode(bundle.receipt.payload), **changes)
-    return replace(bundle, receipt=cluster.head.seal(RECEIPT_TYPE, receipt.encode()))
+    return replace(bundle, receipt=cluster.head.seal(receipt.payload_type, receipt.encode()))
 
 
 def with_statements(change: Callable[[Statements], Statements]) -> Bundle:

@@ -1,0 +1,179 @@
+"""The auditor as a Ray actor: logs receipts, fetches the rows of what was drawn, computes one stage of it again.
+
+Detached and restartable: its log and its verdicts are on disk, and what it had in memory is lost, which it says. It
+yields to all else on its host, and does one audit at a time. Nobody waits for it: a Head notes, draws and goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from serve_app.audit.calibration import MAX_CALIBRATION_BYTES, Calibration
+from serve_app.audit.desk import Drawn, Outgoing
+from serve_app.audit.office import AuditOffice, News
+from serve_app.audit.showing import PIECE_BYTES, most_bytes
+from serve_app.choices import store_of
+from serve_app.cluster.audit_specs import AUDITOR, FOLDER, AuditorSpec
+from serve_app.cluster.named_actors import find_actor
+from serve_app.cluster.specs import NAMESPACE
+from serve_app.errors import AuditError, PipelineError
+from serve_app.receipts.statement import StageStatement
+from shard_tools.canonical import Value
+from shard_tools.catalog import open_record
+from shard_tools.errors import LlmdError
+from shard_tools.index.model_index import ModelRecord
+from shard_tools.signing import PublicKey, Signer, key_text
+
+if TYPE_CHECKING:
+    from serve_app.audit.auditor import Auditor
+
+_log = logging.getLogger(__name__)
+_NICE = 10  # it competes with stages for the same cores
+_FETCH_S = 20.0  # for a piece of 8 MiB from a stage on a loaded machine
+_MAX_QUEUED = 1024  # a verdict that waits behind so many comes too late anyway
+_PAGE_SIZE = 16  # of a replay's cache; nobody else sees it
+
+
+class _AuditorProcess:
+    """One per cluster, named AUDITOR."""
+
+    def __init__(self, spec: AuditorSpec) -> None:
+        os.nice(_NICE)
+        self._spec = spec
+        self._store = store_of(spec.store)
+        self._manifest = open_record(ModelRecord(spec.manifest, spec.signature), self._store, spec.trusted)
+        self._signer = Signer.load_or_create(spec.state_dir / "auditor.key")
+        (spec.state_dir / "auditor.pub").write_text(key_text(self._signer.public) + "\n")
+        self._office = AuditOffice(spec.state_dir / FOLDER, self._signer, spec.operator, self._make)
+        self._queue: asyncio.Queue[tuple[Drawn, str, StageStatement]] = asyncio.Queue(_MAX_QUEUED)
+        self._replays = ThreadPoolExecutor(1, "replay")
+        self._logs = ThreadPoolExecutor(1, "log")  # a disk must not hold up who asks
+        self._work: asyncio.Task[None] | None = None
+
+    async def spec(self) -> AuditorSpec:
+        """What it audits."""
+        return self._spec
+
+    async def note(self, outgoing: Outgoing) -> tuple[bytes, list[str]]:
+        """All of it is in the log. Returns the log's root, and of which answers rows are not needed any more."""
+        if self._work is None:
+            self._work = asyncio.get_running_loop().create_task(self._audit_all())
+        note = self._office.note
+        root = await self._aside(self._logs, note, outgoing.notes, outgoing.commitment, outgoing.told)
+        settled, self._office.settled = self._office.settled, []
+        return root, settled
+
+    async def audit(self, drawn: list[tuple[Drawn, str]]) -> None:
+        """These are to be audited; the rows are asked to be kept at once. With each, the name of its stage's actor."""
+        for one, actor in drawn:
+            try:
+                said = self._office.begin(one)
+            except LlmdError as e:
+                _log.warning("%s is not audited: %s", one.id, e)
+                continue
+            stage = await self._aside(self._logs, find_actor, actor)
+            if stage is not None:
+                stage.hold.remote(said.request_hash, said.attempt, one.certain)
+            try:
+                self._queue.put_nowait((one, actor, said))
+            except asyncio.QueueFull:
+                self._office.gave_nothing(one, said.node, f"{_MAX_QUEUED} audits wait before it", refused=False)
+
+    async def news(self, after: int) -> tuple[PublicKey, list[News], dict[str, Value]]:
+        """Its key, what came of audits since news number `after`, and how it does."""
+        news = [one for one in self._office.news if one.number > after]
+        return self._signer.public, news, self._office.status()
+
+    async def lookup(self, id: str) -> dict[str, Value] | None:
+        """As AuditOffice.lookup."""
+        return self._office.lookup(id)
+
+    def _make(self) -> Auditor:
+        # torch takes seconds to import: not in the Supervisor, which knows this class, nor before there is a need.
+        from serve_app.audit.auditor import Auditor
+        from serve_app.engine.engines import TORCH
+        from serve_app.engine.load import LoadOptions
+
+        calibrations = []
+        for cid in self._spec.calibrations:
+            data = self._store.get(cid)
+            if len(data) > MAX_CALIBRATION_BYTES:
+                raise AuditError(f"calibration {cid} has {len(data)} bytes, more than {MAX_CALIBRATION_BYTES}")
+            calibrations.append(Calibration.decode(data))
+        options = LoadOptions("cpu", "float32", _PAGE_SIZE, self._spec.threads, engine=TORCH)
+        return Auditor(self._store, self._manifest, options, calibrations, self._signer)
+
+    async def _audit_all(self) -> None:
+        while True:
+            one, actor, said = await self._queue.get()
+            try:
+                await self._audit(one, actor, said)
+            except Exception as e:
+                _log.exception("an audit ended in an error")
+                self._give_up(one, said, f"{type(e).__name__}: {e}")
+
+    async def _audit(self, one: Drawn, actor: str, said: StageStatement) -> None:
+        stage = await self._aside(self._logs, find_actor, actor)
+        if stage is None:
+            self._give_up(one, said, "the stage's process is gone")
+            return
+        try:
+            shown = await self._fetch(stage, said)
+        except (RayError, TimeoutError) as e:
+            self._give_up(one, said, f"the stage did not answer: {type(e).__name__}")
+            return
+        except PipelineError as e:
+            self._office.gave_nothing(one, said.node, str(e), refused=True)
+            return
+        if shown is None:
+            # Rows of what was promised are set aside, so that there is no excuse; others may have made room.
+            self._office.gave_nothing(one, said.node, "the stage does not have its rows any more", refused=one.certain)
+            return
+        await self._aside(self._replays, self._office.judge, one, shown)
+        stage.release.remote(said.request_hash, said.attempt)
+
+    async def _fetch(self, stage: Any, said: StageStatement) -> bytes | None:
+        data, most = bytearray(), most_bytes(said.n_rows, self._manifest.hidden_size)
+        while True:
+            async with asyncio.timeout(_FETCH_S):
+                piece = await stage.show.remote(said.request_hash, said.attempt, len(data))
+            if piece is None:
+                return None
+            if not isinstance(piece, bytes) or len(piece) > PIECE_BYTES or len(data) + len(piece) > most:
+                raise PipelineError(f"the stage shows more than the {most} bytes that its rows can be")
+            data += piece
+            if len(piece) < PIECE_BYTES:
+                return bytes(data)
+
+    def _give_up(self, one: Drawn, said: StageStatement, why: str) -> None:
+        try:
+            self._office.gave_nothing(one, said.node, why, refused=False)
+        except LlmdError as e:
+            _log.warning("%s: %s", one.id, e)
+
+    async def _aside(self, pool: ThreadPoolExecutor, work: Any, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(pool, work, *args)
+
+
+AuditorActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(_AuditorProcess)
+
+
+def make_auditor(spec: AuditorSpec) -> Any:
+    """The cluster's auditor, beside whoever calls if that is possible: its log lies on that host."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return AuditorActor.options(
+        name=AUDITOR,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        scheduling_strategy=here,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(spec.threads), "OMP_WAIT_POLICY": "PASSIVE"}},
+    ).remote(spec)

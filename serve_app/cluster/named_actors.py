@@ -1,0 +1,26 @@
+"""Living actors by their names."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from serve_app.cluster.specs import NAMESPACE
+
+
+def find_actor(name: str) -> Any | None:
+    """The living actor of this name."""
+    try:
+        return ray.get_actor(name, NAMESPACE)
+    except (ValueError, RayError):
+        return None
+
+
+def kill_actor(actor: Any | None) -> None:
+    """Ray ends it, if it is not gone already."""
+    if actor is not None:
+        with suppress(ValueError, RayError):
+            ray.kill(actor)

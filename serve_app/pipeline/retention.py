@@ -1,0 +1,213 @@
+"""The rows that a stage received and sent, kept on the host so that somebody can compute them again.
+
+Rows lie in pages like the keys and values they led to, so a sequence that opens behind pages which an earlier one
+filled shares that one's rows. They are copied by the thread that hashes them, a step behind the pipeline.
+Memory is bounded: past it the oldest record that nobody drew goes, and is counted if it might still have been drawn,
+because a request that cannot be audited must not look as if it could. What was promised to a client is held, once it is
+drawn, until it is released or its time is over. Knows requests by hash and attempt, as the stage's statement names
+them, and nothing of audits.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from serve_app.engine.engine import StepOutput
+from serve_app.messages.record import StageRecord
+from serve_app.messages.step import SEAL, StepPlan
+
+# How long a draw may take to come, and a drawn record to be fetched: a verdict is due 60 s after the answer.
+HOLD_S = 60.0
+
+
+@dataclass(slots=True)
+class _Page:
+    received: bytearray
+    sent: bytearray
+    filled: int = 0  # rows
+    holders: int = 0  # records that it is a part of
+
+
+@dataclass(slots=True)
+class _Record:
+    request: bytes
+    attempt: int
+    pages: list[_Page] = field(default_factory=list)
+    rows: int = 0
+    lost: bool = False  # some of its rows are not there
+    closed_s: float = 0.0
+    held_until_s: float = 0.0
+
+
+class Retention:
+    """One stage's records; written by its witness's thread, read by others. Outlives the Stages of one process."""
+
+    def __init__(self, max_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_bytes, self._clock = max_bytes, clock
+        self._lock = threading.Lock()
+        self._page_size, self._stage = 0, -1
+        self._open: dict[int, _Record] = {}
+        self._closed: OrderedDict[tuple[bytes, int], _Record] = OrderedDict()  # by the time of closing
+        self._by_page: dict[int, _Page] = {}  # what lies in each KV page now
+        self.bytes = 0
+        self.unauditable = 0  # sealed requests whose rows were not there, or went before a draw could ask for them
+        self.timed_out = 0  # promised ones that nobody released in time
+
+    def begin(self, stage: int, page_size: int) -> None:
+        """This Stage begins, whose engine knows no sequence. What the same one sealed before stays."""
+        with self._lock:
+            gone = list(self._open.values())
+            if stage != self._stage:
+                gone += self._closed.values()
+                self._closed.clear()
+            for record in gone:
+                self._drop(record)
+            self._stage, self._page_size = stage, page_size
+            self._open.clear()
+            self._by_page.clear()
+
+    def saw(self, plan: StepPlan, output: StepOutput | None) -> None:
+        """A step has run; None: it failed, and its rows will never be known."""
+        with self._lock:
+            if output is None:
+                for seq in plan.spans["seq"].tolist():
+                    self._lose(self._open.get(seq))
+            else:
+                for item in plan.opens:
+                    self._open[int(item["seq"])] = _Record(item["request"].tobytes(), int(item["attempt"]))
+                if plan.rows:
+                    self._take(plan, output)
+            for seq, rows, seal in plan.closes.tolist():
+                record = self._open.pop(seq, None)
+                if record is not None:
+                    self._close(record, rows, seal == SEAL)
+
+    def hold(self, request: bytes, attempt: int, *, promised: bool) -> bool:
+        """It is drawn. Returns whether it is there.
+
+        promised: it is kept until released, for HOLD_S at most. Else it only goes as if it were the latest: nothing was
+        set aside for it, and it must not take the place of what something was.
+        """
+        key = request, attempt
+        with self._lock:
+            record = self._closed.get(key)
+            if record is None:
+                return False
+            self._closed.move_to_end(key)
+            if promised:
+                record.held_until_s = self._clock() + HOLD_S
+            return True
+
+    def read(self, request: bytes, attempt: int) -> StageRecord | None:
+        """Its rows, or None if they are not there."""
+        with self._lock:
+            record = self._closed.get((request, attempt))
+            if record is None or not record.pages:
+                return None
+            received, sent = [page.received for page in record.pages], [page.sent for page in record.pages]
+            size_in, size_out = len(received[0]) // self._page_size, len(sent[0]) // self._page_size
+            rows = record.rows
+        # Joined outside the lock, which the witness may wait for: nobody writes to rows that were sealed.
+        return StageRecord(b"".join(received)[: rows * size_in], b"".join(sent)[: rows * size_out])
+
+    def release(self, request: bytes, attempt: int) -> None:
+        """It is no longer needed here."""
+        with self._lock:
+            record = self._closed.pop((request, attempt), None)
+            if record is not None:
+                self._drop(record)
+
+    def _take(self, plan: StepPlan, output: StepOutput) -> None:
+        size, rows = self._page_size, plan.rows
+        size_in, size_out = len(output.received) // rows, len(output.hidden) // rows
+        cached = dict(plan.opens[["seq", "cached"]].tolist())
+        pages = iter(plan.pages.tolist())
+        row = 0
+        for seq, start, count, n_new, _ in plan.spans.tolist():
+            record = self._open.get(seq)
+            new = [next(pages) for _ in range(n_new)]
+            filled = cached.get(seq, 0) // size
+            for i, page in enumerate(new):
+                if i >= filled:
+                    self._by_page.pop(page, None)
+                if record is not None and not record.lost:
+                    self._add_page(record, page, i < filled, size_in * size, size_out * size)
+            if record is not None and not record.lost:
+                position, taken = start, 0
+                while taken < count:  # what lies behind `start` already was guessed, and wrong
+                    page, place = record.pages[position // size], position % size
+                    n = min(size - place, count - taken)
+                    at, to = place * size_in, (row + taken) * size_in
+                    page.received[at : at + n * size_in] = output.received[to : to + n * size_in]
+                    at, to = place * size_out, (row + taken) * size_out
+                    page.sent[at : at + n * size_out] = output.hidden[to : to + n * size_out]
+                    page.filled = place + n
+                    position, taken = position + n, taken + n
+                record.rows = start + count
+            row += count
+
+    def _add_page(self, record: _Record, number: int, filled: bool, bytes_in: int, bytes_out: int) -> None:
+        if filled:
+            page = self._by_page.get(number)
+            if page is None or page.filled < self._page_size:
+                self._lose(record)  # the rows of a shared beginning went before
+                return
+        else:
+            if not self._make_room(bytes_in + bytes_out, record):
+                self._lose(record)
+                return
+            page = self._by_page[number] = _Page(bytearray(bytes_in), bytearray(bytes_out))
+            self.bytes += bytes_in + bytes_out
+        page.holders += 1
+        record.pages.append(page)
+
+    def _make_room(self, wanted: int, asking: _Record) -> bool:
+        """Drop the oldest that nobody drew until there is room: closed ones first, then open ones."""
+        now = self._clock()
+        while self.bytes + wanted > self._max_bytes:
+            key = next((k for k, r in self._closed.items() if r.held_until_s <= now), None)
+            if key is not None:
+                record = self._closed.pop(key)
+                if record.held_until_s:
+                    self.timed_out += 1
+                elif now - record.closed_s < HOLD_S:
+                    self.unauditable += 1
+                self._drop(record)
+                continue
+            victim = next((r for r in self._open.values() if not r.lost and r.pages and r is not asking), None)
+            if victim is None:
+                return False
+            self._lose(victim)
+        return True
+
+    def _close(self, record: _Record, rows: int, sealed: bool) -> None:
+        if not sealed:
+            self._drop(record)
+            return
+        if record.lost or record.rows < rows:
+            self.unauditable += 1
+            self._drop(record)
+            return
+        record.rows, record.closed_s = rows, self._clock()
+        before = self._closed.pop((record.request, record.attempt), None)
+        if before is not None:
+            self._drop(before)
+        self._closed[record.request, record.attempt] = record
+
+    def _lose(self, record: _Record | None) -> None:
+        if record is not None:
+            record.lost = True
+            self._drop(record)
+
+    def _drop(self, record: _Record) -> None:
+        for page in record.pages:
+            page.holders -= 1
+            if page.holders == 0:
+                self.bytes -= len(page.received) + len(page.sent)
+                # Some KV page may still be known by it, whose rows are not kept any more.
+                page.received, page.sent, page.filled = bytearray(), bytearray(), 0
+        record.pages = []
