@@ -119,7 +119,7 @@ def envelope(text: str) -> Envelope:
 
 def test_an_honest_pipeline_passes_and_everything_said_of_it_can_be_checked(cluster: Cluster) -> None:
     """Every answer is audited, the promised ones say so in their receipts; all of it is in the signed log."""
-    answers = [ask(cluster, i, **({"x-llmd-assurance": "audited"} if i % 2 else {})) for i in range(8)]
+    answers = [ask(cluster, i, **({"x-llmd-assurance": "audited"} if i % 2 else {})) for i in range(12)]
     said = [found(cluster, answer) for answer in answers]
     assert {one["audit"]["verdict"]["finding"] for one in said} == {"pass"}
     assert {one["audit"]["stage"] for one in said} == {0, 1}
@@ -137,7 +137,8 @@ def test_an_honest_pipeline_passes_and_everything_said_of_it_can_be_checked(clus
         entry = bytes(Cid.of(Codec.DAG_CBOR, raw(one["receipt"])))
         require_included(entry, proof["index"], head, [raw(node) for node in proof["path"]])
     state = audit(cluster)
-    assert state["nodes"] == [] and state["watched"] == [] and state["unaudited"] <= 1  # the first token's own receipt
+    assert {node["state"] for node in state["nodes"]} <= {"active"} and state["watched"] == []
+    assert state["unaudited"] <= 1  # the first token's own receipt
     assert "audit" in cluster.run("llmd", "status", "--url", cluster.url).stdout
 
 
@@ -145,13 +146,13 @@ def test_a_stage_that_begins_to_cheat_is_found_and_nobody_else_blamed(cluster: C
     """Its verdicts are faults, the other stage's passes; the node is a suspect, which one auditor cannot make worse."""
     (cluster.root / "cheat").touch()
     by_stage: dict[int, set[str]] = {0: set(), 1: set()}
-    for i in range(100, 108):
+    for i in range(100, 112):
         one = found(cluster, ask(cluster, i))
         by_stage[one["audit"]["stage"]].add(one["audit"]["verdict"]["finding"])
     assert by_stage == {0: {"pass"}, 1: {"fault"}}
     assert eventually(lambda: audit(cluster)["watched"] == [0, 1], 20)  # both stages stand on this one node
     (node,) = audit(cluster)["nodes"]
-    assert node["state"] == "suspect" and "operator found a fault" in node["why"]
+    assert node["state"] == "suspect" and node["why"].startswith("operator ")
     (cluster.root / "cheat").unlink()
 
 
