@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 
 class FarHost:
@@ -23,6 +24,7 @@ class FarHost:
         self.here, self.address = (f"{net.rpartition('.')[0]}.{first + i}" for i in (1, 2))
         if not shutil.which("ip") or not shutil.which("tc"):
             raise OSError("no iproute2 here")
+        _remove_those_of_the_dead()
         _do("ip", "netns", "add", self.name)
         try:
             _do("ip", "link", "add", self._ours, "type", "veth", "peer", "name", self._theirs, "netns", self.name)
@@ -53,6 +55,14 @@ class FarHost:
     def close(self) -> None:
         """Both ends of the cable go with the namespace."""
         subprocess.run(["ip", "netns", "delete", self.name], capture_output=True)
+
+
+def _remove_those_of_the_dead() -> None:
+    """A test run that was killed leaves its namespace, and nothing else would ever remove it."""
+    alive = os.listdir("/proc")  # not by the path of each: that of a thread's number exists too
+    for left in Path("/run/netns").glob("llmd-*"):
+        if left.name.removeprefix("llmd-") not in alive:
+            subprocess.run(["ip", "netns", "delete", left.name], capture_output=True)
 
 
 def _do(*words: str) -> None:
