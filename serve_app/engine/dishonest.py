@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from serve_app.engine.dishonest_sampler import DISHONEST_SAMPLERS, draw_dishonestly
 from serve_app.engine.engine import StepOutput
 from serve_app.engine.torch_engine import TorchEngine
 from serve_app.messages.step import StepPlan
@@ -116,7 +117,10 @@ DISHONEST: Mapping[str, Callable[[TorchEngine], None]] = {
 
 
 def spoil(engine: TorchEngine, attack: str) -> None:
-    """The engine cheats from now on in this way, one of DISHONEST."""
+    """The engine cheats from now on in this way, one of DISHONEST or DISHONEST_SAMPLERS."""
+    if attack in DISHONEST_SAMPLERS:
+        draw_dishonestly(engine, attack)
+        return
     with torch.no_grad():
         DISHONEST[attack](engine)
 
