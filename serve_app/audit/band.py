@@ -1,7 +1,9 @@
 """How far honest draws of one kind lie from their re-draw, and what the draws of an answer show against that.
 
 The rule, on the margins of all tokens of an answer (margin.py):
-    p          of one margin: 1 up to FLOOR, else how often an honest draw lies so far, by the calibrated tail
+    p          of one margin: 1 up to FLOOR, else how often an honest draw lies so far, by an exponential tail: heavier
+               than that of rounding, which is bounded. (A Pareto tail fitted to 54 margins, none past 0.23 logits, put
+               the limit at 2.4, and hid a narrow top-p for 88 tokens)
     evidence   an e-value of all: at each token some shares of what was gathered are bet against honesty. Its mean is at
                most 1 for an honest sampler, and it passes 10^6 at any time with a probability of at most 10^-6
     sampler    evidence passed 10^6, or one token is past `limit`: p times all tokens <= 10^-6, and its margin more than
@@ -21,7 +23,7 @@ from typing import Literal
 import numpy as np
 
 from serve_app.audit.error import Floats
-from serve_app.audit.tail import MAX_PICO, MICRO, PICO, exceeds, pareto
+from serve_app.audit.tail import MAX_PICO, PICO
 from serve_app.audit.verdict import FAULT_P, GUARD, SUSPECT_P
 from serve_app.errors import AuditError
 from serve_app.receipts.statement import MAX_ROWS, manifest_link
@@ -66,7 +68,6 @@ class DrawBand:
     draws: int
     beyond: int  # of them, those past FLOOR
     scale_pico: int
-    shape_micro: int
     largest_pico: int
 
     @cached_property
@@ -80,14 +81,12 @@ class DrawBand:
             return 1.0
         if not math.isfinite(margin):
             return 0.0
-        return self._rate * exceeds((margin - FLOOR) * PICO, self.shape_micro / MICRO, self.scale_pico)
+        return self._rate * math.exp(-(margin - FLOOR) * PICO / self.scale_pico)
 
     def limit(self, tokens: int) -> float:
         """The margin past which one of so many tokens decides."""
         depth = math.log(max(self._rate * tokens / FAULT_P, 1.0))
-        shape = self.shape_micro / MICRO
-        above = depth if shape == 0 else math.expm1(shape * depth) / shape
-        return max(FLOOR + self.scale_pico * above / PICO, GUARD * self.largest_pico / PICO)
+        return max(FLOOR + self.scale_pico * depth / PICO, GUARD * self.largest_pico / PICO)
 
     @property
     def _rate(self) -> float:
@@ -105,7 +104,6 @@ class DrawBand:
                 "draws": self.draws,
                 "beyond": self.beyond,
                 "scale_pico": self.scale_pico,
-                "shape_micro": self.shape_micro,
                 "largest_pico": self.largest_pico,
             }
         )
@@ -122,7 +120,6 @@ class DrawBand:
                 f.integer("draws", MIN_DRAWS, MAX_PICO),
                 f.integer("beyond", 0, MAX_PICO),
                 f.integer("scale_pico", 1, MAX_PICO),
-                f.integer("shape_micro", 0, MICRO // 2),
                 f.integer("largest_pico", 0, MAX_PICO),
             )
         if band.beyond > band.draws:
@@ -131,16 +128,21 @@ class DrawBand:
 
 
 def calibrate_draws(manifest: Cid, prover: str, auditor: str, margins: Sequence[Floats]) -> DrawBand:
-    """The band of honest margins, of the tokens of each answer. Raises AuditError if they are too few or impossible."""
+    """The band of honest margins, of the tokens of each answer.
+
+    Greedy ones belong among them: noise seldom lets two meet that nearly tie, so under it rounding shows too seldom to
+    be measured by some thousand draws. Raises AuditError if there are too few, or impossible ones.
+    """
     every = np.concatenate(margins) if margins else np.zeros(0)
     if len(every) < MIN_DRAWS:
         raise AuditError(f"{len(every)} draws are too few to calibrate by: {MIN_DRAWS} are the least")
     if not np.isfinite(every).all():
         raise AuditError("an honest draw was impossible, so nothing can be calibrated by it")
-    above = np.sort(every[every > FLOOR]) - FLOOR
+    above = every[every > FLOOR] - FLOOR
     largest = float(every.max())
-    # Too few to fit: as if every honest margin were about the largest.
-    shape, scale = pareto(above) if len(above) >= _MIN_BEYOND else (0.0, largest)
+    # Two deviations above their mean; where they are too few to have one, as if each were about the largest.
+    enough = len(above) >= _MIN_BEYOND
+    scale = float(above.mean()) * (1 + 2 / math.sqrt(len(above))) if enough else largest
     return DrawBand(
         manifest,
         prover,
@@ -148,7 +150,6 @@ def calibrate_draws(manifest: Cid, prover: str, auditor: str, margins: Sequence[
         len(every),
         len(above),
         min(math.ceil(max(scale, FLOOR) * PICO), MAX_PICO),
-        round(shape * MICRO),
         min(math.ceil(largest * PICO), MAX_PICO),
     )
 

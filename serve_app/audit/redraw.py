@@ -199,7 +199,12 @@ class Redrawer:
 
         Raises ForgedRecordError for rows that it did not sign for, AuditError.
         """
-        _, sent = opened(checked.statements[-1], record, self._manifest)
+        last = checked.statements[-1]
+        if last.stop != self._manifest.n_layers:  # as check_against_manifest has it; not every client asks for that
+            raise AuditError(
+                f"the stages end at layer {last.stop} of {self._manifest.n_layers}: nothing is drawn there"
+            )
+        _, sent = opened(last, record, self._manifest)
         return margins_of(checked.receipt, checked.opening, sent, self._head)
 
     def audit(self, checked: CheckedReceipt, record: StageRecord, now_ms: int) -> Redrawn:

@@ -42,7 +42,9 @@ class Tail:
         above = pico - self.deciles_pico[-1]
         if above <= 0:
             return 1.0 - sum(d <= pico for d in self.deciles_pico) / (DECILES + 1)
-        return 0.1 * exceeds(above, self.shape_micro / MICRO, self.scale_pico)
+        shape = self.shape_micro / MICRO
+        relative = above / self.scale_pico
+        return 0.1 * (math.exp(-relative) if shape == 0 else math.exp(-math.log1p(shape * relative) / shape))
 
     def limit(self, p: float) -> float:
         """The error that an honest window reaches with probability p, at most 0.1."""
@@ -62,7 +64,13 @@ def fit(tokens: int, errors: Floats) -> Tail:
     assert len(errors) >= MIN_SAMPLES and bool(np.isfinite(errors).all())
     deciles = np.quantile(errors, np.arange(1, DECILES + 1) / (DECILES + 1))
     above = np.sort(errors[errors > deciles[-1]]) - deciles[-1]
-    shape, scale = pareto(above) if len(above) else (0.0, 0.0)
+    shape, scale = 0.0, 0.0
+    if len(above):
+        rank = np.arange(len(above))
+        first = float(above.mean())
+        second = float((above * (1 - (rank + 0.65) / len(above))).mean())  # estimates E[X (1 - F(X))]
+        shape = min(max(2 - first / (first - 2 * second), 0.0), _SHAPE_MICRO[1] / MICRO) if first > 2 * second else 0.5
+        scale = first * (1 - shape)  # keeps the mean of what lies above, whatever the shape was kept to
     return Tail(
         tokens,
         len(errors),
@@ -71,22 +79,6 @@ def fit(tokens: int, errors: Floats) -> Tail:
         round(shape * MICRO),
         _pico(float(errors.max())),
     )
-
-
-def pareto(excesses: Floats) -> tuple[float, float]:
-    """Shape and scale of a generalised Pareto distribution of these, rising, all above 0."""
-    rank = np.arange(len(excesses))
-    first = float(excesses.mean())
-    second = float((excesses * (1 - (rank + 0.65) / len(excesses))).mean())  # estimates E[X (1 - F(X))]
-    most = _SHAPE_MICRO[1] / MICRO
-    shape = min(max(2 - first / (first - 2 * second), 0.0), most) if first > 2 * second else most
-    return shape, first * (1 - shape)  # keeps their mean, whatever the shape was kept to
-
-
-def exceeds(excess: float, shape: float, scale: float) -> float:
-    """How often such a distribution gives this much or more."""
-    relative = excess / scale
-    return math.exp(-relative) if shape == 0 else math.exp(-math.log1p(shape * relative) / shape)
 
 
 def _pico(value: float) -> int:

@@ -119,6 +119,9 @@ def test_what_cannot_be_drawn_again_gets_no_verdict() -> None:
     for bands in ((), (dataclasses.replace(band(), auditor="x"),), (dataclasses.replace(band(), prover="x"),)):
         with pytest.raises(AuditError, match="no draws are calibrated"):
             redrawer_of(bands).audit(checked, record, NOW_MS)
+    short = dataclasses.replace(checked, statements=checked.statements[:1])
+    with pytest.raises(AuditError, match="end at layer 2 of 4"):
+        redrawer_of((band(),)).audit(short, one.records[0], NOW_MS)
     for out_ids, match in (((1 << 20,) * 14, "vocabulary"), ((1, 2), "one less"), ((), "one less")):
         lie = dataclasses.replace(checked, receipt=dataclasses.replace(checked.receipt, out_ids=out_ids))
         with pytest.raises(AuditError, match=match):
@@ -155,7 +158,6 @@ def test_a_band_round_trips_and_bad_ones_are_refused() -> None:
         {"draws": 10},
         {"beyond": made.draws + 1},
         {"scale_pico": 0},
-        {"shape_micro": 600_000},
         {"largest_pico": -1},
         {"prover": 7},
         {"more": 1},
