@@ -3,7 +3,7 @@
 The rule, on the margins of all tokens of an answer (margin.py):
     p          of one margin: 1 up to FLOOR, else how often an honest draw lies so far, by an exponential tail: heavier
                than that of rounding, which is bounded. (A Pareto tail fitted to 54 margins, none past 0.23 logits, put
-               the limit at 2.4, and hid a narrow top-p for 88 tokens)
+               the limit at 2.4: a runner-up drawn once in 100 tokens took 311 tokens to find, where this takes 64)
     evidence   an e-value of all: at each token some shares of what was gathered are bet against honesty. Its mean is at
                most 1 for an honest sampler, and it passes 10^6 at any time with a probability of at most 10^-6
     sampler    evidence passed 10^6, or one token is past `limit`: p times all tokens <= 10^-6, and its margin more than
