@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serve_app.api.text import TextCodec
 from serve_app.engine.engine import Engine
@@ -48,14 +48,15 @@ def rehearse(
     tokens: int,
     at_once: int = 8,
     cheats: Mapping[int, str] | None = None,
-    temperature_micro: int = 10**6,
+    sampling: Sampling | None = None,
 ) -> list[Rehearsed]:
     """The prompts, answered with `tokens` tokens each, `at_once` of them at a time, in their order.
 
-    cheats: by stage, one of dishonest.DISHONEST. Raises PipelineError if an answer fails.
+    cheats: by stage, one of dishonest.DISHONEST, or for the last one of DISHONEST_SAMPLERS. sampling: None for
+    temperature 1; the seed is the number of the prompt, whatever it says. Raises PipelineError if an answer fails.
     """
     run = _Rehearsal(store, manifest, stages, options, at_once, cheats or {})
-    return asyncio.run(run.answers(prompts, tokens, temperature_micro))
+    return asyncio.run(run.answers(prompts, tokens, sampling or Sampling()))
 
 
 def prompts_of(
@@ -85,7 +86,7 @@ class _Rehearsal:
         self._at_once, self._cheats = at_once, cheats
         self._loaded = 0
 
-    async def answers(self, prompts: Sequence[Sequence[int]], tokens: int, temperature_micro: int) -> list[Rehearsed]:
+    async def answers(self, prompts: Sequence[Sequence[int]], tokens: int, sampling: Sampling) -> list[Rehearsed]:
         pages = self._at_once * (-(-(max(map(len, prompts)) + tokens) // self._options.page_size) + 1)
         limits = LocalLimits(
             n_pages=pages,
@@ -99,8 +100,7 @@ class _Rehearsal:
         try:
             turn = asyncio.Semaphore(self._at_once)
             jobs = [
-                self._answer(pipeline, turn, i, tuple(prompt), tokens, temperature_micro)
-                for i, prompt in enumerate(prompts)
+                self._answer(pipeline, turn, i, tuple(prompt), tokens, sampling) for i, prompt in enumerate(prompts)
             ]
             return list(await asyncio.gather(*jobs))
         finally:
@@ -123,12 +123,10 @@ class _Rehearsal:
         number: int,
         prompt: tuple[int, ...],
         tokens: int,
-        temperature_micro: int,
+        sampling: Sampling,
     ) -> Rehearsed:
-        sampling = Sampling(temperature_micro, seed=number)
-        request = GenerationRequest(
-            RequestId(f"rehearsal-{number}"), self._manifest.cid, prompt, tokens, sampling, (), b"", fresh_salt()
-        )
+        seeded, id = replace(sampling, seed=number), RequestId(f"rehearsal-{number}")
+        request = GenerationRequest(id, self._manifest.cid, prompt, tokens, seeded, (), b"", fresh_salt())
         async with turn:
             async for event in pipeline.generate(request):
                 if isinstance(event, FinishedEvent):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from serve_app.engine.dishonest_sampler import DISHONEST_SAMPLERS, draw_dishonestly
 from serve_app.engine.engine import Engine, EngineProfile, Launched, StepOutput
 from serve_app.engine.engines import AUTO
 from serve_app.engine.host_rows import HostRows
@@ -181,7 +182,10 @@ class _Sometimes:
 
 
 def spoil(engine: TorchEngine, attack: str) -> None:
-    """The engine cheats from now on in this way, one of DISHONEST."""
+    """The engine cheats from now on in this way, one of DISHONEST or DISHONEST_SAMPLERS."""
+    if attack in DISHONEST_SAMPLERS:
+        draw_dishonestly(engine, attack)
+        return
     with torch.no_grad():
         DISHONEST[attack](engine)
 

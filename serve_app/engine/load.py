@@ -18,6 +18,7 @@ from serve_app.engine.cpu.stage_weights import read_weights as read_cpu_weights
 from serve_app.engine.engine import ActivationDtype, DeviceName, Engine, KvDtype, StepOutput
 from serve_app.engine.engines import AUTO, ENGINES
 from serve_app.engine.kv_pages import KvPages
+from serve_app.engine.output_head import OutputHead
 from serve_app.engine.stage_model import StageModel
 from serve_app.engine.torch_engine import TORCH_DTYPES, TorchEngine
 from serve_app.errors import ConfigError
@@ -108,10 +109,17 @@ def load_layers(store: BlockStore, manifest: Manifest, start: int, stop: int, op
     return _read(store, manifest, start, stop, options, head=False).plain(deterministic=False)
 
 
+def load_head(store: BlockStore, manifest: Manifest, options: LoadOptions) -> OutputHead:
+    """The final norm and the output layer, and no layer before them: for who draws tokens again."""
+    loaded = _read(store, manifest, manifest.n_layers, manifest.n_layers, options, head=True)
+    return OutputHead(loaded.model, manifest.vocab_size, torch.device(options.device), TORCH_DTYPES[options.dtype])
+
+
 @dataclass(frozen=True, slots=True)
 class _Loaded:
     """Weights in their places. plain(deterministic=...): the plain engine of them; integers: of quantised ones."""
 
+    model: StageModel
     plain: Callable[..., TorchEngine]
     integers: FindIntegers
 
@@ -119,14 +127,18 @@ class _Loaded:
 def _read(
     store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions, head: bool | None = None
 ) -> _Loaded:
-    """Every tensor of the range, verified. head: whether with the head; None: if the range ends where it stands."""
+    """Every tensor of the range, verified. head: whether with the head; None: if the range ends where it stands.
+
+    A range without layers is the head alone.
+    """
     head = stop == manifest.n_layers if head is None else head
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("pipeline.device is cuda, but this process sees no GPU: set pipeline.device to cpu or auto")
     device = torch.device(options.device)
-    units = [unit for unit in manifest.units_of(start, stop) if head or unit.kind != "head"]
+    units = manifest.units_of(start, stop) if start < stop else manifest.units[-1:]
+    units = tuple(unit for unit in units if head or unit.kind != "head")
     places = {ref.name: manifest.tensor(ref) for unit in units for ref in unit.tensors}
     integers_once: dict[str, Integers] = {}
     read_once: dict[str, Tensor] = {}  # a tied head names the embedding's tensor a second time
@@ -192,7 +204,7 @@ def _read(
             )
         return engine
 
-    return _Loaded(plain, integers)
+    return _Loaded(model, plain, integers)
 
 
 def _refuse_fp8_pages(options: LoadOptions, cause: Exception | None = None) -> None:

@@ -22,6 +22,7 @@ from serve_app.audit.error import floats_of
 from serve_app.audit.replay import replay
 from serve_app.audit.standing import Standing, State, after_refusal, after_verdict
 from serve_app.audit.verdict import commit, revealed
+from serve_app.engine.dishonest_sampler import DISHONEST_SAMPLERS
 from serve_app.errors import AuditError, ReceiptError
 from serve_app.messages.record import StageRecord
 from serve_app.messages.request import Sampling
@@ -34,6 +35,7 @@ from shard_tools import canonical
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import FormatError, SignatureError
 from shard_tools.signing import Envelope, PublicKey
+from tests.serve_app.audit.redrawn import asked, redrawn
 from tests.serve_app.audit.rehearsed import AUDITOR, OTHER, REPLAY, answered, auditor, calibrations, honest, model
 from tests.serve_app.receipts.pipeline_of_three import NONCE, NOW_S, Cluster, a_request
 from tests.serve_app.receipts.test_check import CLUSTER, HONEST, LATER_S, changed, refused, resign, with_statements
@@ -44,8 +46,8 @@ NOT_BUILT = {
     7: "FAULT of the sender or receiver: delivery signatures; today the request ends and nobody is named",
     8: "FAULT of the receiver: delivery signatures; the same",
     9: "FAULT in exact mode: canonical windows; by tolerance a faint poisoning takes several audits",
-    11: "FAULT of the sampler: the re-check of draws from logits; asserted as open below",
-    12: "FAULT of the sampler: the same",
+    11: "blaming one node: stages do not sign what they drew, so the verdict names the last stage and the Head",
+    12: "the same",
     16: "FAULT of a fork across receipts: nobody collects statements by session yet; within one it is refused",
     17: "copying a replica's output: there are no replicated requests yet; copying a verdict is refused",
     20: "sketches: there are none to forge",
@@ -53,7 +55,7 @@ NOT_BUILT = {
     24: "canaries for lazy auditors",
     30: "FAULT for a broken promise of exactness: no level promises it; a lowered level is refused",
 }
-GAPS = {11, 12, 29, 32}
+GAPS = {29, 32}
 
 
 def finding(one: Rehearsed, stage: int) -> str:
@@ -136,26 +138,46 @@ def test_10_a_short_memory_or_somebody_elses() -> None:
     assert found({1: "other-prompt"}) == ["pass", "fault"]
 
 
-def test_11_gap_any_token_passes_for_a_greedy_one() -> None:
-    """Open: nothing looks at how tokens were drawn."""
+@pytest.mark.parametrize("cheat", sorted(DISHONEST_SAMPLERS))
+def test_11_a_sampler_that_does_not_draw_as_it_was_asked(cheat: str) -> None:
+    """Every row is right and passes; the draws are not those of the request's noise."""
+    found = asked(Sampling(top_p_micro=700_000), cheat, 24 if cheat.startswith("s") else 3)
+    assert "sampler" in {redrawn(one).verdict.finding for one in found}
+    assert [finding(found[0], stage) for stage in range(2)] == ["pass", "pass"]
+
+
+def test_11_any_token_for_a_greedy_one() -> None:
+    """Its receipt verifies, and is not all there is to it: an honest greedy answer with one token turned is found."""
     bundle = Cluster().bundle(a_request(sampling=Sampling(0)), (77, 3, 2))
     assert check(bundle, CLUSTER.operator.public, now_s=LATER_S).receipt.out_ids == (77, 3, 2)
+    one = asked(Sampling(0), None, 3)[0]
+    assert redrawn(one).verdict.finding == "pass"
+    receipt = one.receipt.receipt
+    turned = (*receipt.out_ids[:-1], receipt.out_ids[-1] ^ 1)
+    lie = dataclasses.replace(one.receipt, receipt=dataclasses.replace(receipt, out_ids=turned))
+    assert redrawn(dataclasses.replace(one, receipt=lie)).verdict.finding == "sampler"
 
 
-def test_12_gap_a_small_models_tokens_with_true_activations() -> None:
-    """Open: the rows are those that the true model gives for tokens it would never have said."""
+def test_12_another_models_tokens_with_true_activations() -> None:
+    """The rows are those that the true model gives for these tokens, so they pass; it would never have said them."""
     store, manifest = model()
-    ids = ids_bytes([9, 8, 7, 6, 5, 4, 3, 3, 3, 3])
-    (given,) = replay(store, manifest, (0, 2), "float32", [ids], REPLAY)
-    sent = given.rows.astype("<f4").tobytes()
-    said = dataclasses.replace(
-        honest()[0].receipt.statements[0],
-        in_root=ids_root(manifest.cid, [9, 8, 7, 6, 5, 4, 3, 3, 3, 3]),
-        out_root=root_of(2, sent),
-        n_rows=10,
-    )
-    envelope = Envelope("", said.encode(), said.node, bytes(64))
-    assert auditor().audit(envelope, StageRecord(ids, sent), OTHER.public, 0).verdict.finding == "pass"
+    (small,) = answered({0: "other-model", 1: "other-model"})
+    checked = small.receipt
+    fed = [*checked.opening.prompt_ids, *checked.receipt.out_ids[:-1]]
+    rows, records, said = ids_bytes(fed), [], []
+    for true in checked.statements:
+        (given,) = replay(store, manifest, (true.start, true.stop), "float32", [rows], REPLAY)
+        sent = given.rows.astype("<f4").tobytes()
+        in_root = ids_root(manifest.cid, fed) if true.start == 0 else root_of(true.start, rows)
+        said.append(dataclasses.replace(true, in_root=in_root, out_root=root_of(true.stop, sent)))
+        records.append(StageRecord(rows, sent))
+        rows = sent
+    for lie, record in zip(said, records, strict=True):
+        envelope = Envelope("", lie.encode(), lie.node, bytes(64))
+        assert auditor().audit(envelope, record, OTHER.public, 0).verdict.finding == "pass"
+    forged = Rehearsed(dataclasses.replace(checked, statements=tuple(said)), small.statements, tuple(records))
+    found = redrawn(forged)
+    assert found.verdict.finding == "sampler" and found.judgement.margin > 2 * found.judgement.limit
 
 
 @pytest.mark.parametrize("out_ids", [(40, 41), (41, 40, 2), (40, 41, 2, 2), (40, 43, 2)])

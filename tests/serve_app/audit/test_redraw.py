@@ -1,0 +1,184 @@
+"""Tokens that were not drawn as the request asked are found by drawing them again, and honest rounding is not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.audit.band import FLOOR, DrawBand, calibrate_draws, judge_draws
+from serve_app.audit.margin import margin
+from serve_app.audit.redraw import DRAW_VERDICT_TYPE, DrawVerdict
+from serve_app.engine.sampler import Draw
+from serve_app.errors import AuditError, ForgedRecordError
+from serve_app.messages.request import MICRO, Sampling
+from shard_tools import canonical
+from shard_tools.errors import FormatError, SignatureError
+from shard_tools.signing import Envelope
+from tests.serve_app.audit.redrawn import NOW_MS, asked, band, redrawer_of, redrawn
+from tests.serve_app.audit.rehearsed import AUDITOR, OTHER, answered, honest, model
+
+KEY = bytes(range(8))
+RNG = np.random.default_rng
+
+
+draws = st.builds(
+    Draw,
+    st.sampled_from([0, 300_000, MICRO, 2 * MICRO]),
+    st.sampled_from([0, 1, 3, 20]),
+    st.sampled_from([100_000, 500_000, 900_000, MICRO]),
+    st.just(KEY),
+    st.sampled_from([0, 50_000, 500_000]),
+)
+
+
+@given(draws, st.integers(0, 10_000), st.sampled_from([0.0, 1e-4, 0.05, 1.0]), st.booleans())
+def test_what_rounding_can_do_has_a_margin_of_at_most_twice_that(draw: Draw, n: int, e: float, ties: bool) -> None:
+    """Logits that differ by at most e: margin <= 2 e; equal ones: 0. Every edge and tie included."""
+    generator = RNG(n)
+    logits = generator.normal(0, 2, 48).astype(np.float32)
+    if ties:
+        logits = np.round(logits)
+    moved = logits + generator.uniform(-e, e, 48).astype(np.float32)
+    moved = np.clip(moved, logits - np.float32(e), logits + np.float32(e))
+    found = margin(draw, logits, n, draw.token(moved, n))
+    assert 0 <= found <= 2 * e * (1 + 1e-5) + 1e-6
+    assert e or found == 0
+
+
+@pytest.mark.parametrize(
+    ("draw", "token", "expected"),
+    [
+        (Draw(0, 0, MICRO, KEY), 1, 1.0),  # greedy: the gap
+        (Draw(MICRO, 1, MICRO, KEY), 2, 3.0),  # past top-k: up to its edge
+        (Draw(MICRO // 2, 1, MICRO, KEY), 2, 3.0),  # in logits, whatever the temperature
+        (Draw(MICRO, 0, MICRO, KEY, 500_000), 3, 6.0 - np.log(2)),  # past min-p
+    ],
+)
+def test_past_an_edge_is_as_far_as_the_edge(draw: Draw, token: int, expected: float) -> None:
+    logits = np.array([4, 3, 1, -2], np.float32)
+    assert margin(draw, logits, favoured(draw, logits, token), token) == pytest.approx(expected)
+
+
+def test_past_top_p_is_as_far_as_the_weight_before_it_must_shrink() -> None:
+    """0.8 lies before it where 0.5 is the edge: their log-odds; or its way to a better one's place, if that is more."""
+    logits = np.log(np.array([0.8, 0.19, 0.01])).astype(np.float32)
+    draw = Draw(MICRO, 0, 500_000, KEY)
+    for token, expected in ((1, np.log(4)), (2, np.log(19))):
+        assert margin(draw, logits, favoured(draw, logits, token), token) == pytest.approx(expected, rel=1e-5)
+
+
+def favoured(draw: Draw, logits: np.ndarray, token: int) -> int:  # type: ignore[type-arg]
+    """A position whose noise lifts it above all others, where that counts: then the edge alone keeps it out."""
+    free = Draw(draw.temperature_micro, 0, MICRO, KEY)
+    return next((p for p in range(100_000) if free.token(logits, p) == token), 0) if draw.temperature_micro else 0
+
+
+def test_honest_draws_pass_whatever_was_asked_for() -> None:
+    """Other prompts than the band's, and each of the sampling's controls."""
+    for sampling in (
+        Sampling(),
+        Sampling(0),
+        Sampling(700_000, top_k=20, top_p_micro=900_000),
+        Sampling(min_p_micro=50_000, repetition_micro=1_300_000, frequency_micro=500_000),
+        Sampling(presence_micro=MICRO, logit_bias=((5, 3 * MICRO), (9, -100 * MICRO))),
+    ):
+        for one in asked(sampling, None, 3):
+            found = redrawn(one)
+            assert (found.verdict.finding, found.judgement.differing) == ("pass", 0), sampling
+
+
+def test_another_seed_in_the_receipt_is_found() -> None:
+    """The tokens are those of the seed that was asked for, and of no other."""
+    (one,) = answered()
+    receipt = one.receipt.receipt
+    other = dataclasses.replace(receipt, sampling=dataclasses.replace(receipt.sampling, seed=99))
+    lie = dataclasses.replace(one, receipt=dataclasses.replace(one.receipt, receipt=other))
+    assert redrawn(one).verdict.finding == "pass" and redrawn(lie).verdict.finding == "sampler"
+
+
+def test_the_last_token_is_looked_at_too() -> None:
+    """No row is made of it, so nothing but the Head's word and this binds it."""
+    (one,) = answered()
+    receipt = one.receipt.receipt
+    turned = (*receipt.out_ids[:-1], (receipt.out_ids[-1] + 1) % 500)
+    lie = dataclasses.replace(one.receipt, receipt=dataclasses.replace(receipt, out_ids=turned))
+    found = redrawer_of((band(),)).audit(lie, one.records[-1], NOW_MS)
+    assert (found.verdict.finding, found.verdict.worst, found.verdict.differing) == ("sampler", 13, 1)
+
+
+def test_what_cannot_be_drawn_again_gets_no_verdict() -> None:
+    """Forged rows, no band, a band of another profile, ids of no vocabulary, rows that are none of its tokens."""
+    (one,) = answered()
+    record, checked = one.records[-1], one.receipt
+    with pytest.raises(ForgedRecordError):
+        redrawn(dataclasses.replace(one, records=(dataclasses.replace(record, sent=bytes(len(record.sent))),)))
+    for bands in ((), (dataclasses.replace(band(), auditor="x"),), (dataclasses.replace(band(), prover="x"),)):
+        with pytest.raises(AuditError, match="no draws are calibrated"):
+            redrawer_of(bands).audit(checked, record, NOW_MS)
+    short = dataclasses.replace(checked, statements=checked.statements[:1])
+    with pytest.raises(AuditError, match="end at layer 2 of 4"):
+        redrawer_of((band(),)).audit(short, one.records[0], NOW_MS)
+    for out_ids, match in (((1 << 20,) * 14, "vocabulary"), ((1, 2), "one less"), ((), "one less")):
+        lie = dataclasses.replace(checked, receipt=dataclasses.replace(checked.receipt, out_ids=out_ids))
+        with pytest.raises(AuditError, match=match):
+            redrawer_of((band(),)).audit(lie, record, NOW_MS)
+
+
+def test_evidence_adds_up_where_no_token_is_enough() -> None:
+    """A liar by so little that every margin is an honest one, but too often; and an honest one, for ever."""
+    generator = RNG(3)
+
+    def margins(n: int, often: float) -> np.ndarray:  # type: ignore[type-arg]
+        return np.where(generator.random(n) < often, FLOOR + generator.exponential(0.02, n).clip(max=0.15), 0.0)
+
+    made = calibrate_draws(model()[1].cid, "p", "a", [margins(5000, 0.02)])
+    found = judge_draws(margins(400, 0.5), made)
+    assert found.finding == "sampler" and found.margin < found.limit and 8 < (found.found_at or 0) < 300
+    assert [judge_draws(margins(1000, 0.02), made).finding for _ in range(200)] == ["pass"] * 200
+    assert np.mean([judge_draws(margins(100, 0.02), made).evidence for _ in range(300)]) <= 1
+    one = np.zeros(1000)
+    one[700] = 1.0
+    assert (judge_draws(one, made).finding, judge_draws(one, made).found_at) == ("sampler", 701)
+    one[700] = np.inf
+    assert judge_draws(one, made).finding == "sampler"
+    assert judge_draws(np.zeros(1000), made).finding == "pass"
+
+
+def test_a_band_round_trips_and_bad_ones_are_refused() -> None:
+    """decode(encode(b)) == b; nothing is calibrated by few draws, or by impossible ones."""
+    made = band()
+    assert DrawBand.decode(made.encode()) == made
+    value = canonical.decode(made.encode(), max_bytes=1 << 10)
+    assert isinstance(value, dict)
+    for changes in (
+        {"draws": 10},
+        {"beyond": made.draws + 1},
+        {"scale_pico": 0},
+        {"largest_pico": -1},
+        {"prover": 7},
+        {"more": 1},
+        {"v": 2},
+    ):
+        with pytest.raises(FormatError):
+            DrawBand.decode(canonical.encode(value | changes))
+    for margins, match in (([np.zeros(50)], "too few"), ([], "too few"), ([np.full(300, np.inf)], "impossible")):
+        with pytest.raises(AuditError, match=match):
+            calibrate_draws(made.manifest, "p", "a", margins)
+
+
+def test_a_verdict_of_draws_round_trips_and_speaks_for_its_signer_alone() -> None:
+    """open(seal(v)) == v; it names both who could have done it."""
+    found = redrawn(honest()[0])
+    verdict, keys = found.verdict, frozenset((AUDITOR.public, OTHER.public))
+    assert DrawVerdict.open(found.envelope, keys) == verdict
+    assert verdict.nodes == (honest()[0].receipt.statements[-1].node, honest()[0].receipt.receipt.node)
+    with pytest.raises(SignatureError):
+        DrawVerdict.open(found.envelope, frozenset((OTHER.public,)))
+    with pytest.raises(FormatError, match="another key"):
+        DrawVerdict.open(Envelope.seal(OTHER, DRAW_VERDICT_TYPE, verdict.encode()), keys)
+    with pytest.raises(FormatError):
+        DrawVerdict.decode(dataclasses.replace(verdict, finding="forged").encode())  # type: ignore[arg-type]
