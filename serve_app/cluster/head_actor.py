@@ -19,6 +19,7 @@ from serve_app.cluster.stage_host import SWITCH_INTERVAL_S, TROUBLE_EVERY_S, nod
 from serve_app.cluster.wiring import HEAD, Awaited, EdgeSet, Joint, Party
 from serve_app.errors import PipelineError
 from serve_app.messages.request import Event, FailedEvent, FinishedEvent
+from serve_app.messages.step import MAX_REPLY_BYTES
 from serve_app.pipeline.assurance import NoAudits
 from serve_app.pipeline.facts import PipelineFacts, can_reuse_pages
 from serve_app.pipeline.head import Head
@@ -57,7 +58,9 @@ class _HeadProcess:
         self._pump: asyncio.Task[None] | None = None
 
     def _edge_set(self, spec: HeadSpec) -> EdgeSet:
-        return EdgeSet(self._identity, spec.epoch, spec.session_lifetime_s, self._take, self._stage_lost)
+        return EdgeSet(
+            self._identity, spec.epoch, spec.session_lifetime_s, self._take, self._stage_lost, MAX_REPLY_BYTES
+        )
 
     async def hold(self, why: str) -> None:
         """Requests wait until `resume`."""

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 from serve_app.cluster.ray_edge import InOrder, RayEdge
 from serve_app.engine.engine import BoxKind
 from serve_app.errors import PipelineError
+from serve_app.messages.step import MAX_PAYLOAD_BYTES
 from serve_app.receipts.identity import NodeIdentity
 from serve_app.scheduling.flights import flights_ahead
 from serve_app.transport.edge import Deliver, Edge, Lost
@@ -166,8 +167,20 @@ async def _join_gpus(kind: BoxKind, a: Member, b: Member, n_stages: int) -> bool
 class EdgeSet:
     """The edges of one actor. Its own methods block; the actor calls them outside its event loop."""
 
-    def __init__(self, identity: NodeIdentity, epoch: int, lifetime_s: int, deliver: Deliver, lost: Lost) -> None:
-        """deliver, lost: for whatever comes in, and for any neighbour; called from threads of the edges."""
+    def __init__(
+        self,
+        identity: NodeIdentity,
+        epoch: int,
+        lifetime_s: int,
+        deliver: Deliver,
+        lost: Lost,
+        max_bytes: int = MAX_PAYLOAD_BYTES,
+    ) -> None:
+        """deliver, lost: for whatever comes in, and for any neighbour; called from threads of the edges.
+
+        max_bytes: of one message that comes in.
+        """
+        self._max_bytes = max_bytes
         self._identity, self._epoch, self._lifetime_s = identity, epoch, lifetime_s
         self._to, self._lost_to = deliver, lost
         self._listener: EdgeListener | None = None
@@ -183,7 +196,7 @@ class EdgeSet:
         """
         if not awaited:
             return None
-        inlets = [Inlet(a.edge, a.kind, a.peer, self._deliver, self._lost) for a in awaited]
+        inlets = [Inlet(a.edge, a.kind, a.peer, self._deliver, self._lost, self._max_bytes) for a in awaited]
         tls = self._credentials() if any(a.kind == "tcp" for a in awaited) else None
         self._listener = EdgeListener(self._epoch, inlets, host, tls, port)
         return self._listener.address

@@ -217,7 +217,7 @@ Reply = StepResult | Roots | Signed | Fault
 
 NO_STEP = (1 << 63) - 1  # in a Fault: not of a step that runs; the pipeline cannot go on
 _U32, _U64 = (1 << 32) - 1, (1 << 63) - 1
-_MAX_REPLY_BYTES = 1 << 20
+MAX_REPLY_BYTES = 1 << 20
 _RESULT_MAGIC = 0x524D4C31  # its first byte on the wire, 0x31, begins no canonical map
 _RESULT = struct.Struct("<IIQI")  # magic, epoch, step, tokens
 _RESULT_START = _RESULT_MAGIC.to_bytes(4, "little")
@@ -246,7 +246,7 @@ def decode_reply(data: bytes) -> Reply:
     if data.startswith(_RESULT_START):
         return _decode_result(data)
     try:
-        with Fields(canonical.decode(data, max_bytes=_MAX_REPLY_BYTES), "reply") as f:
+        with Fields(canonical.decode(data, max_bytes=MAX_REPLY_BYTES), "reply") as f:
             kind, epoch = f.text("r", 10), f.integer("e", 0, _U32)
             stage = f.integer("i", 0, 4096)
             if kind == "roots":
@@ -262,7 +262,7 @@ def decode_reply(data: bytes) -> Reply:
 
 
 def _decode_result(data: bytes) -> StepResult:
-    if not _RESULT.size <= len(data) <= _MAX_REPLY_BYTES:
+    if not _RESULT.size <= len(data) <= MAX_REPLY_BYTES:
         raise ProtocolError(f"a step's result of {len(data)} bytes")
     _, epoch, step, count = _RESULT.unpack_from(data)
     if count > MAX_ITEMS or len(data) != _RESULT.size + 4 * count or step > _U64:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from serve_app.errors import PipelineError, ProtocolError
+from serve_app.messages.step import MAX_PAYLOAD_BYTES
 from serve_app.transport.edge import Deliver, Lost
 from shard_tools.signing import PublicKey
 
@@ -53,6 +54,7 @@ class Inlet:
     peer: Peer
     deliver: Deliver
     lost: Lost
+    max_bytes: int = MAX_PAYLOAD_BYTES  # of one message; a peer that announces more is cut off
 
 
 @dataclass(frozen=True, slots=True)

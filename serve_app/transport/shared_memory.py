@@ -181,8 +181,8 @@ class SharedMemoryInlet:
             kind, number, total, position, size = _RECORD.unpack_from(packet)
             if number != self._number:
                 raise ProtocolError(f"message {number} where {self._number} comes next")
-            if total > MAX_PAYLOAD_BYTES:
-                raise ProtocolError(f"a message of {total} bytes where at most {MAX_PAYLOAD_BYTES} are accepted")
+            if total > self._inlet.max_bytes:
+                raise ProtocolError(f"a message of {total} bytes where at most {self._inlet.max_bytes} are accepted")
             if kind == _END and not pieces:
                 return None
             if kind == _INLINE and not pieces and len(packet) == _RECORD.size + total:

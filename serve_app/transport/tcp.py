@@ -135,8 +135,8 @@ class TcpInlet:
             raise ProtocolError(f"frame {number} where {self._number} comes next")
         if length == _END:
             return None
-        if length > MAX_PAYLOAD_BYTES:
-            raise ProtocolError(f"a frame of {length} bytes where at most {MAX_PAYLOAD_BYTES} are accepted")
+        if length > self._inlet.max_bytes:
+            raise ProtocolError(f"a frame of {length} bytes where at most {self._inlet.max_bytes} are accepted")
         self._number += 1
         # Into memory that is there: fresh pages for each frame took longer than their decryption.
         if not length <= len(self._buffer) <= max(length, _KEPT_BYTES):

@@ -455,6 +455,24 @@ def test_heartbeats_that_are_not_the_peers_end_the_edge() -> None:
     listener.close()
 
 
+@between_processes
+@pytest.mark.parametrize("size", [2_000, 50_000])
+def test_an_inlet_for_small_messages_takes_no_large_ones(kind: EdgeKind, size: int) -> None:
+    """A Head's neighbours answer in a megabyte at most: what one announces beyond that is not waited for."""
+    received: queue.Queue[bytes] = queue.Queue()
+    lost = Losses()
+    small = replace(inlet(kind, os.getpid(), received.put, lost), max_bytes=1_000)
+    listener = EdgeListener(EPOCH, [small], "127.0.0.1", credentials(HERE))
+    edge = dial(outlet(kind, os.getpid(), listener.address), Losses())
+    edge.send(bytes(1_000))
+    assert len(received.get(timeout=5)) == 1_000
+    edge.send(bytes(size))
+    assert f"{size} bytes where at most 1000 are accepted" in lost.first()[1]
+    assert received.empty()
+    edge.close()
+    listener.close()
+
+
 RECORD = struct.Struct("<BQIQI")
 
 
