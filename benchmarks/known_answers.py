@@ -74,12 +74,18 @@ class Asker:
     operator: PublicKey
 
     async def ask(
-        self, question: Question, timeout_s: float, heard: Callable[[Reply], None] = lambda reply: None
+        self,
+        question: Question,
+        timeout_s: float,
+        heard: Callable[[Reply], None] = lambda reply: None,
+        nonce: str | None = None,
     ) -> tuple[Reply, str]:
-        """What came, and the nonce that was sent, in hex."""
-        llmd = fresh_nonce()
+        """What came, and the nonce that was sent, in hex. nonce: of a request that this one repeats."""
+        llmd = fresh_nonce() if nonce is None else {"nonce": nonce}
         body = {**question.body, "stream": True, "stream_options": {"include_usage": True}, "llmd": llmd}
-        return await http_client.ask(self.url, question.path, body, heard=heard, timeout_s=timeout_s), llmd["nonce"]
+        headers = {"Idempotency-Key": llmd["nonce"]}
+        reply = await http_client.ask(self.url, question.path, body, headers=headers, heard=heard, timeout_s=timeout_s)
+        return reply, llmd["nonce"]
 
     async def learn(self, question: Question, timeout_s: float) -> Known:
         """Its answer now, while nothing disturbs the server. Raises RuntimeError if there is none."""
