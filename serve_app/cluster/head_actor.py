@@ -192,9 +192,9 @@ class _HeadProcess:
         if self._desk is not None:
             self._desk.learn(stages, audits)
 
-    async def drain(self) -> int:
-        """Take in nothing new from now on. Returns how many requests are still to end."""
-        return 0 if self._head is None else self._head.drain()
+    async def drain(self, on: bool) -> int:
+        """Take in nothing new from now on, or again. Returns how many requests are still to end."""
+        return 0 if self._head is None else self._head.drain(on)
 
     async def fail(self, why: str) -> None:
         """End every request with an error: some part of the pipeline is gone."""

@@ -22,7 +22,6 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from serve_app.choices import index_of, store_of
 from serve_app.cluster.actors import kill_processes, known_groups, names_of, other_groups, supervisors, tear_down
 from serve_app.cluster.audit_watch import AuditWatch
 from serve_app.cluster.pipeline_group import (
@@ -35,15 +34,14 @@ from serve_app.cluster.repair import repair_group, replenish
 from serve_app.cluster.resources import fewer_stages, fits
 from serve_app.cluster.specs import NAMESPACE, GroupId, Place, Trouble, supervisor_name
 from serve_app.cluster.stage_handle import RayStage
+from serve_app.cluster.version import find_record
 from serve_app.cluster.wiring import HEAD
 from serve_app.config import AppConfig
-from serve_app.errors import ConfigError, NoRoomError, PipelineError, ReplacedError
+from serve_app.errors import NoRoomError, PipelineError, ReplacedError
 from serve_app.transport.link import LinkAddress
 from shard_tools.canonical import Value
-from shard_tools.catalog import find_model
 from shard_tools.errors import LlmdError
 from shard_tools.index.model_index import ModelRecord
-from shard_tools.index.seen import SeenVersions
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +70,7 @@ class _SupervisorProcess:
         self._began = 0.0  # of the youngest ingress, Unix time: which version is to be there, says the youngest
         self._yields_to: float | None = None  # when an ingress of another version began, for which this one makes room
         self._yields_s = 0.0  # since when
+        self._drains = False  # the Head refuses what is new
         self._planned_s = 0.0  # when it was last looked for how many stages there is room
         self._leases: dict[str, float] = {}
         self._born = time.monotonic()
@@ -101,7 +100,7 @@ class _SupervisorProcess:
         self._begin()
         await self._adopted.wait()
         if self._record is None:
-            found = await asyncio.get_running_loop().run_in_executor(None, _find, self._config)
+            found = await asyncio.get_running_loop().run_in_executor(None, find_record, self._config)
             self._record = self._record or found
         return self._record
 
@@ -239,9 +238,10 @@ class _SupervisorProcess:
         """Whether nothing runs any more, or has had its time. The Head takes nothing new from now on."""
         if time.monotonic() - self._yields_s > self._config.ingress.drain_s or group.head is None:
             return True
+        self._drains = True
         try:
             async with asyncio.timeout(_PING_S):
-                left: int = await group.head.drain.remote()
+                left: int = await group.head.drain.remote(True)
                 return left == 0
         except (RayError, TimeoutError):
             return False  # what it has died of, the next check sees
@@ -280,6 +280,9 @@ class _SupervisorProcess:
             await self._repair(group, dead, why)
             return
         assert group.head is not None
+        if self._drains and self._yields_to is None:
+            group.head.drain.remote(False)
+            self._drains = False
         group.head.ping.remote(stages, self._audits.state(group))  # whether it answers, the next check sees
         self._audits.tick(self._config, group)
         left, quarantined = self._audits.to_replace(group)
@@ -386,15 +389,3 @@ def supervisor_of(args: dict[str, Any], version: str) -> Any:
     return SupervisorActor.options(
         name=supervisor_name(version), namespace=NAMESPACE, lifetime="detached", get_if_exists=True
     ).remote(args, version)
-
-
-def _find(config: AppConfig) -> ModelRecord:
-    model, seen = config.model, SeenVersions(config.identity.seen)
-    store, now_s = store_of(model.store), int(time.time())
-    record, _ = find_model(model.name, index_of(model), store, model.publishers(), now_s, seen)
-    if model.manifest is not None and model.manifest != str(record.manifest):
-        raise ConfigError(
-            f"{model.name} leads to {record.manifest}, and the configuration asks for {model.manifest}: "
-            f"release that one again, or change args.model.manifest"
-        )
-    return record

@@ -136,9 +136,9 @@ class Head:
         self._pump()
         return nonce
 
-    def drain(self) -> int:
-        """Refuse what is new from now on. Returns how many requests are still to end."""
-        self._draining = True
+    def drain(self, on: bool) -> int:
+        """Refuse what is new from now on, or take it in again. Returns how many requests are still to end."""
+        self._draining = on
         return len(self._running)
 
     def allow(self, id: RequestId, timeout_ms: int | None) -> None:

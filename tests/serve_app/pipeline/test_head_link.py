@@ -248,7 +248,7 @@ def test_what_a_newer_version_replaces_ends_what_runs_takes_nothing_new_and_goes
         async with house(tiny) as (pipeline, _, client, _):
             stream = client.generate(request(tiny[1], "runs", tokens=20))
             await anext(stream)
-            assert pipeline.head.drain() == 1
+            assert pipeline.head.drain(True) == 1
             with pytest.raises(OverloadedError, match="newer version"):
                 await events(client, request(tiny[1], "new"))
             begun: asyncio.Queue[Event] = asyncio.Queue()
@@ -256,7 +256,8 @@ def test_what_a_newer_version_replaces_ends_what_runs_takes_nothing_new_and_goes
             assert isinstance([event async for event in stream][-1], FinishedEvent)
             while not isinstance(event := await asyncio.wait_for(begun.get(), 5), FinishedEvent):
                 assert isinstance(event, TokensEvent)
-            assert pipeline.head.drain() == 0
+            assert pipeline.head.drain(False) == 0
+            assert isinstance((await events(client, request(tiny[1], "again")))[-1], FinishedEvent)
 
     asyncio.run(main())
 
