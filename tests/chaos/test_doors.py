@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 RUNNING, WAITING = 4, 2
 ANSWER_S = 60.0
+TRIES = 5  # Serve draws the door of each request: sometimes all go to one
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_streams_of_the_other_door_do_not_notice_that_one_dies(server: OwnServer
     """Those of the killed door see their connection end within a second; the pipeline stays as it is."""
     epoch = server.state()["epoch"]
 
-    async def over_a_death() -> None:
+    async def over_a_death() -> set[str]:
         known = await asker.learn(question(server, 1000), ANSWER_S)
         streams = [asyncio.create_task(asker.ask(known.question, ANSWER_S)) for _ in range(RUNNING)]
         door = await asyncio.to_thread(server.parts().one, "ingress")
@@ -88,33 +89,36 @@ def test_streams_of_the_other_door_do_not_notice_that_one_dies(server: OwnServer
             await asyncio.sleep(0.05)
         assert door.hear(signal.SIGKILL)
         killed_s = time.perf_counter()
-        verdicts = {"correct": 0, "failed": 0}
+        verdicts = set()
         for reply, nonce in await asyncio.gather(*streams):
             judged = asker.judge(known, reply, nonce)
-            verdicts[judged.verdict] += 1
+            verdicts.add(judged.verdict)
             assert judged.verdict == "correct" or reply.ended_s - killed_s < 1.0
-        # Serve sends a request to whichever door has fewer: both had some.
-        assert verdicts["correct"] and verdicts["failed"], verdicts
         again, nonce = await asker.ask(known.question, ANSWER_S)
         assert asker.judge(known, again, nonce).verdict == "correct"
+        return verdicts
 
-    asyncio.run(over_a_death())
+    seen: set[str] = set()
+    for _ in range(TRIES):
+        assert eventually(lambda: doors(server) == 2, 60)
+        seen = asyncio.run(over_a_death())
+        if len(seen) == 2:
+            break
+    assert seen == {"correct", "failed"}, "both doors never had streams"
     assert server.state()["epoch"] == epoch
 
 
 def test_a_retry_under_its_key_goes_on_where_the_killed_door_left_it(server: OwnServer, asker: Asker) -> None:
     """The undisturbed text, a receipt that verifies, and every token drawn once."""
-    assert eventually(lambda: doors(server) == 2, 60)
     tokens, epoch = 1000, server.state()["epoch"]
+    known = asyncio.run(asker.learn(question(server, tokens), ANSWER_S))
 
     async def over_a_death() -> int:
-        known = await asker.learn(question(server, tokens), ANSWER_S)
-        drawn = await asyncio.to_thread(drawn_when_idle, server)
         asked = [{**known.question.body, "stream": True, "llmd": fresh_nonce()} for _ in range(RUNNING)]
         asked = [body | {"stream_options": {"include_usage": True}} for body in asked]
 
         async def ask(i: int) -> Reply:
-            key = {"Idempotency-Key": f"retry-{i}"}
+            key = {"Idempotency-Key": asked[i]["llmd"]["nonce"]}
             return await http_client.ask(
                 server.url, known.question.path, asked[i], headers=key, heard=heard.append, timeout_s=ANSWER_S
             )
@@ -126,15 +130,21 @@ def test_a_retry_under_its_key_goes_on_where_the_killed_door_left_it(server: Own
             await asyncio.sleep(0.02)
         assert door.hear(signal.SIGKILL)
         broken = [i for i, reply in enumerate(await asyncio.gather(*first)) if reply.error is not None]
-        assert broken
         for i in broken:
             again = await ask(i)
             judged = asker.judge(known, again, asked[i]["llmd"]["nonce"])
             assert judged.verdict == "correct" and judged.attempt == 0, judged
-        return drawn
+        return len(broken)
 
-    drawn = asyncio.run(over_a_death())
-    assert drawn_when_idle(server) - drawn == RUNNING * tokens
+    broken = 0
+    for _ in range(TRIES):
+        assert eventually(lambda: doors(server) == 2, 60)
+        drawn = drawn_when_idle(server)
+        broken = asyncio.run(over_a_death())
+        assert drawn_when_idle(server) - drawn == RUNNING * tokens
+        if broken:
+            break
+    assert broken, "no stream ever went through the door that died"
     assert server.state()["epoch"] == epoch
 
 
