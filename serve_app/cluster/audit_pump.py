@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 
 from serve_app.audit.desk import MAX_BATCH, AuditDesk, Drawn
 from serve_app.cluster.audit_specs import AUDITOR
-from serve_app.cluster.named_actors import find_actor
+from serve_app.cluster.named_actors import cause_of, find_actor
 from serve_app.cluster.specs import HeadSpec
 from serve_app.errors import PipelineError
 
@@ -38,9 +38,7 @@ class AuditPump:
                 sent = await self._turn()
             except (RayError, TimeoutError, PipelineError) as e:
                 self._auditor = None
-                # Ray's message ends with the error's own last line, behind a whole remote traceback.
-                lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-                self._desk.failed(f"the auditor does not answer: {lines[-1] if lines else type(e).__name__}")
+                self._desk.failed(f"the auditor does not answer: {cause_of(e)}")
             except Exception as e:  # a mistake of ours must not end all audits in silence
                 _log.exception("the auditor cannot be spoken to")
                 self._desk.failed(f"{type(e).__name__}: {e}")

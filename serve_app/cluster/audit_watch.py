@@ -20,7 +20,7 @@ from serve_app.audit.office import News
 from serve_app.audit.verdict import MAX_VERDICT_BYTES, Verdict
 from serve_app.cluster.audit_specs import AUDITOR, FOLDER, OWNER, AuditorSpec, auditor_spec, nodes_of
 from serve_app.cluster.auditor_actor import make_auditor
-from serve_app.cluster.named_actors import find_actor, kill_actor
+from serve_app.cluster.named_actors import cause_of, find_actor, kill_actor
 from serve_app.cluster.pipeline_group import PipelineGroup
 from serve_app.config import AppConfig
 from serve_app.errors import PipelineError
@@ -122,8 +122,7 @@ class AuditWatch:
             await self._ask_spares(group)
             self._problem = None
         except (RayError, TimeoutError, LlmdError, OSError) as e:
-            lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-            self._fail(lines[-1] if lines else type(e).__name__)
+            self._fail(cause_of(e))
         except Exception as e:  # a mistake of ours must not end the watch in silence
             _log.exception("audits cannot be watched")
             self._fail(f"{type(e).__name__}: {e}")

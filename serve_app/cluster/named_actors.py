@@ -1,4 +1,4 @@
-"""Living actors by their names."""
+"""Living actors by their names, and what their errors say."""
 
 from __future__ import annotations
 
@@ -24,3 +24,9 @@ def kill_actor(actor: Any | None) -> None:
     if actor is not None:
         with suppress(ValueError, RayError):
             ray.kill(actor)
+
+
+def cause_of(error: BaseException) -> str:
+    """The last line of an error in an actor: Ray's message holds the whole remote traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

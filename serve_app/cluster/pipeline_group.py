@@ -20,7 +20,7 @@ from serve_app.cluster.actors import (
 )
 from serve_app.cluster.audit_specs import audit_plan
 from serve_app.cluster.enrol import enrol
-from serve_app.cluster.named_actors import find_actor, kill_actor
+from serve_app.cluster.named_actors import cause_of, find_actor, kill_actor
 from serve_app.cluster.outside import outside_stages, present_outside
 from serve_app.cluster.resources import activation_dtype, loads_of, pages_of, resources_of
 from serve_app.cluster.specs import GroupId, GroupPlan, HeadSpec, Place, StageReport, StageSpec, Trouble
@@ -287,9 +287,3 @@ def all_there(stages: Sequence[StageHandle | None]) -> list[StageHandle]:
     found = [stage for stage in stages if stage is not None]
     assert len(found) == len(stages)
     return found
-
-
-def cause_of(error: BaseException) -> str:
-    """The last line of an error in an actor: Ray's message holds the whole remote traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

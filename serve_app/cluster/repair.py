@@ -16,9 +16,9 @@ from dataclasses import replace
 from ray.exceptions import RayError
 
 from serve_app.cluster.actors import has_room, kill_processes, make_stage, room_of
-from serve_app.cluster.named_actors import kill_actor
+from serve_app.cluster.named_actors import cause_of, kill_actor
 from serve_app.cluster.outside import returned
-from serve_app.cluster.pipeline_group import BrokenError, PipelineGroup, cause_of, lead, take_places, with_reports
+from serve_app.cluster.pipeline_group import BrokenError, PipelineGroup, lead, take_places, with_reports
 from serve_app.cluster.specs import Place
 from serve_app.cluster.stage_handle import RayStage
 from serve_app.cluster.wiring import HEAD

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import ray
 
-from serve_app.cluster.specs import Resources, StageReport
+from serve_app.cluster.specs import GPU_KV_SHARE, Resources, StageReport
 from serve_app.cluster.stage_handle import StageHandle
 from serve_app.config import AppConfig
 from serve_app.engine.engine import ActivationDtype, DeviceName
@@ -19,7 +19,6 @@ HEAD_CPUS = 0.1  # it plans and hashes; on a two-core laptop whole CPUs would no
 SPARE_CPUS = 0.05  # one that waits computes nothing; on its GPU nothing else must be when it is needed
 _STAGE_CPU_SHARE = 0.8  # of the CPUs that would be a stage's, so that ingress and Head find room
 _AUTO_LOADS: dict[DeviceName, tuple[int, int]] = {"cpu": (512, 64), "cuda": (8192, 256)}  # as config.py says
-_GPU_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
 
 def resources_of(config: AppConfig) -> Resources:
@@ -80,7 +79,7 @@ def pages_of(config: AppConfig, manifest: Manifest, reports: Sequence[StageRepor
         memory = config.pipeline.kv_memory_bytes
         if profile.device.startswith("cuda"):
             # Of a shared GPU each stage may fill its share only: all of them saw the same memory free.
-            memory = int(profile.memory_bytes * _GPU_KV_SHARE * config.pipeline.gpus_per_stage)
+            memory = int(profile.memory_bytes * GPU_KV_SHARE * config.pipeline.gpus_per_stage)
         rooms.append(memory // profile.kv_page_bytes)
     # More than all requests at full length can never be used.
     useful = max_requests * -(-manifest.context_length // config.pipeline.page_size)

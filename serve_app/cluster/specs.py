@@ -13,6 +13,7 @@ from shard_tools.signing import Envelope, PublicKey
 from shard_tools.trust import TrustPolicy
 
 NAMESPACE = "llmd"
+GPU_KV_SHARE = 0.85  # of the memory that is free once the weights are loaded; the rest is for activations
 _SUPERVISOR = "llmd-supervisor-"
 
 

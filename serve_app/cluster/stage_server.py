@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve_app.choices import store_of
-from serve_app.cluster.specs import StageSpec
+from serve_app.cluster.specs import GPU_KV_SHARE, StageSpec
 from serve_app.cluster.stage_host import Site, StageHost, node_key_path
 from serve_app.cluster.stage_orders import (
     STAGE_ITSELF,
@@ -53,7 +53,6 @@ _WATCH_EVERY_S = 0.5
 GIVE_UP_S = 5.0  # after a neighbour is gone: until then its controller may ask who it was
 _PARTING_S = 0.3  # for the word of it to arrive
 _CONNECT_S = 1800.0  # from take to connect: all others may load meanwhile
-_GPU_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +207,7 @@ class StageServer:
         report = self._host.take(spec, order.dtype)
         profile = report.profile
         on_gpu = profile.device.startswith("cuda")
-        room = int(profile.memory_bytes * _GPU_KV_SHARE) if on_gpu else policy.kv_memory_bytes
+        room = int(profile.memory_bytes * GPU_KV_SHARE) if on_gpu else policy.kv_memory_bytes
         self._max_pages = room // profile.kv_page_bytes
         if self._max_pages < 1:
             raise PipelineError(f"no room for a KV page of {profile.kv_page_bytes} bytes in {room}")
