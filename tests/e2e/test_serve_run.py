@@ -160,9 +160,13 @@ def test_a_stage_that_is_killed_costs_its_requests_a_pause(cluster: Cluster, cli
     killed = next(iter(before))
     os.kill(killed, signal.SIGKILL)
     assert _text(itertools.chain(began, chunks)) == undisturbed
-    assert eventually(lambda: cluster.state()["pipelines"][0]["epoch"] > epoch, 10)  # it is told once a second
-    pipeline = cluster.state()["pipelines"][0]
-    assert pipeline["resumed"] == 1 and pipeline["failure"] is None
+
+    def repaired() -> bool:
+        """Told once a second; a new epoch begins a moment before its Head resumes."""
+        pipeline = cluster.state()["pipelines"][0]
+        return bool(pipeline["epoch"] > epoch and pipeline["resumed"] == 1 and pipeline["failure"] is None)
+
+    assert eventually(repaired, 30), cluster.state()["pipelines"][0]
     assert cluster.processes("ray::_StageProcess").keys() & before.keys() == before.keys() - {killed}
 
 
