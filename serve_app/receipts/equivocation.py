@@ -55,8 +55,14 @@ class Equivocation:
 
     def encode(self) -> bytes:
         """The bytes that a log names."""
-        parts = {"certificate": self.certificate, "first": self.first, "second": self.second}
-        return canonical.encode({"v": 1} | {name: envelope.to_value() for name, envelope in parts.items()})
+        return canonical.encode(
+            {
+                "v": 1,
+                "certificate": self.certificate.to_value(),
+                "first": self.first.to_value(),
+                "second": self.second.to_value(),
+            }
+        )
 
     @classmethod
     def decode(cls, data: bytes) -> Equivocation:

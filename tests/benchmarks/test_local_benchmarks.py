@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from benchmarks import cold_start, prefill, prefix_cache, receipts_cost, speculate
+from benchmarks import cold_start, localisation, prefill, prefix_cache, receipts_cost, speculate
 from benchmarks.models import PublishedModel, published
 from benchmarks.transformers_peer import generate_batch
 from benchmarks.workload import poisson
@@ -66,3 +66,10 @@ def test_the_parts_of_a_cold_start_add_up(model: PublishedModel) -> None:
 def test_the_peer_answers_every_request() -> None:
     figures = generate_batch("tiny", poisson(None, 3, "8", "6", 0))
     assert (figures["errors"], figures["answer_tokens"]) == (0, 18)
+
+
+def test_every_culprit_is_blamed_and_nobody_else(capsys: pytest.CaptureFixture[str]) -> None:
+    """A sample of the ten thousand; what was not as it should be is printed."""
+    seen = localisation.tallied(120, seed=1)
+    assert seen["right"] == 120, capsys.readouterr().out
+    assert seen["resumed"] and seen["rows_reused"]
