@@ -31,7 +31,7 @@ def head() -> OutputHead:
 
 def redrawer_of(bands: tuple[DrawBand, ...]) -> Redrawer:
     """One that judges by these."""
-    return Redrawer(model()[1], head(), bands, AUDITOR)
+    return Redrawer(model()[1], head, bands, AUDITOR)
 
 
 def redrawn(one: Rehearsed) -> Redrawn:
