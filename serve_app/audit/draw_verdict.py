@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from serve_app.audit.band import DrawFinding
-from serve_app.audit.tail import MAX_PICO
+from serve_app.audit.tail import MAX_PICO, MICRO, PICO
 from serve_app.receipts.identity import MAX_EPOCH, MAX_TIME
 from serve_app.receipts.statement import HASH_BYTES, MAX_ROWS
 from shard_tools import canonical
 from shard_tools.canonical import Fields
 from shard_tools.cid import Cid
 from shard_tools.errors import FormatError
-from shard_tools.signing import KEY_BYTES, Envelope, PublicKey, Signer
+from shard_tools.signing import KEY_BYTES, Envelope, PublicKey, Signer, key_text
 
 DRAW_VERDICT_TYPE = "application/vnd.llmd.draw-verdict.v1+dag-cbor"
 MAX_DRAW_VERDICT_BYTES = 1 << 10
@@ -42,6 +42,16 @@ class DrawVerdict:
     auditor: PublicKey  # its node
     epoch: int
     at_ms: int
+
+    @property
+    def summary(self) -> str:
+        """What was seen, and who could have done it, in words."""
+        stage, head = map(key_text, self.nodes)
+        margin, limit, evidence = self.margin_pico / PICO, self.limit_pico / PICO, self.evidence_micro / MICRO
+        return (
+            f"{self.finding}: token {self.worst + 1} of {self.tokens} is {margin:.3g} logits from being drawn, where "
+            f"{limit:.3g} decide, and the evidence of all is {evidence:.3g}. Last stage: {stage}, Head: {head}"
+        )
 
     def encode(self) -> bytes:
         """The payload that is signed."""

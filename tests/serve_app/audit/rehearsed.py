@@ -12,8 +12,11 @@ from pathlib import Path
 
 from serve_app.audit.auditor import Auditor
 from serve_app.audit.calibration import Calibration, calibrate
+from serve_app.engine.dishonest import load_cheat
+from serve_app.engine.engine import Engine
 from serve_app.engine.engines import TORCH
-from serve_app.engine.load import LoadOptions
+from serve_app.engine.host_rows import HostRows
+from serve_app.engine.load import LoadOptions, load_engine
 from serve_app.local import LocalLimits, LocalPipeline
 from serve_app.messages.record import StageRecord
 from serve_app.messages.request import FinishedEvent, GenerationRequest, RequestId, Sampling, fresh_salt
@@ -24,6 +27,7 @@ from shard_tools.checkpoint.source import open_checkpoint
 from shard_tools.checkpoint.split import split
 from shard_tools.manifest import Manifest
 from shard_tools.signing import PublicKey, Signer
+from shard_tools.store.block_store import BlockStore
 from shard_tools.store.memory import MemoryStore
 from tests.tiny_models import write_tiny_checkpoint
 
@@ -94,20 +98,24 @@ class House:
 
 
 @functools.cache
-def whole_house(count: int = 2) -> House:
-    """Made once; its stages' sessions are opened anew, as those of a later epoch are."""
-    return asyncio.run(_serve(count))
+def whole_house(count: int = 2, sampling: Sampling = Sampling(0), cheat: str | None = None) -> House:  # noqa: B008
+    """Made once; its stages' sessions are opened anew, as those of a later epoch are. cheat: of the last stage."""
+    return asyncio.run(_serve(count, sampling, cheat))
 
 
-async def _serve(count: int) -> House:
-    pipeline = LocalPipeline(
-        *model(), stages=STAGES, options=OPTIONS, limits=LocalLimits(n_pages=64, retain_bytes=1 << 24)
-    )
+async def _serve(count: int, sampling: Sampling, cheat: str | None) -> House:
+    def load(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> Engine:
+        if cheat is None or stop < manifest.n_layers:
+            return HostRows(load_engine(store, manifest, start, stop, options))
+        return load_cheat(store, manifest, start, stop, options, cheat)
+
+    limits = LocalLimits(n_pages=64, retain_bytes=1 << 24)
+    pipeline = LocalPipeline(*model(), stages=STAGES, options=OPTIONS, limits=limits, load=load)
     try:
         answers = []
         for i, prompt in enumerate(prompts(70, count)):
             asked = GenerationRequest(
-                RequestId(f"a{i}"), model()[1].cid, tuple(prompt), 9, Sampling(0), (), b"", fresh_salt()
+                RequestId(f"a{i}"), model()[1].cid, tuple(prompt), 9, sampling, (), b"", fresh_salt()
             )
             (*_, last) = [event async for event in pipeline.generate(asked)]
             assert isinstance(last, FinishedEvent)
