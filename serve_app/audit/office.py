@@ -1,7 +1,7 @@
 """What an auditor keeps: the log of receipts and verdicts, the answers it may be asked about, what it found of each.
 
-Receipts lie in memory, the latest of them; the log and every verdict lie on disk. Fetching rows is another's business:
-`judge` takes what a stage showed. Knows neither Ray nor HTTP.
+Receipts lie in memory, the latest of them; the log, every verdict and what was found of the latest answers lie on disk.
+Fetching rows is another's business: `judge` takes what a stage showed. Knows neither Ray nor HTTP.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve_app.audit.case import WAITING, Case, Look, verdict_value
+from serve_app.audit.answer_file import AnswerFile
+from serve_app.audit.case import WAITING, Case, Look, client_id, verdict_value
 from serve_app.audit.desk import Drawn, Note
 from serve_app.audit.draw import secret_commitment
 from serve_app.audit.showing import Shown
@@ -38,7 +39,9 @@ if TYPE_CHECKING:  # it brings torch along, of which only who replays has any us
     from serve_app.audit.redraw import Redrawer
 
 _log = logging.getLogger(__name__)
-MAX_KEPT_BYTES = 64 << 20  # of receipts: those of some 10,000 answers
+MAX_KEPT_BYTES = 64 << 20  # of receipts and what was found: of some 10,000 answers
+MAX_ANSWERS_BYTES = 8 << 20  # of what was found, on disk, twice: of some 4,000 answers each
+_CASE_BYTES = 4 << 10  # that a case takes in memory, beside its receipt
 MAX_NEWS = 4096
 _LENGTH = struct.Struct("<I")
 
@@ -76,15 +79,20 @@ class AuditOffice:
         self._folder, self._signer, self._operator = folder, signer, operator
         self._auditor, self._redrawer = cache(auditor), cache(redrawer)
         self._log = LogFile(folder, signer)
+        self._answers = AnswerFile(folder, signer.public, MAX_ANSWERS_BYTES)
         self._cases: OrderedDict[str, Case] = OrderedDict()  # by the id that the client knows
         self._kept_bytes = 0
-        self._secrets: dict[bytes, bytes] = {}  # commitment -> secret, once told
+        self._secrets = {secret_commitment(secret): secret for secret in self._answers.secrets()}  # once told
         self._numbers = int(time.time_ns() // 1000)  # of news; an office that is opened anew goes on above
         self.news: list[News] = []
         self.settled: list[str] = []  # answers whose rows are not needed any more, since they were asked for
         self._judged = self._redrawn = self._samplers = 0
         self._last_sampler: str | None = None  # the answer
         self._lock = threading.Lock()  # on the log
+        for case in self._answers.cases():
+            self._keep(case)
+            if case.draws.state == "sampler":  # as loud as before
+                self._samplers, self._last_sampler = self._samplers + 1, case.client_id
 
     def note(self, notes: Sequence[Note], commitment: bytes, told: Sequence[bytes]) -> bytes:
         """All of it is in the log, whose root is returned. Raises InputError if the log cannot be kept."""
@@ -92,23 +100,27 @@ class AuditOffice:
         if commitment:
             entries.insert(0, Cid.of(Codec.RAW, commitment))
         self._secrets.update({secret_commitment(secret): secret for secret in told})
+        self._answers.tell(told)
         with self._lock:
             if entries or self._log.sealed is None:
                 self._append(entries)
             root = self._log.log.root()
         for note in notes:
-            self._keep(Case(note, root))
+            self._keep(Case.of(note, root))
         return root
 
     def begin(self, drawn: Drawn) -> tuple[StageStatement, ...]:
         """The statements whose rows are wanted, of a receipt that verifies: the drawn stage's, and the last stage's.
 
-        From the last one's the tokens are drawn again, of every answer that is drawn. Raises ReceiptError.
+        From the last one's the tokens are drawn again, of every answer that is drawn. None, if it has begun already: a
+        Head asks again where it was not answered. Raises ReceiptError.
         """
         case = self._case(drawn)
+        if case.stage is not None:
+            return ()
         case.stage, case.layers, case.draws = drawn.stage, WAITING, WAITING
         try:
-            checked = check(Bundle.decode(case.note.receipt), self._operator, now_s=int(time.time()))
+            checked = check(Bundle.decode(case.receipt), self._operator, now_s=int(time.time()))
             last = len(checked.statements) - 1
             if not 0 <= drawn.stage <= last:
                 raise ReceiptError(f"it has {last + 1} stages, and stage {drawn.stage} was drawn")
@@ -122,7 +134,7 @@ class AuditOffice:
     def judge(self, drawn: Drawn, stage: int, shown: bytes) -> None:
         """The rows that this stage showed are looked at: what comes of it is signed, logged and news."""
         case = self._case(drawn)
-        bundle = Bundle.decode(case.note.receipt)
+        bundle = Bundle.decode(case.receipt)
         checked = check(bundle, self._operator, now_s=int(time.time()))
         statement, envelope = checked.statements[stage], bundle.statements[stage]
         try:
@@ -155,8 +167,9 @@ class AuditOffice:
             proofs = self._proofs(case)
         return {
             "id": id,
-            "receipt": case.note.receipt,
-            "assurance": "audited" if case.note.certain else "signed",
+            "receipt": case.receipt or None,  # the auditor was started anew: the client has its own
+            "receipt_cid": str(case.cid),
+            "assurance": "audited" if case.certain else "signed",
             "audit": {
                 "state": case.layers.state,
                 "why": case.layers.why,
@@ -170,8 +183,8 @@ class AuditOffice:
                 "auditor": key_text(self._signer.public),
                 "independent": False,  # it is the operator's, as the stages are
                 "log_root": case.root,
-                "commitment": case.note.commitment,
-                "secret": self._secrets.get(case.note.commitment),
+                "commitment": case.commitment,
+                "secret": self._secrets.get(case.commitment),
             },
             "log": proofs,
         }
@@ -198,7 +211,7 @@ class AuditOffice:
         try:
             found = self._auditor().audit(envelope, opened.record, opened.node, _now_ms())
         except LlmdError as e:
-            _log.warning("a stage of %s is not audited: %s", case.note.id, e)
+            _log.warning("a stage of %s is not audited: %s", case.id, e)
             case.give_up(str(e), layers=True, draws=False)
             return
         if found.verdict.finding == "forged":
@@ -226,14 +239,14 @@ class AuditOffice:
             case.draws = self._publish(forged, "forged", opened.node, said.stage, str(e))
             return
         except LlmdError as e:
-            _log.warning("%s is not drawn again: %s", case.note.id, e)
+            _log.warning("%s is not drawn again: %s", case.id, e)
             case.give_up(str(e), layers=False, draws=True)
             return
         case.draws = self._publish(found.envelope, found.verdict.finding, opened.node, said.stage)
         self._redrawn += 1
         if found.verdict.finding == "sampler":
-            self._samplers, self._last_sampler = self._samplers + 1, client_id(case.note.id)
-            _log.error("the tokens of %s, drawn again: %s", case.note.id, found.verdict.summary)
+            self._samplers, self._last_sampler = self._samplers + 1, case.client_id
+            _log.error("the tokens of %s, drawn again: %s", case.id, found.verdict.summary)
 
     def _publish(self, sealed: Envelope, finding: str, node: PublicKey, stage: int, why: str = "") -> Look:
         encoded = canonical.encode(sealed.to_value())
@@ -246,7 +259,8 @@ class AuditOffice:
     def _looked_at(self, case: Case, stage: int) -> None:
         case.awaited.discard(stage)
         if not case.awaited:
-            self.settled.append(case.note.id)
+            self.settled.append(case.id)
+            self._answers.add(case)
 
     def _tell(self, node: PublicKey, stage: int, verdict: bytes, why: str, *, refused: bool) -> None:
         self._numbers += 1
@@ -255,18 +269,17 @@ class AuditOffice:
 
     def _case(self, drawn: Drawn) -> Case:
         case = self._cases.get(client_id(drawn.id))
-        if case is None or case.note.cid != drawn.receipt:
+        if case is None or case.cid != drawn.receipt or not case.receipt:
             raise ReceiptError(f"the receipt of {drawn.id} is not here any more")
         return case
 
     def _keep(self, case: Case) -> None:
-        key = client_id(case.note.id)
-        before = self._cases.pop(key, None)
-        self._kept_bytes += len(case.note.receipt) - (len(before.note.receipt) if before else 0)
-        self._cases[key] = case
+        before = self._cases.pop(case.client_id, None)
+        self._kept_bytes += _size(case) - (_size(before) if before else 0)
+        self._cases[case.client_id] = case
         while self._kept_bytes > MAX_KEPT_BYTES and len(self._cases) > 1:
             _, old = self._cases.popitem(last=False)
-            self._kept_bytes -= len(old.note.receipt)
+            self._kept_bytes -= _size(old)
 
     def _append(self, entries: Sequence[Cid]) -> None:
         try:
@@ -289,13 +302,13 @@ class AuditOffice:
 
     def _proofs(self, case: Case) -> Value:
         sealed = self._log.sealed
-        index = self._log.index.get(bytes(case.note.cid))
+        index = self._log.index.get(bytes(case.cid))
         if sealed is None or index is None:
             return None
         return {
             "head": canonical.encode(sealed.to_value()),
             "size": len(self._log.log),
-            "receipt": self._proof(case.note.cid),
+            "receipt": self._proof(case.cid),
             "verdict": self._proof_of(case.layers.verdict),
             "draws": self._proof_of(case.draws.verdict),
         }
@@ -308,9 +321,8 @@ class AuditOffice:
         return None if index is None else {"index": index, "path": list(self._log.log.inclusion(index))}
 
 
-def client_id(id: str) -> str:
-    """The id under which the client knows the answer: an ingress that turns to another Head adds to it."""
-    return id.partition("~")[0]
+def _size(case: Case) -> int:
+    return len(case.receipt) + _CASE_BYTES
 
 
 def _now_ms() -> int:

@@ -1,7 +1,8 @@
 """The auditor as a Ray actor: logs receipts, fetches the rows of what was drawn, computes and draws it again.
 
-Detached and restartable: its log and its verdicts are on disk, and what it had in memory is lost, which it says. It
-yields to all else on its host, and does one audit at a time. Nobody waits for it: a Head notes, draws and goes on.
+Detached and restartable: its log, its verdicts and what it found of the latest answers are on disk; receipts, and what
+waited, were in memory and are lost, which it says. It yields to all else on its host, and does one audit at a time.
+Nobody waits for it: a Head notes, draws and goes on.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ class _AuditorProcess:
                 if stage is not None:
                     stage.hold.remote(said.request_hash, said.attempt, one.certain)
             try:
-                self._queue.put_nowait((one, actors, wanted))
+                if wanted:
+                    self._queue.put_nowait((one, actors, wanted))
             except asyncio.QueueFull:
                 for said in wanted:
                     self._give_up(one, said, f"{_MAX_QUEUED} audits wait before it")

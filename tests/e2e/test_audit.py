@@ -51,7 +51,7 @@ def plugin(folder: Path) -> Path:
 
 
 def calibrations(folder: Path) -> dict[str, list[str]]:
-    """Of both stages and of draws, out of honest requests in this process: blocks of the store, by name of the setting."""
+    """Of both stages and of draws, out of honest requests in this process: blocks of the store, by setting."""
     store = DirectoryStore(folder)
     manifest = load_manifest(store, DirectoryIndex(folder).resolve(NAME).manifest)
     prompts = [[3 + (i * 7 + k * (5 + i % 11)) % 100 for k in range(10)] for i in range(16)]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from serve_app.audit.answer_file import AnswerFile
 from serve_app.audit.auditor import Auditor
 from serve_app.audit.band import DrawBand
 from serve_app.audit.book import StandingBook, ask_to_readmit, asked_to_readmit
+from serve_app.audit.case import Case, Look
 from serve_app.audit.desk import Drawn, Note
 from serve_app.audit.draw import secret_commitment
 from serve_app.audit.draw_verdict import DrawVerdict
@@ -187,6 +190,7 @@ def test_a_last_stage_that_shows_nothing_leaves_its_tokens_unaudited_and_the_dra
     assert (found["audit"]["state"], found["audit"]["draws"]["state"]) == ("pass", "unaudited")
     assert found["audit"]["draws"]["why"] == "it has them no more" and found["log"]["draws"] is None
     assert [(news.stage, news.refused) for news in desk.news] == [(0, False), (1, True)] and desk.settled == ["r0~1"]
+    assert desk.begin(drawn(note, 0)) == ()
     for said in (first, last):
         desk.gave_nothing(drawn(note, 0), said, "asked again", refused=True)
     assert len(desk.news) == 2 and desk.lookup("r0") == found
@@ -211,6 +215,62 @@ def test_a_told_secret_is_shown_beside_what_it_decided(tmp_path: Path) -> None:
     found = desk.lookup("r0")
     assert found["audit"]["secret"] == secret
     desk.close()
+
+
+def test_what_was_found_is_known_after_a_restart_without_the_prompt(tmp_path: Path) -> None:
+    """Verdicts, proofs, told secrets and the count of samplers; the receipt itself is the client's. Not what waited."""
+    house, secret = whole_house(2, Sampling(seed=5), "other-seed"), b"s" * 32
+    desk = office(tmp_path, house=house)
+    notes = [Note(f"r{i}", answer.bundle, True, secret_commitment(secret)) for i, answer in enumerate(house.answers)]
+    desk.note(notes, secret_commitment(secret), ())
+    for said in desk.begin(drawn(notes[0], 0)):
+        desk.judge(drawn(notes[0], 0), said.stage, shown(said.stage, house=house))
+    desk.begin(drawn(notes[1], 0))
+    desk.note([], b"", (secret,))
+    before: Any = desk.lookup("r0")
+    desk.close()
+    prompt = bytes(canonical.encode(list(house.answers[0].checked.opening.prompt_ids)))
+    assert prompt in before["receipt"] and not [
+        p for p in tmp_path.glob("*") if p.is_file() and prompt in p.read_bytes()
+    ]
+    again = office(tmp_path, house=house)
+    assert again.lookup("r0") == before | {"receipt": None} and before["audit"]["secret"] == secret
+    assert again.lookup("r1") is None
+    assert (again.status()["samplers"], again.status()["last_sampler"]) == (1, "r0")
+    with pytest.raises(ReceiptError, match="not here"):
+        again.begin(drawn(notes[0], 0))
+    again.close()
+
+
+def test_answers_on_disk_are_bounded_and_what_is_spoiled_is_lost_alone(tmp_path: Path) -> None:
+    """The latest are there, oldest first; a torn or foreign end is cut off, and what comes behind is read again."""
+    looks = Look("unaudited", "because"), Look("unaudited", "x" * 2000)
+    cases = [Case(f"r{i}~2", CID, b"", True, b"c" * 32, bytes(32), 1, *looks) for i in range(50)]
+    size = len(cases[10].encode()) + 4
+    kept = AnswerFile(tmp_path, AUDITOR.public, 10 * size)
+    for case in cases:
+        kept.add(case)
+    found = list(AnswerFile(tmp_path, AUDITOR.public, 10 * size).cases())
+    assert [case.id for case in found] == [case.id for case in cases[30:]]
+    assert (
+        found[0] == dataclasses.replace(cases[30], draws=Look("unaudited", "x" * 1000)) and found[0].client_id == "r30"
+    )
+    foreign = Verdict(CID, bytes(32), 1, NODE, "fault", 0, 0, 0, 1, 0, 0, 9, CID, NODE, 0, 0).seal(OTHER)
+    for spoiled in (b"\1", b"\0\0\0\0", b"\xff" * 9, dataclasses.replace(cases[0], draws=Look("fault", "", foreign))):
+        data = spoiled if isinstance(spoiled, bytes) else struct.pack("<I", len(spoiled.encode())) + spoiled.encode()
+        with (tmp_path / "answers").open("ab") as f:
+            f.write(data)
+        assert list(kept.cases()) == found
+        kept.add(cases[0])
+        found = list(kept.cases())
+        assert found[-1].id == "r0~2"
+    (tmp_path / "secrets").write_bytes(b"a" * 32 + b"torn")
+    kept.tell([b"b" * 32])
+    assert kept.secrets() == [b"a" * 32, b"b" * 32]
+    lost = AnswerFile(tmp_path / "nowhere", AUDITOR.public, 10)
+    lost.add(cases[0])
+    lost.tell([b"a" * 32])
+    assert list(lost.cases()) == lost.secrets() == []
 
 
 def test_a_log_goes_on_where_it_was_and_says_if_somebody_rewrote_it(tmp_path: Path) -> None:
