@@ -89,16 +89,15 @@ class _AuditorProcess:
             except LlmdError as e:
                 _log.warning("%s is not audited: %s", one.id, e)
                 continue
-            for said in wanted:
-                stage = await self._find(actors, said)
-                if stage is not None:
-                    stage.hold.remote(said.request_hash, said.attempt, one.certain)
-            try:
-                if wanted:
-                    self._queue.put_nowait((one, actors, wanted))
-            except asyncio.QueueFull:
+            if self._queue.full():
                 for said in wanted:
                     self._give_up(one, said, f"{_MAX_QUEUED} audits wait before it")
+            elif wanted:
+                self._queue.put_nowait((one, actors, wanted))  # first, since it is begun once whatever comes now
+                for said in wanted:
+                    stage = await self._find(actors, said)
+                    if stage is not None:
+                        stage.hold.remote(said.request_hash, said.attempt, one.certain)
 
     async def news(self, after: int) -> tuple[PublicKey, list[News], dict[str, Value]]:
         """Its key, what came of audits since news number `after`, and how it does."""
