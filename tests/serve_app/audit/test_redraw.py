@@ -27,7 +27,7 @@ from shard_tools.cid import Cid, Codec
 from shard_tools.errors import FormatError, SignatureError
 from shard_tools.signing import Envelope
 from tests.serve_app.audit.redrawn import NOW_MS, asked, band, head, redrawer_of, redrawn
-from tests.serve_app.audit.rehearsed import AUDITOR, OTHER, answered, honest, model
+from tests.serve_app.audit.rehearsed import AUDITOR, OTHER, answered, honest, model, sharing_house
 
 KEY = bytes(range(8))
 RNG = np.random.default_rng
@@ -97,6 +97,16 @@ def test_honest_draws_pass_whatever_was_asked_for() -> None:
         for one in asked(sampling, None, 3):
             found = redrawn(one)
             assert (found.verdict.finding, found.judgement.differing) == ("pass", 0), sampling
+
+
+def test_shared_beginnings_and_guesses_are_drawn_from_rows_that_were_signed_for() -> None:
+    """Rows of the beginning are another request's; tokens behind guesses come of rows that lie beside void ones."""
+    two = (3, 98 * MICRO), (4, 100 * MICRO)  # long runs of one, then of the other: most guesses are right
+    house, status = sharing_house(Sampling(seed=4, logit_bias=two))
+    assert status["cached_tokens"] == 2 * 32 and 0 < int(str(status["guesses_right"])) < int(str(status["guesses"]))
+    for answer in house.answers:
+        found = redrawer_of((band(),)).audit(answer.checked, answer.records[-1], NOW_MS)
+        assert found.judgement is not None and (found.verdict.finding, found.judgement.differing) == ("pass", 0)
 
 
 def test_another_seed_in_the_receipt_is_found() -> None:
