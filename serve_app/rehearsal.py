@@ -49,15 +49,15 @@ def rehearse(
     tokens: int,
     at_once: int = 8,
     cheats: Mapping[int, str] | None = None,
-    sampling: Sampling | None = None,
+    samplings: Sequence[Sampling] = (Sampling(),),
 ) -> list[Rehearsed]:
     """The prompts, answered with `tokens` tokens each, `at_once` of them at a time, in their order.
 
-    cheats: by stage, one of dishonest.DISHONEST, or for the last one of DISHONEST_SAMPLERS. sampling: None for
-    temperature 1; the seed is the number of the prompt, whatever it says. Raises PipelineError if an answer fails.
+    cheats: by stage, one of dishonest.DISHONEST, or for the last one of DISHONEST_SAMPLERS. samplings: the prompts take
+    turns with them; the seed is the number of the prompt, whatever they say. Raises PipelineError if an answer fails.
     """
     run = _Rehearsal(store, manifest, stages, options, at_once, cheats or {})
-    return asyncio.run(run.answers(prompts, tokens, sampling or Sampling()))
+    return asyncio.run(run.answers(prompts, tokens, samplings))
 
 
 def prompts_of(
@@ -102,7 +102,9 @@ class _Rehearsal:
         self._store, self._manifest, self._stages, self._options = store, manifest, stages, options
         self._at_once, self._cheats = at_once, cheats
 
-    async def answers(self, prompts: Sequence[Sequence[int]], tokens: int, sampling: Sampling) -> list[Rehearsed]:
+    async def answers(
+        self, prompts: Sequence[Sequence[int]], tokens: int, samplings: Sequence[Sampling]
+    ) -> list[Rehearsed]:
         pages = self._at_once * (-(-(max(map(len, prompts)) + tokens) // self._options.page_size) + 1)
         limits = LocalLimits(
             n_pages=pages,
@@ -121,7 +123,8 @@ class _Rehearsal:
         try:
             turn = asyncio.Semaphore(self._at_once)
             jobs = [
-                self._answer(pipeline, turn, i, tuple(prompt), tokens, sampling) for i, prompt in enumerate(prompts)
+                self._answer(pipeline, turn, i, tuple(prompt), tokens, samplings[i % len(samplings)])
+                for i, prompt in enumerate(prompts)
             ]
             return list(await asyncio.gather(*jobs))
         finally:

@@ -24,8 +24,8 @@ from serve_app.audit.standing import (
     after_verdict,
     readmitted,
 )
-from serve_app.audit.tail import fit
-from serve_app.audit.verdict import MICRO, Verdict
+from serve_app.audit.tail import MICRO, fit
+from serve_app.audit.verdict import Verdict
 from serve_app.errors import AuditError
 from shard_tools.cid import Cid, Codec
 from shard_tools.signing import PublicKey, Signer
