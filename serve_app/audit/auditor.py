@@ -23,8 +23,8 @@ from shard_tools.manifest import Manifest
 from shard_tools.signing import Envelope, PublicKey, Signer
 from shard_tools.store.block_store import BlockStore
 
-# Up to this, errors as they are say too little for a second look. SmolLM2's honest answers of 64 rows have 0.6 to 3.3 in
-# bfloat16, those by weights that are off by 0.3 % have 18 to 107.
+# Up to this, errors as they are say too little for a second look. Honest answers of SmolLM2 in bfloat16, of 64 rows,
+# have 0.6 to 3.3; those by weights that are off by 0.3 % have 18 to 107.
 LITTLE_EVIDENCE = 4.0
 KEEP_BYTES = 1 << 30  # of layers that stay loaded between audits: all of a small model
 
