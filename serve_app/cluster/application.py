@@ -32,8 +32,8 @@ from serve_app.cluster.supervisor import supervisor_of
 from serve_app.cluster.version import version_of
 from serve_app.config import AppConfig
 from serve_app.errors import PipelineError, ReplacedError
-from serve_app.pipeline.head_client import HeadClient
 from serve_app.pipeline.head_server import LOOPBACK
+from serve_app.pipeline.pipelines import Pipelines
 from serve_app.serve_file import refuse_exposure
 from serve_app.transport.link import LinkAddress
 from shard_tools.canonical import Value
@@ -93,7 +93,7 @@ class _Ingress:
         self._version, self._record = version_of(self._config), None
         self._supervisor = supervisor_of(args, self._version)
         self._renewing = asyncio.get_running_loop().create_task(self._renew())
-        self._client = HeadClient(self._locate)
+        self._client = Pipelines([self._locate])
         self._client.start()
         model = self._config.model
         store = store_of(model.store)
