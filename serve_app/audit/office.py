@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # it brings torch along, of which only who replays has any us
 _log = logging.getLogger(__name__)
 MAX_KEPT_BYTES = 64 << 20  # of receipts: those of some 10,000 answers
 MAX_NEWS = 4096
+MAX_DESKS = 256  # of Heads that are gone, some lists are never asked for
 _LENGTH = struct.Struct("<I")
 
 
@@ -56,6 +57,7 @@ class News:
 class _Case:
     note: Note
     root: bytes  # of the log when the receipt was in it
+    desk: str  # who noted it
     state: str = "not drawn"
     why: str = ""
     stage: int | None = None
@@ -76,12 +78,15 @@ class AuditOffice:
         self._secrets: dict[bytes, bytes] = {}  # commitment -> secret, once told
         self._numbers = int(time.time_ns() // 1000)  # of news; an office that is opened anew goes on above
         self.news: list[News] = []
-        self.settled: list[str] = []  # answers whose rows are not needed any more, since they were asked for
+        self._settled: OrderedDict[str, list[str]] = OrderedDict()  # by desk, since it asked last
         self.judged = 0
         self._lock = threading.Lock()  # on the log
 
-    def note(self, notes: Sequence[Note], commitment: bytes, told: Sequence[bytes]) -> bytes:
-        """All of it is in the log, whose root is returned. Raises InputError if the log cannot be kept."""
+    def note(self, notes: Sequence[Note], commitment: bytes, told: Sequence[bytes], desk: str = "") -> bytes:
+        """All of it is in the log, whose root is returned. Raises InputError if the log cannot be kept.
+
+        desk: of which Head; each of several pipelines has one.
+        """
         entries = [note.cid for note in notes]
         if commitment:
             entries.insert(0, Cid.of(Codec.RAW, commitment))
@@ -91,8 +96,12 @@ class AuditOffice:
                 self._append(entries)
             root = self._log.log.root()
         for note in notes:
-            self._keep(_Case(note, root))
+            self._keep(_Case(note, root, desk))
         return root
+
+    def settled(self, desk: str) -> list[str]:
+        """Of what it noted, those answers whose rows are not needed any more. Each is said once."""
+        return self._settled.pop(desk, [])
 
     def begin(self, drawn: Drawn) -> StageStatement:
         """The statement that is to be audited, of a receipt that verifies. Raises ReceiptError."""
@@ -131,14 +140,14 @@ class AuditOffice:
             self._append([envelope_cid(found.envelope)])
         case.state, case.verdict, case.envelope = found.verdict.finding, found.verdict, found.envelope
         self.judged += 1
-        self._tell(drawn, opened.node, sealed, "", refused=False)
+        self._tell(case, drawn, opened.node, sealed, "", refused=False)
 
     def gave_nothing(self, drawn: Drawn, node: PublicKey, why: str, *, refused: bool) -> None:
         """There is no verdict, and why. refused: the stage was bound to show the rows."""
         case = self._case(drawn)
         case.state, case.why = "unaudited", why
         _log.warning("stage %d of %s is not audited: %s", drawn.stage, drawn.id, why)
-        self._tell(drawn, node, b"", why, refused=refused)
+        self._tell(case, drawn, node, b"", why, refused=refused)
 
     def lookup(self, id: str) -> dict[str, Value] | None:
         """All that is known of an answer, as GET /v1/receipts/{id} shows it; None if its receipt is not here."""
@@ -212,11 +221,14 @@ class AuditOffice:
         (folder / f"{verdict}.shown").write_bytes(shown)
         (folder / f"{verdict}.receipt").write_text(f"{checked.cid}\n")
 
-    def _tell(self, drawn: Drawn, node: PublicKey, verdict: bytes, why: str, *, refused: bool) -> None:
+    def _tell(self, case: _Case, drawn: Drawn, node: PublicKey, verdict: bytes, why: str, *, refused: bool) -> None:
         self._numbers += 1
         self.news.append(News(self._numbers, node, drawn.stage, verdict, why, refused))
         del self.news[:-MAX_NEWS]
-        self.settled.append(drawn.id)
+        # A new list: `settled` may be asked meanwhile, in another thread, and then says some twice and loses none.
+        self._settled[case.desk] = [*self._settled.get(case.desk, ()), drawn.id][-MAX_NEWS:]
+        while len(self._settled) > MAX_DESKS:
+            self._settled.popitem(last=False)
 
     def _proofs(self, case: _Case) -> Value:
         sealed = self._log.sealed

@@ -30,6 +30,7 @@ class Asked:
     idle_since_s: float | None = None  # on the monotonic clock: it is submitted nowhere since
     waits_since_s: float | None = None  # the same: no Head has taken it in since
     at: int = 0  # which of several pipelines has it
+    found: int | None = None  # the pipeline that had its Idempotency-Key already
     refused_by: set[int] = field(default_factory=set)  # pipelines that had no room for it
     pages: tuple[bytes, ...] = ()  # of its prompt, as routing.Prefixes names them
 

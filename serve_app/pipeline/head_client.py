@@ -20,6 +20,8 @@ from serve_app.messages.events import (
     Accepted,
     AskStatus,
     Call,
+    Held,
+    Seek,
     Stop,
     decode_events,
     encode_call,
@@ -42,6 +44,7 @@ _log = logging.getLogger(__name__)
 _RETRY_S = 0.2
 _LOCATE_S = 10.0  # for the Supervisor to say where; one that is being restarted takes some seconds
 _STATUS_EVERY_S = 1.0
+_SEEK_S = 1.0  # a Head that has stopped must not hold up requests that others could take
 _MAX_FRAME_BYTES = 64 << 20
 WAIT_S = 180.0  # for the next Head: as long as a Head waits for a stage, or a pipeline of some gigabytes to be built
 
@@ -71,6 +74,7 @@ class HeadClient:
         self._asked: dict[RequestId, Asked] = {}
         self._by_wire: dict[RequestId, Asked] = {}
         self._facts: dict[str, Value] = {}
+        self._sought: dict[bytes, asyncio.Future[bool]] = {}  # keys that the Head was asked about
         self._of_others = 0  # requests that the Head had of other ingresses when it last spoke
         self._why_not = "the pipeline is still starting"
         self._lost_s: float | None = None  # since when there is no Head, if there was one
@@ -124,6 +128,21 @@ class HeadClient:
             asked.stopped = True
             if asked.wire_id is not None:
                 self._say(Stop(asked.wire_id, keep=True))
+
+    async def holds(self, key: bytes) -> bool:
+        """Whether the Head says that it has a request under this key, or what it came to."""
+        if self._link is None:
+            return False
+        asked = self._sought.get(key)
+        if asked is None:
+            asked = self._sought[key] = asyncio.get_running_loop().create_future()
+            self._say(Seek(key))
+        try:
+            async with asyncio.timeout(_SEEK_S):
+                return await asyncio.shield(asked)
+        except TimeoutError:
+            self._sought.pop(key, None)
+            return False
 
     def status(self) -> dict[str, Value]:
         """What the Head last said of its pipeline."""
@@ -222,6 +241,8 @@ class HeadClient:
             link.close()
             self._link, self._facts, self._lost_s, self._of_others = None, {}, time.monotonic(), 0
             self._why_not = "the connection to the pipeline's head was lost"
+            for key in list(self._sought):
+                self._found(key, False)
             for asked in self._not_ended():
                 asked.wait()
 
@@ -233,9 +254,17 @@ class HeadClient:
                 there = [pipeline_of(status.facts).get(name) for name in ("running", "waiting")]
                 self._of_others = max(0, sum(n for n in there if isinstance(n, int)) - len(self._asked))
             for event in events:
+                if isinstance(event, Held):
+                    self._found(event.key, event.here)
+                    continue
                 asked = self._by_wire.get(event.id)
                 if asked is not None:  # else the client is gone and the Head has been told
                     self._hear(asked, event)
+
+    def _found(self, key: bytes, here: bool) -> None:
+        asked = self._sought.pop(key, None)
+        if asked is not None and not asked.done():
+            asked.set_result(here)
 
     def _hear(self, asked: Asked, event: Event | Accepted) -> None:
         match event:

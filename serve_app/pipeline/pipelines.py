@@ -11,7 +11,6 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
 
 from serve_app.errors import DeadlineError, PipelineError
@@ -24,7 +23,6 @@ from shard_tools.canonical import Value
 _log = logging.getLogger(__name__)
 MOVE_AFTER_S = 1.0  # a link that only broke is back by then; whoever goes on computes all rows again
 _LOOK_EVERY_S = 0.2
-_MAX_ELSEWHERE = 4096  # requests with a key that are remembered not to be where others would look for them
 
 
 class Pipelines:
@@ -42,7 +40,6 @@ class Pipelines:
         self._asked: dict[RequestId, Asked] = {}
         self._turns = itertools.count(1)
         self._last = [0] * len(locates)  # when each was chosen last
-        self._away: OrderedDict[bytes, int] = OrderedDict()  # key -> pipeline, where that is not its home
         self._closed = False
         self._task: asyncio.Task[None] | None = None
 
@@ -65,6 +62,8 @@ class Pipelines:
         asked = Asked(request)
         if request.once is None and request.assurance == "signed":  # an audited answer shares no beginning
             asked.pages = self._prefixes.pages(request.prompt_ids, request.cache_salt)
+        if request.once is not None and len(self._clients) > 1:
+            asked.found = await self._holder(request.once.key)
         to = self._best(asked)
         if to is None:
             to = self._awaited(asked)
@@ -118,8 +117,7 @@ class Pipelines:
         once = asked.request.once
         if once is not None:  # its home alone refuses it: a retry through another ingress must find it
             order = [i for i in homes(once.key, len(health)) if health[i] is not Health.AWAY]
-            known = self._away.get(once.key)
-            to = known if known in order else order[0]
+            to = asked.found if asked.found in order else order[0]
             return None if to in asked.refused_by else to
         able = [i for i, how in enumerate(health) if how is best and i not in asked.refused_by]
         if not able:
@@ -133,6 +131,11 @@ class Pipelines:
             self._prefixes.forget(i)
         return Candidate(i, self._clients[i].load, self._prefixes.matched(i, asked.pages), self._last[i])
 
+    async def _holder(self, key: bytes) -> int | None:
+        """The pipeline that has a request under this key: it was moved there, or there were more or fewer of them."""
+        held = await asyncio.gather(*(client.holds(key) for client in self._clients))
+        return next((i for i in homes(key, len(held)) if held[i]), None)
+
     def _awaited(self, asked: Asked) -> int | None:
         """Where it may wait for the next Head; not where it is."""
         there = [i for i, client in enumerate(self._clients) if client.is_awaited]
@@ -141,12 +144,6 @@ class Pipelines:
         return min(there, key=lambda i: self._clients[i].load, default=None)
 
     def _hand(self, asked: Asked, to: int) -> None:
-        once = asked.request.once
-        if once is not None and to != homes(once.key, len(self._clients))[0]:
-            self._away[once.key] = to
-            self._away.move_to_end(once.key)
-            while len(self._away) > _MAX_ELSEWHERE:
-                self._away.popitem(last=False)
         asked.at = to
         self._last[to] = next(self._turns)
         self._prefixes.note(to, asked.pages)

@@ -68,7 +68,8 @@ def test_an_honest_answer_passes_and_its_verdict_and_receipt_are_proved_to_be_in
         assert len(shown(stage)) <= most_bytes(said.n_rows, 64)
         desk.judge(drawn(note, stage), shown(stage))
     assert [verdict_of(news).finding for news in desk.news] == ["pass", "pass"]
-    assert desk.settled == ["r0~1"] * 2
+    assert desk.settled("another Head's") == []
+    assert desk.settled("") == ["r0~1"] * 2 and desk.settled("") == []
     found: Any = desk.lookup("r0")
     assert found["audit"]["verdict"]["finding"] == "pass" and not found["audit"]["independent"]
     sealed = Envelope.from_value(canonical.decode(found["log"]["head"], max_bytes=4096), "head", 4096)

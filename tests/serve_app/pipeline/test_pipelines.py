@@ -320,10 +320,10 @@ def test_a_retry_through_another_ingress_finds_the_pipeline_that_runs_it(tiny: T
     asyncio.run(main())
 
 
-def test_a_retry_finds_one_that_has_moved_even_once_its_home_is_back(tiny: Tiny) -> None:
+def test_a_retry_through_another_ingress_finds_one_that_has_moved_even_once_its_home_is_back(tiny: Tiny) -> None:
     async def main() -> None:
         key = next(key for key in (bytes([i]) * 32 for i in range(99)) if homes(key, 2)[0] == 0)
-        async with house(tiny) as (sides, (ingress,)):
+        async with house(tiny, doors=2) as (sides, (ingress, other)):
             stream, told = await begin(ingress, keyed(tiny, "first", key))
             sides[0].lose()
             event = await anext(stream)
@@ -331,9 +331,9 @@ def test_a_retry_finds_one_that_has_moved_even_once_its_home_is_back(tiny: Tiny)
                 told += event.tokens
                 event = await anext(stream)
             await sides[0].open()
-            await until(lambda: both_ready(ingress))
+            await until(lambda: both_ready(ingress) and both_ready(other))
             await stream.aclose()
-            tokens, last = await whole(ingress, keyed(tiny, "retried", key))
+            tokens, last = await whole(other, keyed(tiny, "retried", key))
             assert isinstance(last, FinishedEvent) and tokens[: len(told)] == told and len(tokens) == 200
 
     asyncio.run(main())
