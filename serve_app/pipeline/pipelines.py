@@ -60,10 +60,11 @@ class Pipelines:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """As Generator. Raises PipelineError where no pipeline is there and none is waited for."""
         asked = Asked(request)
-        if request.once is None and request.assurance == "signed":  # an audited answer shares no beginning
-            asked.pages = self._prefixes.pages(request.prompt_ids, request.cache_salt)
-        if request.once is not None and len(self._clients) > 1:
-            asked.found = await self._holder(request.once.key)
+        if len(self._clients) > 1:
+            if request.once is not None:
+                asked.found = await self._holder(request.once.key)
+            elif request.assurance == "signed":  # an audited answer shares no beginning
+                asked.pages = self._prefixes.pages(request.prompt_ids, request.cache_salt)
         to = self._best(asked)
         if to is None:
             to = self._awaited(asked)
@@ -192,7 +193,7 @@ class Pipelines:
                 asked.refused_by.clear()
                 to = self._best(asked) if to is None else to
                 if to is not None:
-                    _log.warning("request %s goes on with pipeline %d, before with %d", asked.request.id, to, asked.at)
+                    _log.info("request %s goes on with pipeline %d, before with %d", asked.request.id, to, asked.at)
                     self._move(asked, to)
 
     def _why_not(self) -> str:

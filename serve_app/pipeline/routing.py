@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 PAGE_TOKENS = 32  # two of the Head's pages: a shorter beginning is computed as fast as it is looked for
 MAX_PAGES = 1 << 15  # for each pipeline: a million tokens, 5 MB; more than most hold KV of
-MAX_PROMPT_PAGES = 1 << 12  # of one prompt: 130,000 tokens take 5 ms to hash
+MAX_PROMPT_PAGES = 1 << 10  # of one prompt: 32,768 tokens are hashed in 1 ms, in which the ingress does nothing else
 MOST_AHEAD = 8  # requests that a pipeline may have more than the least loaded, and still be given one for its beginning
 _HASH_BYTES = 8
 
