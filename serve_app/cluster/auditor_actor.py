@@ -72,14 +72,13 @@ class _AuditorProcess:
         """What it audits."""
         return self._spec
 
-    async def note(self, outgoing: Outgoing) -> tuple[bytes, list[str]]:
-        """All of it is in the log. Returns the log's root, and of which answers rows are not needed any more."""
+    async def note(self, outgoing: Outgoing, desk: str = "") -> tuple[bytes, list[str]]:
+        """All of it is in the log. Returns the log's root, and of which of this desk's answers rows are not needed."""
         if self._work is None:
             self._work = asyncio.get_running_loop().create_task(self._audit_all())
         note = self._office.note
-        root = await self._aside(self._logs, note, outgoing.notes, outgoing.commitment, outgoing.told)
-        settled, self._office.settled = self._office.settled, []
-        return root, settled
+        root = await self._aside(self._logs, note, outgoing.notes, outgoing.commitment, outgoing.told, desk)
+        return root, self._office.settled(desk)
 
     async def audit(self, drawn: list[tuple[Drawn, tuple[str, ...]]]) -> None:
         """These are to be audited; rows are asked to be kept at once. With each, the names of all stages' actors."""
