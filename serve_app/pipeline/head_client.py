@@ -96,7 +96,7 @@ class HeadClient:
 
         Raises OverloadedError when the pipeline has no room, PipelineError when there has been none yet.
         """
-        if self._link is None and not self.is_awaited:
+        if not self.is_awaited:
             raise PipelineError(f"no pipeline is ready: {self._why_not}")
         asked = Asked(request)
         self.take(asked)
@@ -163,8 +163,8 @@ class HeadClient:
 
     @property
     def is_awaited(self) -> bool:
-        """There was a Head, and another one is waited for."""
-        return self._lost_s is not None
+        """There is a Head, or was one: requests may wait for the next, where this one can do no more."""
+        return self._link is not None or self._lost_s is not None
 
     @property
     def load(self) -> int:

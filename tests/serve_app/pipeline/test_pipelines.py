@@ -54,7 +54,8 @@ class Side:
         return self.address
 
     async def open(self) -> None:
-        facts = lambda: {"ready": True, "pipelines": [self.pipeline.head.status()]}
+        head = self.pipeline.head
+        facts = lambda: {"ready": head.failure is None, "pipelines": [head.status()]}
         self.server = HeadServer(self.pipeline.head, facts)
         self.address = await self.server.listen(LOOPBACK)
 
@@ -248,6 +249,28 @@ def test_without_any_pipeline_requests_end_in_time_and_new_ones_are_refused_with
             await sides[1].open()
             await until(lambda: ingress.status()["ready"] is True)
             assert isinstance((await whole(ingress, request(tiny, "again")))[1], FinishedEvent)
+
+    asyncio.run(main())
+
+
+def test_between_a_head_that_has_given_up_and_the_next_one_requests_wait(tiny: Tiny) -> None:
+    """Its link still stands for a moment: nobody is refused in that either."""
+
+    async def main() -> None:
+        async with house(tiny) as (sides, (ingress,)):
+            for side in sides:
+                side.pipeline.head.fail("a test")
+            await until(lambda: ingress.status()["ready"] is False)
+            answer = asyncio.create_task(whole(ingress, request(tiny, "waits", 20)))
+            await until(lambda: RequestId("waits") in ingress._asked)
+            for side in sides:
+                side.lose()
+            options, sizes = LoadOptions("cpu", "float32", 16, None), LocalLimits(n_pages=PAGES)
+            sides.append(Side(LocalPipeline(*tiny, stages=1, options=options, limits=sizes)))
+            await sides[2].open()
+            sides[0].address = sides[2].address
+            tokens, last = await answer
+            assert isinstance(last, FinishedEvent) and len(tokens) == 20
 
     asyncio.run(main())
 
