@@ -165,7 +165,7 @@ class _AuditorProcess:
             self._office.gave_nothing(one, said, "the stage does not have its rows any more", refused=one.certain)
             return
         await self._aside(self._replays, self._office.judge, one, said.stage, shown)
-        stage.release.remote(said.request_hash, said.attempt)
+        stage.release.remote(said.request_hash, said.attempt, one.certain)
 
     async def _find(self, actors: tuple[str, ...], said: StageStatement) -> Any | None:
         """The actor of this stage, as far as it is known; None if it is gone."""
