@@ -24,6 +24,7 @@ from serve_app.errors import ReceiptError
 from serve_app.receipts.bundle import Bundle
 from serve_app.receipts.check import CheckedReceipt, check
 from serve_app.receipts.log_file import LogFile
+from serve_app.receipts.receipt import Receipt
 from serve_app.receipts.statement import StageStatement, envelope_cid
 from shard_tools import canonical
 from shard_tools.canonical import Value
@@ -119,7 +120,9 @@ class AuditOffice:
         try:
             if self._auditor is None:
                 self._auditor = self._make()
-            found = self._auditor.audit(envelope, opened.record, opened.node, time.time_ns() // 1_000_000)
+            exactly = checked.receipt.assurance == "exact"
+            now_ms = time.time_ns() // 1_000_000
+            found = self._auditor.audit(envelope, opened.record, opened.node, now_ms, exactly=exactly)
         except LlmdError as e:
             self.gave_nothing(drawn, statement.node, str(e), refused=False)
             return
@@ -150,7 +153,7 @@ class AuditOffice:
         return {
             "id": id,
             "receipt": case.note.receipt,
-            "assurance": "audited" if case.note.certain else "signed",
+            "assurance": Receipt.decode(Bundle.decode(case.note.receipt).receipt.payload).assurance,
             "audit": {
                 "state": case.state,
                 "why": case.why,

@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from serve_app.audit.calibration import MAX_CALIBRATION_BYTES, Calibration
 from serve_app.audit.desk import Drawn, Outgoing
+from serve_app.audit.exactness import PROFILE
 from serve_app.audit.office import AuditOffice, News
 from serve_app.audit.showing import PIECE_BYTES, most_bytes
 from serve_app.choices import store_of
@@ -34,6 +35,7 @@ from shard_tools.signing import PublicKey, Signer, key_text
 
 if TYPE_CHECKING:
     from serve_app.audit.auditor import Auditor
+    from serve_app.audit.exact import ExactReplay
 
 _log = logging.getLogger(__name__)
 _NICE = 10  # it competes with stages for the same cores
@@ -57,6 +59,8 @@ class _AuditorProcess:
         self._replays = ThreadPoolExecutor(1, "replay")
         self._logs = ThreadPoolExecutor(1, "log")  # a disk must not hold up who asks
         self._work: asyncio.Task[None] | None = None
+        self._exact: ExactReplay | None = None
+        self._exact_profile = ""  # until it is known; promises of exact answers wait for it
 
     async def spec(self) -> AuditorSpec:
         """What it audits."""
@@ -66,6 +70,7 @@ class _AuditorProcess:
         """All of it is in the log. Returns the log's root, and of which answers rows are not needed any more."""
         if self._work is None:
             self._work = asyncio.get_running_loop().create_task(self._audit_all())
+            self._replays.submit(self._learn_profile)
         note = self._office.note
         root = await self._aside(self._logs, note, outgoing.notes, outgoing.commitment, outgoing.told)
         settled, self._office.settled = self._office.settled, []
@@ -90,7 +95,7 @@ class _AuditorProcess:
     async def news(self, after: int) -> tuple[PublicKey, list[News], dict[str, Value]]:
         """Its key, what came of audits since news number `after`, and how it does."""
         news = [one for one in self._office.news if one.number > after]
-        return self._signer.public, news, self._office.status()
+        return self._signer.public, news, self._office.status() | {PROFILE: self._exact_profile}
 
     async def lookup(self, id: str) -> dict[str, Value] | None:
         """As AuditOffice.lookup."""
@@ -109,7 +114,23 @@ class _AuditorProcess:
                 raise AuditError(f"calibration {cid} has {len(data)} bytes, more than {MAX_CALIBRATION_BYTES}")
             calibrations.append(Calibration.decode(data))
         options = LoadOptions("cpu", "float32", _PAGE_SIZE, self._spec.threads, engine=TORCH)
-        return Auditor(self._store, self._manifest, options, calibrations, self._signer)
+        return Auditor(self._store, self._manifest, options, calibrations, self._signer, self._exact)
+
+    def _learn_profile(self) -> None:
+        """What it repeats bits by, if stages fix theirs. In the thread that replays: threads are counted there."""
+        from serve_app.audit.exact import ExactReplay
+        from serve_app.engine.engines import TORCH
+        from serve_app.engine.load import LoadOptions
+
+        fixed = self._spec.exact
+        if fixed is None:
+            return
+        options = LoadOptions("cpu", fixed.dtype, _PAGE_SIZE, fixed.threads, engine=TORCH, deterministic=True)
+        try:
+            exact = ExactReplay(self._store, self._manifest, options)
+            self._exact_profile, self._exact = exact.profile, exact
+        except Exception:  # it audits by calibration all the same
+            _log.exception("no answer can be exact: the auditor does not know what it computes by")
 
     async def _audit_all(self) -> None:
         while True:

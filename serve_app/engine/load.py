@@ -106,7 +106,7 @@ def load_plain(store: BlockStore, manifest: Manifest, start: int, stop: int, opt
 
 def load_layers(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> TorchEngine:
     """Plain torch ops over layers [start, stop) without a head, though they may be the last: for who replays them."""
-    return _read(store, manifest, start, stop, options, head=False).plain(deterministic=False)
+    return _read(store, manifest, start, stop, options, head=False).plain(deterministic=options.deterministic)
 
 
 def load_head(store: BlockStore, manifest: Manifest, options: LoadOptions) -> OutputHead:

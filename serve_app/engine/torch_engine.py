@@ -9,7 +9,7 @@ from torch import Tensor
 
 from serve_app.engine.attention import NAME
 from serve_app.engine.engine import ActivationDtype, Done, EngineProfile, StepOutput
-from serve_app.engine.fixed_windows import fitting_size, windows
+from serve_app.engine.fixed_windows import fitting_size, terms, windows
 from serve_app.engine.kv_pages import KvPages
 from serve_app.engine.sampler import SequenceDraw, opened_draws, require_no_counts
 from serve_app.engine.stage_model import StageModel
@@ -54,7 +54,7 @@ class TorchEngine:
             description=(
                 f"torch {torch.__version__}, transformers {transformers.__version__}, {NAME}, {dtype}, "
                 f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}"
-                + (f", windows of {self._window} rows, {torch.get_num_threads()} threads" if deterministic else "")
+                + (f", {terms(self._window, device)}" if self._window is not None else "")
             ),
             device=str(device),
             dtype=dtype,

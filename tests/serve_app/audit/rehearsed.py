@@ -7,11 +7,12 @@ import functools
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from serve_app.audit.auditor import Auditor
 from serve_app.audit.calibration import Calibration, calibrate
+from serve_app.audit.exact import ExactReplay
 from serve_app.engine.engines import TORCH
 from serve_app.engine.load import LoadOptions
 from serve_app.local import LocalLimits, LocalPipeline
@@ -30,6 +31,7 @@ from tests.tiny_models import write_tiny_checkpoint
 STAGES = 2
 OPTIONS = LoadOptions("cpu", "float32", 4, None, engine=TORCH)
 REPLAY = LoadOptions("cpu", "float32", 16, None, engine=TORCH)
+FIXED = replace(OPTIONS, deterministic=True)
 AUDITOR, OTHER = Signer.from_seed(b"a" * 32), Signer.from_seed(b"b" * 32)
 
 
@@ -72,6 +74,19 @@ def calibrations() -> tuple[Calibration, ...]:
 def auditor(signer: Signer = AUDITOR) -> Auditor:
     """One that can judge both stages."""
     return Auditor(*model(), REPLAY, calibrations(), signer)
+
+
+@functools.cache
+def fixed(cheat: str | None = None, stage: int = 1) -> Rehearsed:
+    """One answer of a pipeline whose bits depend on nothing else; with a stage that cheats under its own profile."""
+    cheats = {} if cheat is None else {stage: cheat}
+    return rehearse(*model(), prompts(50, 1), stages=STAGES, options=FIXED, tokens=14, cheats=cheats)[0]
+
+
+@functools.cache
+def exact_auditor() -> Auditor:
+    """One that repeats those bits, and judges all else by calibrations."""
+    return Auditor(*model(), REPLAY, calibrations(), AUDITOR, ExactReplay(*model(), FIXED))
 
 
 @dataclass(frozen=True)
