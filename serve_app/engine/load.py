@@ -112,7 +112,14 @@ def load_layers(store: BlockStore, manifest: Manifest, start: int, stop: int, op
 def load_head(store: BlockStore, manifest: Manifest, options: LoadOptions) -> OutputHead:
     """The final norm and the output layer, and no layer before them: for who draws tokens again."""
     loaded = _read(store, manifest, manifest.n_layers, manifest.n_layers, options, head=True)
-    return OutputHead(loaded.model, manifest.vocab_size, torch.device(options.device), TORCH_DTYPES[options.dtype])
+    return OutputHead(
+        loaded.model,
+        manifest.vocab_size,
+        torch.device(options.device),
+        TORCH_DTYPES[options.dtype],
+        hidden_size=manifest.hidden_size,
+        deterministic=options.deterministic,
+    )
 
 
 @dataclass(frozen=True, slots=True)

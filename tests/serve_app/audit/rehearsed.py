@@ -17,7 +17,15 @@ from serve_app.engine.engines import TORCH
 from serve_app.engine.load import LoadOptions
 from serve_app.local import LocalLimits, LocalPipeline
 from serve_app.messages.record import StageRecord
-from serve_app.messages.request import FinishedEvent, GenerationRequest, RequestId, Sampling, fresh_salt
+from serve_app.messages.request import (
+    Assurance,
+    FinishedEvent,
+    GenerationRequest,
+    RequestId,
+    Sampling,
+    fresh_salt,
+)
+from serve_app.pipeline.assurance import NoAudits
 from serve_app.receipts.check import CheckedReceipt, check
 from serve_app.receipts.identity import Session
 from serve_app.rehearsal import Rehearsed, rehearse
@@ -111,18 +119,38 @@ class House:
 @functools.cache
 def whole_house(count: int = 2) -> House:
     """Made once; its stages' sessions are opened anew, as those of a later epoch are."""
-    return asyncio.run(_serve(count))
+    return asyncio.run(_serve(count, OPTIONS, "signed"))
 
 
-async def _serve(count: int) -> House:
+@functools.cache
+def exact_house() -> House:
+    """One answer whose bits were promised. The promise is the request's alone: this pipeline has no desk."""
+    return asyncio.run(_serve(1, FIXED, "exact"))
+
+
+class _Audited(NoAudits):
+    def admit(self, request: GenerationRequest, *, resumed: bool) -> None:
+        """Whatever it asks for."""
+
+
+async def _serve(count: int, options: LoadOptions, assurance: Assurance) -> House:
     pipeline = LocalPipeline(
-        *model(), stages=STAGES, options=OPTIONS, limits=LocalLimits(n_pages=64, retain_bytes=1 << 24)
+        *model(), stages=STAGES, options=options, limits=LocalLimits(n_pages=64, retain_bytes=1 << 24)
     )
+    pipeline.head._audits = _Audited()
     try:
         answers = []
         for i, prompt in enumerate(prompts(70, count)):
             asked = GenerationRequest(
-                RequestId(f"a{i}"), model()[1].cid, tuple(prompt), 9, Sampling(0), (), b"", fresh_salt()
+                RequestId(f"a{i}"),
+                model()[1].cid,
+                tuple(prompt),
+                9,
+                Sampling(0),
+                (),
+                b"",
+                fresh_salt(),
+                assurance=assurance,
             )
             (*_, last) = [event async for event in pipeline.generate(asked)]
             assert isinstance(last, FinishedEvent)

@@ -25,7 +25,16 @@ from shard_tools import canonical
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import FormatError, InputError
 from shard_tools.signing import Envelope, PublicKey, Signer
-from tests.serve_app.audit.rehearsed import AUDITOR, OTHER, REPLAY, auditor, model, whole_house
+from tests.serve_app.audit.rehearsed import (
+    AUDITOR,
+    OTHER,
+    REPLAY,
+    auditor,
+    exact_auditor,
+    exact_house,
+    model,
+    whole_house,
+)
 
 NODE = OTHER.public
 
@@ -102,6 +111,30 @@ def test_what_a_stage_shows_is_judged_for_what_it_is(tmp_path: Path) -> None:
         desk.begin(Drawn("r7", note.cid, 0, True))
     desk.close()
     other.close()
+
+
+def test_an_answer_whose_bits_were_promised_is_held_to_them_or_is_not_audited(tmp_path: Path) -> None:
+    """Equal for an auditor of the stages' profile; no verdict from one of another, however well it could estimate."""
+    house = exact_house()
+    answer = house.answers[0]
+    assert answer.checked.receipt.assurance == "exact"
+    for name, known, state in (("same", exact_auditor(), "equal"), ("other", auditor(), "unaudited")):
+        desk = AuditOffice(tmp_path / name, AUDITOR, house.operator, lambda known=known: known)  # type: ignore[misc]
+        note = Note("r0", answer.bundle, True, b"c" * 32)
+        desk.note([note], b"c" * 32, ())
+        said = desk.begin(drawn(note, 1))
+        desk.judge(
+            drawn(note, 1), shown_bytes(said.request_hash, said.attempt, 1, answer.records[1], house.sessions[1])
+        )
+        found: Any = desk.lookup("r0")
+        assert (found["assurance"], found["audit"]["state"]) == ("exact", state), found["audit"]
+        if state == "equal":
+            assert (
+                found["audit"]["verdict"]["window"] == [0, said.n_rows] and verdict_of(desk.news[-1]).finding == "equal"
+            )
+        else:
+            assert found["audit"]["verdict"] is None and "cannot repeat them" in found["audit"]["why"]
+        desk.close()
 
 
 def test_a_receipt_that_does_not_verify_is_not_audited(tmp_path: Path) -> None:
