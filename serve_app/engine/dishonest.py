@@ -151,7 +151,7 @@ def load_dishonest(
 
     The others do not. Raises ConfigError for no way to cheat.
     """
-    if attack not in DISHONEST:
+    if attack not in DISHONEST | FAINT:
         raise ConfigError(f"no such way to cheat: {attack!r}")
     options = replace(options, engine=AUTO)
     honest = load_engine(store, manifest, start, stop, options)
