@@ -20,10 +20,11 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_MAX_PROCESSOR = 60  # characters; a profile has 200
+_MAX_PROCESSOR = 50  # characters; a profile has 200
 _VECTORS = ("sse4", "avx", "fma", "f16c", "amx", "asimd", "sve", "bf16", "i8mm")  # flags that kernels are chosen by
 SIZES = (16, 8, 4, 2, 1)  # 16 rows: a decode step pays for 16, a prompt is read 16 at a time
 
@@ -52,7 +53,8 @@ def fitting_size(hidden_of: Callable[[int, int], Tensor]) -> int:
 
 def terms(size: int, device: torch.device) -> str:
     """What else has to be equal for equal bits, for a profile."""
-    named = f"windows of {size} rows, {torch.get_num_threads()} threads"
+    # numpy: what is drawn from these bits rests on its exp and log.
+    named = f"numpy {np.__version__}, windows of {size} rows, {torch.get_num_threads()} threads"
     return f"{named}, {processor()}" if device.type == "cpu" else named
 
 
