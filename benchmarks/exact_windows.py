@@ -36,7 +36,7 @@ import numpy.typing as npt
 from benchmarks.models import PAGE_SIZE, PublishedModel, greedy, published, random_prompt
 from benchmarks.report import Result, machine, save
 from serve_app.audit.error import floats_of
-from serve_app.audit.replay import computed
+from serve_app.audit.exact import computed
 from serve_app.engine.engine import ActivationDtype
 from serve_app.engine.engines import AUTO, TORCH
 from serve_app.engine.load import LoadOptions, load_head, load_plain

@@ -8,13 +8,15 @@ What "the same profile" takes, and how it is tried, is fixed_windows.py's busine
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 
-from serve_app.audit.replay import computed, opened
+from serve_app.audit.replay import REPLAY_PAGE, opened, whole_pass
 from serve_app.engine.load import LoadOptions, load_layers
-from serve_app.errors import AuditError
+from serve_app.errors import AuditError, ProtocolError
 from serve_app.messages.record import StageRecord
 from serve_app.receipts.statement import StageStatement
 from shard_tools.manifest import Manifest
@@ -55,3 +57,27 @@ class ExactReplay:
         unequal = np.frombuffer(sent, np.uint8) != np.frombuffer(record.sent, np.uint8)
         rows = np.flatnonzero(unequal.reshape(said.n_rows, -1).any(1))
         return int(rows[0]) if len(rows) else None
+
+
+def computed(
+    store: BlockStore, manifest: Manifest, span: tuple[int, int], received: Sequence[bytes], options: LoadOptions
+) -> tuple[list[bytes], str]:
+    """What layers [start, stop) make of each record's rows, in bytes, and the profile of whoever computed them.
+
+    One layer at a time is in memory, as in replay.py. received: ids for layer 0, else rows of options.dtype. Raises
+    NotFoundError, CorruptBlockError; AuditError for rows that cannot be, and where layers are not computed alike.
+    """
+    start, stop = span
+    rows, profiles = list(received), set[str]()
+    for layer in range(start, stop):
+        engine = load_layers(store, manifest, layer, layer + 1, replace(options, page_size=REPLAY_PAGE))
+        size = 4 if layer == 0 else manifest.hidden_size * (4 if options.dtype == "float32" else 2)
+        engine.reserve(max(-(-len(r) // size // REPLAY_PAGE) for r in rows), 1)
+        try:
+            rows = [bytes(engine.run(whole_pass(len(r) // size), memoryview(r)).hidden) for r in rows]
+        except ProtocolError as e:
+            raise AuditError(f"the rows that were received cannot be computed from: {e}") from e
+        profiles.add(engine.profile.description)
+    if len(profiles) > 1:
+        raise AuditError(f"layers [{start}, {stop}) are not computed alike here: {' and '.join(sorted(profiles))}")
+    return rows, profiles.pop()
