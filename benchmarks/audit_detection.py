@@ -27,8 +27,8 @@ import numpy as np
 from benchmarks.report import Result, save
 from serve_app.api.text import TextCodec
 from serve_app.audit.auditor import Auditor
-from serve_app.audit.error import Floats, Rows, channel_sizes, floats_of, whitened_errors, window_means
-from serve_app.audit.replay import REPLAY_PAGE, whole_pass
+from serve_app.audit.error import Floats, Rows, channel_sizes, eased, floats_of, whitened_errors, window_means
+from serve_app.audit.replay import REPLAY_PAGE, Replayed, whole_pass
 from serve_app.audit.tail import MIN_SAMPLES, fit
 from serve_app.audit.verdict import FAULT_P, GUARD
 from serve_app.demo import demo_model
@@ -92,7 +92,8 @@ def main() -> int:
                 auditor.compare(s, r) for s, r in zip(said, records, strict=True)
             )
             sizes = channel_sizes([r.rows for r in replays])
-            limits = limits_of([whitened_errors(y, r.rows, sizes) for y, r in zip(sent, replays, strict=True)])
+            usual = float(np.median(np.concatenate([moved(r, sizes) for r in replays])))
+            limits = limits_of(errors_of(sent, replays, sizes, usual))
             figures[f"limits_stage_{stage}"] = {str(n): float(f"{limit:.3g}") for n, limit in limits.items()}
             span = said[0][0].start, said[0][0].stop
 
@@ -115,7 +116,7 @@ def main() -> int:
             }
             sources |= {attack: (lambda attack=attack: again(attack)) for attack in a.attacks}
             for name, rows_of in sources.items():
-                errors = [whitened_errors(y, r.rows, sizes) for y, r in zip(rows_of(), replays_test, strict=True)]
+                errors = errors_of(rows_of(), replays_test, sizes, usual)
                 cases.setdefault(name, {})[f"stage_{stage}"] = counted(errors, limits)
                 print(f"stage {stage}, {name}: {cases[name][f'stage_{stage}']}", flush=True)
     figures["cases"] = {name: with_total(case) for name, case in cases.items()}
@@ -132,6 +133,19 @@ def source_text(prompts: int) -> str:
             parts.append(path.read_text(errors="ignore"))
             size += len(parts[-1])
     return "\n".join(parts)
+
+
+def moved(replayed: Replayed, sizes: Floats) -> Floats:
+    """[rows]: how far the last bit of what went in moves each."""
+    assert replayed.nudged is not None, "SmolLM2's stages have ten layers and more"
+    return whitened_errors(replayed.nudged, replayed.rows, sizes)
+
+
+def errors_of(sent: list[Rows], replays: list[Replayed], sizes: Floats, usual: float) -> list[Floats]:
+    """As Calibration.errors, of every record."""
+    return [
+        eased(whitened_errors(y, r.rows, sizes), moved(r, sizes), usual) for y, r in zip(sent, replays, strict=True)
+    ]
 
 
 def limits_of(errors: list[Floats]) -> dict[int, float]:

@@ -5,7 +5,9 @@
 Both pipelines stand in one process and answer the same greedy requests in turn, so that a slow minute of the machine
 meets both; the ratio of each pair is kept. Because a few per cent drown in such a machine's noise, the processor time
 that the witnesses' threads take is counted as well. The client's check is timed on receipts of 44 and of 2000 rows,
-with nothing remembered from issuing them. Keeping rows for audits is timed in a pipeline of its own, as processor time.
+with nothing remembered from issuing them. Keeping rows for audits is timed in a pipeline of its own, as processor time;
+so is an audit of one stage of every one of its answers, each alone, as a running auditor does it: against the processor
+time of serving them, `--requests` at once.
 On a CPU: where an engine hashes by itself, leaving it out takes more.
 """
 
@@ -28,6 +30,9 @@ import serve_app.pipeline.stage
 from benchmarks.models import PublishedModel, greedy, published, random_prompt
 from benchmarks.report import Result, save
 from benchmarks.spread import percentiles
+from serve_app.audit.auditor import Auditor
+from serve_app.engine.engines import TORCH
+from serve_app.engine.load import LoadOptions
 from serve_app.local import LocalLimits, LocalPipeline
 from serve_app.messages.request import FailedEvent, FinishedEvent, GenerationRequest, TokensEvent
 from serve_app.messages.step import StepPlan
@@ -36,10 +41,13 @@ from serve_app.pipeline.retention import Retention
 from serve_app.pipeline.witness import Witness
 from serve_app.receipts import rows
 from serve_app.receipts.check import check
+from serve_app.rehearsal import with_rows
 from serve_app.scheduling.scheduler import Committed
+from shard_tools.signing import Signer
 
 CHECKED = ((30, 15), (1500, 501))  # prompt and answer tokens that make 44 and 2000 rows
 CHECK_BAR_MS = 5.0
+AUDITOR = LoadOptions("cpu", "float32", 16, 1, engine=TORCH)  # as a cluster's auditor has it
 
 
 class BlindWitness:
@@ -112,6 +120,7 @@ def main() -> int:
         figures: dict[str, Any] = {"model": model.manifest.name, "stages": a.stages}
         figures |= asyncio.run(compare(model, a.stages, a.pairs, a.requests, a.tokens))
         figures |= asyncio.run(keeping(model, a.stages, a.pairs, a.requests, a.tokens))
+        figures |= asyncio.run(auditing(model, a.stages, a.requests, a.tokens))
         small = model if a.model == "tiny" else published(root / "tiny", "tiny")
         figures["check_ms"] = asyncio.run(check_times(small))
     save(Result("receipts_cost", figures), a.out)
@@ -179,6 +188,33 @@ async def keeping(model: PublishedModel, stages: int, rounds: int, n: int, token
     return {
         "retention_share_of_cpu_percent": round(100 * share, 2),
         "retained_bytes_per_stage": max(retention.bytes for retention in kept),
+    }
+
+
+async def auditing(model: PublishedModel, stages: int, n: int, tokens: int) -> dict[str, Any]:
+    """Processor time of replaying one stage of every answer, and of serving them; rows as chats have them."""
+    pipeline = model.pipeline(stages, LocalLimits(retain_bytes=1 << 30))
+    draw = random.Random(0)
+    prompts = [random_prompt(draw, model.manifest, draw.randint(48, 128)) for _ in range(n)]
+    served_s, answers = 0.0, []
+    for _ in range(2):  # the first warms up
+        began = time.process_time()
+        answers = await asyncio.gather(*(ended(pipeline, greedy(model.manifest, p, tokens)) for p in prompts))
+        served_s = time.process_time() - began
+    found = [with_rows(pipeline, receipt) for _, receipt in answers]
+    pipeline.close()
+    auditor = Auditor(model.store, model.manifest, AUDITOR, (), Signer.fresh())
+    audited_s = 0.0
+    for i, one in enumerate([found[0], *found]):  # the first warms up
+        stage, began = i % stages, time.process_time()
+        auditor.compare([one.receipt.statements[stage]], [one.records[stage]])
+        audited_s += (time.process_time() - began) * (i > 0)
+    rows = sum(one.receipt.statements[0].n_rows for one in found)
+    return {
+        "audit_of_one_stage_of_every_answer_share_of_serving_percent": round(100 * audited_s / served_s, 1),
+        "served_cpu_ms_a_row": round(1e3 * served_s / rows, 2),
+        "audited_cpu_ms_a_row": round(1e3 * audited_s / rows, 2),
+        "audited_rows_an_answer": round(rows / n, 1),
     }
 
 

@@ -82,7 +82,7 @@ def main() -> int:
             load_head(store, manifest, LoadOptions(a.device, d, 16, threads, engine=TORCH))
             for d in (cast(ActivationDtype, "float32"), dtype)
         ]
-    redrawer = Redrawer(manifest, heads[0], (), Signer.fresh())
+    redrawer = Redrawer(manifest, lambda: heads[0], (), Signer.fresh())
     margins = [[redrawer.margins(r.receipt, r.records[-1]) for r in part] for part in (calibration, test)]
     profile = test[0].receipt.statements[-1].profile
     width = manifest.hidden_size

@@ -1,4 +1,4 @@
-"""`llmd audit`: what honest stages err by, what becomes of one that is not honest, and how it comes back.
+"""`llmd audit`: what honest stages and draws err by, what becomes of one that is not honest, and how it comes back.
 
 Exit codes: 0 done (demo: the cheat was found and nobody else blamed), 1 not so, 2 nothing could be measured.
 """
@@ -36,9 +36,9 @@ def calibrate(
     engine: Annotated[str, typer.Option("--engine", help="Of the stages: auto, torch, cpu, gpu.")] = "auto",
     text: Annotated[Path | None, typer.Option("--text", help="To cut prompts from; default: Python's help.")] = None,
 ) -> None:
-    """Measure honest stages against replays of them, and put a calibration file for each stage into the store."""
+    """Measure honest stages and draws; put a calibration of each stage and a band of draws into the store."""
     _be_quiet()
-    from serve_app.audit_demo import calibrate_stages, choose_options, help_text
+    from serve_app.audit_demo import band_text, calibrated, choose_options, help_text
     from shard_tools.cid import Cid, Codec
     from shard_tools.fetch import load_manifest
     from shard_tools.store.directory import DirectoryStore
@@ -53,24 +53,31 @@ def calibrate(
             prompts = help_text() if text is None else text.read_text()
         except (OSError, UnicodeError) as e:
             raise InputError(f"cannot read {text}: {e}") from e
-        made = calibrate_stages(blocks, model, prompts, stages, requests, tokens, at_once, prover, auditor)
+        made, band = calibrated(blocks, model, prompts, stages, requests, tokens, at_once, prover, auditor)
         for calibration in made:
             cid = blocks.put(Codec.DAG_CBOR, calibration.encode())
             typer.echo(f"{cid}  layers [{calibration.start}, {calibration.stop})  {calibration.prover}")
             for t in calibration.tails:
                 limit = t.limit(1e-6)
                 typer.echo(f"  {t.tokens:>3} tokens: largest of {t.samples} {t.largest:.3e}, limit at 1e-6 {limit:.3e}")
+        cid = blocks.put(Codec.DAG_CBOR, band.encode())
+        typer.echo(f"{cid}  draws of {band.prover}\n  {band_text(band)}")
+        typer.echo(
+            f"For the config:\n  audit:\n    calibration: [{', '.join(str(c.cid) for c in made)}]\n    band: [{cid}]"
+        )
     except LlmdError as e:
         typer.echo(f"llmd: {e}", err=True)
         raise typer.Exit(2) from e
 
 
 def demo(
-    cheat: Annotated[str, typer.Option("--cheat", help="int8, fp8, fp8-kv, skip-layer, other-prompt ...")] = "int8",
+    cheat: Annotated[
+        str, typer.Option("--cheat", help="int8, fp8-kv, skip-layer, other-prompt; greedy, other-seed ...")
+    ] = "int8",
     stage: Annotated[int, typer.Option("--stage", min=0, max=2, help="Which of three cheats.")] = 1,
     requests: Annotated[int, typer.Option("--requests", min=1, help="Honest requests to calibrate by.")] = 40,
 ) -> None:
-    """Let one of three stages of a real model cheat, and show how it is found: receipt, verdicts, quarantine."""
+    """Let one of three stages of a real model cheat, and show how it is found: receipt, verdicts, quarantine, draws."""
     _be_quiet()
     from serve_app.audit_demo import run_demo
 

@@ -1,4 +1,4 @@
-"""A stage that cheats, caught in a terminal: a calibration, a receipt that verifies, and verdicts about every stage.
+"""A stage that cheats, caught in a terminal: calibrations, a receipt that verifies, verdicts about stages and tokens.
 
 All in one process, with the demo's model: three stages that sign what they say, two auditors of two owners.
 """
@@ -17,13 +17,18 @@ from rich.table import Table
 
 from serve_app.api.text import TextCodec
 from serve_app.audit.auditor import Audited, Auditor
+from serve_app.audit.band import DrawBand, calibrate_draws
 from serve_app.audit.calibration import Calibration, calibrate
+from serve_app.audit.redraw import Redrawer, Redrawn
 from serve_app.audit.standing import Standing, State, after_verdict
+from serve_app.audit.tail import PICO
 from serve_app.demo import demo_model
 from serve_app.engine.dishonest import DISHONEST
+from serve_app.engine.dishonest_sampler import DISHONEST_SAMPLERS
 from serve_app.engine.engine import ActivationDtype, DeviceName
 from serve_app.engine.engines import TORCH
-from serve_app.engine.load import LoadOptions, computes_fast_in
+from serve_app.engine.load import LoadOptions, computes_fast_in, load_head
+from serve_app.messages.request import MICRO, Sampling
 from serve_app.rehearsal import Rehearsed, prompts_of, rehearse
 from shard_tools.checkpoint.source import open_checkpoint
 from shard_tools.checkpoint.split import split
@@ -38,6 +43,8 @@ from shard_tools.store.directory import DirectoryStore
 STAGES = 3
 PAGE_SIZE = 16  # tokens, as in serve_app/config.yaml
 _TOKENS = 40  # answered to each prompt of the calibration
+# As clients ask. Greedy ones too: under noise two tokens that nearly tie seldom meet, and rounding does not show.
+_SAMPLINGS = (Sampling(), Sampling(0), Sampling(7 * MICRO // 10, top_p_micro=9 * MICRO // 10))
 _OWNERS = ("A", "B")
 _MAX_TEXT_CHARS = 1 << 22
 
@@ -59,7 +66,7 @@ def help_text() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
-def calibrate_stages(
+def calibrated(
     store: BlockStore,
     manifest: Manifest,
     text: str,
@@ -69,8 +76,8 @@ def calibrate_stages(
     at_once: int,
     prover: LoadOptions,
     auditor: LoadOptions,
-) -> list[Calibration]:
-    """A calibration of each stage, of honest requests whose prompts are the first of the text.
+) -> tuple[list[Calibration], DrawBand]:
+    """A calibration of each stage and a band of draws, of honest requests whose prompts are the first of the text.
 
     Raises InputError for a text that is too short; AuditError for too few requests.
     """
@@ -79,20 +86,32 @@ def calibrate_stages(
         prompts = prompts_of(codec, text[:_MAX_TEXT_CHARS], requests)
     except ValueError as e:
         raise InputError(str(e)) from e
-    honest = rehearse(store, manifest, prompts, stages=stages, options=prover, tokens=tokens, at_once=at_once)
+    honest = rehearse(
+        store, manifest, prompts, stages=stages, options=prover, tokens=tokens, at_once=at_once, samplings=_SAMPLINGS
+    )
+    head = load_head(store, manifest, auditor)
+    redrawer = Redrawer(manifest, lambda: head, (), Signer.fresh())
+    margins = [redrawer.margins(r.receipt, r.records[-1]) for r in honest]
+    band = calibrate_draws(manifest.cid, honest[0].receipt.statements[-1].profile, head.profile, margins)
     replayer = Auditor(store, manifest, auditor, (), Signer.fresh())
     made = []
     for stage in range(stages):
         statements = [r.receipt.statements[stage] for r in honest]
         recorded, replays = replayer.compare(statements, [r.records[stage] for r in honest])
         made.append(calibrate(statements, recorded, replays))
-    return made
+    return made, band
 
 
 def run_demo(cheat: str, stage: int, requests: int) -> int:
-    """Tell each step as it is done. Returns 0 if the cheating stage was quarantined and no other even suspected."""
-    if cheat not in DISHONEST:
-        raise InputError(f"no such way to cheat: {cheat!r}. There are: {', '.join(DISHONEST)}")
+    """Tell each step as it is done. Returns 0 if what cheats was found and nobody else was even suspected.
+
+    A stage that computes something else is quarantined; of a sampler, which no node signs for, its tokens tell.
+    """
+    if cheat not in DISHONEST and cheat not in DISHONEST_SAMPLERS:
+        raise InputError(f"no such way to cheat: {cheat!r}. There are: {', '.join((*DISHONEST, *DISHONEST_SAMPLERS))}")
+    samples = cheat in DISHONEST_SAMPLERS
+    if samples:
+        stage = STAGES - 1  # the one that draws
     dtype: ActivationDtype = "bfloat16" if computes_fast_in("bfloat16", "cpu") else "float32"
     prover = LoadOptions("cpu", dtype, PAGE_SIZE, max(1, (os.cpu_count() or 1) // STAGES))
     auditor = LoadOptions("cpu", "float32", PAGE_SIZE, os.cpu_count(), engine=TORCH)
@@ -102,22 +121,38 @@ def run_demo(cheat: str, stage: int, requests: int) -> int:
         manifest = split(open_checkpoint(demo_model()), store, "smollm2-135m-instruct", "bfloat16")
         _step(f"Calibrating: {requests} honest requests through {STAGES} stages in {dtype}, replayed in float32")
         text = help_text()
-        calibrations = calibrate_stages(store, manifest, text, STAGES, requests, _TOKENS, 8, prover, auditor)
+        calibrations, band = calibrated(store, manifest, text, STAGES, requests, _TOKENS, 8, prover, auditor)
         for i, c in enumerate(calibrations):
             print(f"  stage {i}: layers [{c.start}, {c.stop}), {_limits(c)}\n           {c.cid}")
+        print(f"  draws: {band_text(band)}\n           {band.cid}")
         _step(f"Serving one request with stage {stage} cheating: {cheat}")
         codec = TextCodec.from_files({f.path: read_file(store, f) for f in manifest.files})
         prompt = codec.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
         answered = rehearse(
-            store, manifest, [tuple(prompt)], stages=STAGES, options=prover, tokens=24, cheats={stage: cheat}
+            store,
+            manifest,
+            [tuple(prompt)],
+            stages=STAGES,
+            options=prover,
+            tokens=24,
+            cheats={stage: cheat},
+            samplings=(Sampling(top_p_micro=9 * MICRO // 10),) if samples else (Sampling(),),
         )[0]
         print(f"  the answer: {codec.decode(list(answered.receipt.receipt.out_ids))!r}")
         print(f"  its receipt {answered.receipt.cid} verifies: signatures say who, not whether it is true")
         auditors = [Auditor(store, manifest, auditor, calibrations, Signer.fresh()) for _ in _OWNERS]
         _step("Auditing every stage, by two auditors of different owners")
         standings = _audited(answered, auditors)
-    wrong = [i for i, s in enumerate(standings) if (s.state is State.QUARANTINED) != (i == stage)]
-    _step("Caught, and nobody else blamed" if not wrong else f"NOT as it should be: stages {wrong}")
+        _step("Drawing its tokens again, from the rows that the last stage signed for")
+        redrawer = Redrawer(manifest, lambda: load_head(store, manifest, auditor), (band,), Signer.fresh())
+        redrawn = redrawer.audit(answered.receipt, answered.records[-1], _now_ms())
+        print(f"  {_draws_text(redrawn)}")
+    wrong = [
+        f"stage {i}" for i, s in enumerate(standings) if (s.state is State.QUARANTINED) != (i == stage and not samples)
+    ]
+    if (redrawn.verdict.finding == "sampler") != samples:
+        wrong.append("its tokens")
+    _step("Caught, and nobody else blamed" if not wrong else f"NOT as it should be: {', '.join(wrong)}")
     return int(bool(wrong))
 
 
@@ -141,6 +176,21 @@ def _cells(audited: Audited) -> tuple[str, ...]:
         return "", "", "", "", audited.verdict.finding
     window = f"{j.first}-{j.first + j.tokens - 1}"
     return f"{j.error:.2e}", f"{j.limit:.2e}", window, f"{j.p:.0e}", j.finding
+
+
+def band_text(band: DrawBand) -> str:
+    """For people: how far honest draws lie from their re-draw, and what decides."""
+    largest, limit = band.largest_pico / PICO, band.limit(_TOKENS)
+    return f"{band.beyond} of {band.draws} honest ones part, by {largest:.3g} logits at most; {limit:.3g} decide"
+
+
+def _draws_text(redrawn: Redrawn) -> str:
+    j, v = redrawn.judgement, redrawn.verdict
+    if j is None:
+        return v.finding
+    seen = f"{j.differing} of {v.tokens} tokens part, by {j.margin:.3g} logits at most (limit {j.limit:.3g})"
+    enough = "" if j.found_at is None else f"; the first {j.found_at} were enough"
+    return f"{v.finding}: {seen}, evidence {j.evidence:.3g}{enough}"
 
 
 def _limits(calibration: Calibration) -> str:

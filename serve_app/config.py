@@ -241,7 +241,7 @@ class IngressConfig:
 
 @dataclass(frozen=True, slots=True, config=_CLOSED)
 class AuditConfig:
-    """Which answers are computed again, one stage of each, by an auditor of the operator's."""
+    """Which answers are computed again, one stage of each, and drawn again, by an auditor of the operator's."""
 
     rate: Annotated[float, Field(ge=0, le=1)] = 0.0  # of all answers, drawn after they were signed for; 0: none
     # clients may ask for `audited` answers: 429 when there is no room for their rows; for `exact` ones where stages are
@@ -250,6 +250,9 @@ class AuditConfig:
     # on the host, for rows of each stage, while anything is audited: 2 GiB are 130,000 positions at width 4096
     retain_bytes: Annotated[int, Field(ge=1 << 20)] = 2 << 30
     calibration: Annotated[tuple[CalibrationCid, ...], Field(max_length=256)] = ()  # blocks of `llmd audit calibrate`
+    band: Annotated[
+        tuple[CalibrationCid, ...], Field(max_length=256)
+    ] = ()  # the same command's, of how tokens are drawn
     threads: Annotated[int, Field(ge=1, le=1024)] = 1  # of the auditor, which yields to everything else on its host
 
     @property

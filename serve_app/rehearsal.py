@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from serve_app.api.text import TextCodec
@@ -25,6 +25,7 @@ from shard_tools.manifest import Manifest
 from shard_tools.signing import Envelope
 from shard_tools.store.block_store import BlockStore
 
+Load = Callable[[BlockStore, Manifest, int, int, LoadOptions], Engine]
 PROMPT_TOKENS = 24
 _RETAIN_BYTES = 1 << 30  # in each stage; what was answered is taken out at once
 
@@ -48,15 +49,15 @@ def rehearse(
     tokens: int,
     at_once: int = 8,
     cheats: Mapping[int, str] | None = None,
-    sampling: Sampling | None = None,
+    samplings: Sequence[Sampling] = (Sampling(),),
 ) -> list[Rehearsed]:
     """The prompts, answered with `tokens` tokens each, `at_once` of them at a time, in their order.
 
-    cheats: by stage, one of dishonest.DISHONEST, or for the last one of DISHONEST_SAMPLERS. sampling: None for
-    temperature 1; the seed is the number of the prompt, whatever it says. Raises PipelineError if an answer fails.
+    cheats: by stage, one of dishonest.DISHONEST, or for the last one of DISHONEST_SAMPLERS. samplings: the prompts take
+    turns with them; the seed is the number of the prompt, whatever they say. Raises PipelineError if an answer fails.
     """
     run = _Rehearsal(store, manifest, stages, options, at_once, cheats or {})
-    return asyncio.run(run.answers(prompts, tokens, sampling or Sampling()))
+    return asyncio.run(run.answers(prompts, tokens, samplings))
 
 
 def prompts_of(
@@ -72,6 +73,22 @@ def prompts_of(
     return [tuple(ids[i * length : (i + 1) * length]) for i in range(first, first + count)]
 
 
+def loader(stages: int, cheats: Mapping[int, str]) -> Load:
+    """What makes the engines of a pipeline of so many stages whose rows are kept. cheats: as in `rehearse`."""
+    last_first = iter(reversed(range(stages)))
+
+    def load(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> Engine:
+        cheat = cheats.get(next(last_first))
+        if cheat is None:
+            return HostRows(load_engine(store, manifest, start, stop, options))
+        # Imported where it is asked for: nothing that serves has it in memory.
+        from serve_app.engine.dishonest import load_cheat
+
+        return load_cheat(store, manifest, start, stop, options, cheat)
+
+    return load
+
+
 class _Rehearsal:
     def __init__(
         self,
@@ -84,9 +101,10 @@ class _Rehearsal:
     ) -> None:
         self._store, self._manifest, self._stages, self._options = store, manifest, stages, options
         self._at_once, self._cheats = at_once, cheats
-        self._loaded = 0
 
-    async def answers(self, prompts: Sequence[Sequence[int]], tokens: int, sampling: Sampling) -> list[Rehearsed]:
+    async def answers(
+        self, prompts: Sequence[Sequence[int]], tokens: int, samplings: Sequence[Sampling]
+    ) -> list[Rehearsed]:
         pages = self._at_once * (-(-(max(map(len, prompts)) + tokens) // self._options.page_size) + 1)
         limits = LocalLimits(
             n_pages=pages,
@@ -95,26 +113,22 @@ class _Rehearsal:
             retain_bytes=_RETAIN_BYTES,
         )
         pipeline = LocalPipeline(
-            self._store, self._manifest, stages=self._stages, options=self._options, limits=limits, load=self._load
+            self._store,
+            self._manifest,
+            stages=self._stages,
+            options=self._options,
+            limits=limits,
+            load=loader(self._stages, self._cheats),
         )
         try:
             turn = asyncio.Semaphore(self._at_once)
             jobs = [
-                self._answer(pipeline, turn, i, tuple(prompt), tokens, sampling) for i, prompt in enumerate(prompts)
+                self._answer(pipeline, turn, i, tuple(prompt), tokens, samplings[i % len(samplings)])
+                for i, prompt in enumerate(prompts)
             ]
             return list(await asyncio.gather(*jobs))
         finally:
             pipeline.close()
-
-    def _load(self, store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> Engine:
-        self._loaded += 1
-        cheat = self._cheats.get(self._stages - self._loaded)  # they are made from the last to the first
-        if cheat is None:
-            return HostRows(load_engine(store, manifest, start, stop, options))
-        # Imported where it is asked for: nothing that serves has it in memory.
-        from serve_app.engine.dishonest import load_cheat
-
-        return load_cheat(store, manifest, start, stop, options, cheat)
 
     async def _answer(
         self,
@@ -130,18 +144,24 @@ class _Rehearsal:
         async with turn:
             async for event in pipeline.generate(request):
                 if isinstance(event, FinishedEvent):
-                    return self._found(pipeline, event.receipt)
+                    return with_rows(pipeline, event.receipt)
         raise PipelineError(f"request {number} of a rehearsal was not answered")
 
-    def _found(self, pipeline: LocalPipeline, receipt: bytes) -> Rehearsed:
-        bundle = Bundle.decode(receipt)
-        checked = check(bundle, pipeline.operator.public, now_s=int(time.time()))
-        records = []
-        for said in checked.statements:
-            retention = pipeline.stages[said.stage].retention
-            record = retention.read(said.request_hash, said.attempt) if retention else None
-            if retention is None or record is None:
-                raise PipelineError(f"stage {said.stage} kept no rows of a request it has signed for")
+
+def with_rows(pipeline: LocalPipeline, receipt: bytes, *, keep: bool = False) -> Rehearsed:
+    """An answer of this pipeline, whose stages keep rows. Raises PipelineError, ReceiptError.
+
+    keep: they go on doing so, for those whose beginning these rows are too; else they let go of them.
+    """
+    bundle = Bundle.decode(receipt)
+    checked = check(bundle, pipeline.operator.public, now_s=int(time.time()))
+    records = []
+    for said in checked.statements:
+        retention = pipeline.stages[said.stage].retention
+        record = retention.read(said.request_hash, said.attempt) if retention else None
+        if retention is None or record is None:
+            raise PipelineError(f"stage {said.stage} kept no rows of a request it has signed for")
+        if not keep:
             retention.release(said.request_hash, said.attempt)
-            records.append(record)
-        return Rehearsed(checked, bundle.statements, tuple(records))
+        records.append(record)
+    return Rehearsed(checked, bundle.statements, tuple(records))

@@ -1,7 +1,7 @@
 """GET /v1/receipts/{id}: the receipt of an answer, whether it was audited, and what was found.
 
 The id is the answer's own: 128 random bits, known to who asked. Receipts are the auditor's, which keeps the latest in
-memory; verdicts it keeps on disk, and clients keep the receipts that they want to keep.
+memory; what it found it keeps on disk, without prompts, and clients keep the receipts that they want to keep.
 """
 
 from __future__ import annotations

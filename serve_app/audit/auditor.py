@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from serve_app.audit.calibration import Calibration
-from serve_app.audit.error import Rows, whitened_errors
+from serve_app.audit.error import Rows
 from serve_app.audit.exact import ExactReplay
 from serve_app.audit.replay import Replayed, opened, replay
 from serve_app.audit.verdict import Judgement, Verdict, judge
@@ -92,7 +92,7 @@ class Auditor:
             raise AuditError(
                 f"calibration {calibration.cid}: {len(calibration.sizes)} channels, the model has other rows"
             )
-        judgement = judge(whitened_errors(sent, replayed.rows, calibration.channel_sizes), calibration)
+        judgement = judge(calibration.errors(sent, replayed), calibration)
         verdict = Verdict.of(
             judgement,
             statement=cid,
@@ -118,5 +118,5 @@ class Auditor:
         return [rows for _, rows in pairs], self._replay(statements[0], pairs[0][0], records)
 
     def _replay(self, said: StageStatement, dtype: ActivationDtype, records: Sequence[StageRecord]) -> list[Replayed]:
-        received = [record.received for record in records]
-        return replay(self._store, self._manifest, (said.start, said.stop), dtype, received, self._options)
+        received, span = [record.received for record in records], (said.start, said.stop)
+        return replay(self._store, self._manifest, span, dtype, received, self._options)

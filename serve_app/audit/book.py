@@ -52,12 +52,16 @@ class StandingBook:
         """The node's standing now that an auditor of this owner has said this. Raises InputError if it is not saved."""
         if verdict.finding == "forged":
             what = f"stage {verdict.stage} showed rows that it did not sign for, by its own signatures"
-            return self._change(verdict.node, lambda now: after_proof(now, what))
+            return self.proven(verdict.node, what)
         return self._change(verdict.node, lambda now: after_verdict(now, verdict, owner))
 
     def refused(self, node: PublicKey, what: str) -> Standing:
         """It did not show rows that it was bound to keep."""
         return self._change(node, lambda now: after_refusal(now, what[:100]))
+
+    def proven(self, node: PublicKey, what: str) -> Standing:
+        """What anybody can check convicts it."""
+        return self._change(node, lambda now: after_proof(now, what))
 
     def readmit(self, node: PublicKey) -> Standing:
         """The operator has looked at a quarantined node; nothing happens to another."""

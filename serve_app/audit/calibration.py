@@ -8,6 +8,7 @@ Made of honest pairs (`llmd audit calibrate`), never of rows of a node that is u
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from serve_app.audit.error import Floats, Rows, channel_sizes, whitened_errors, window_means
-from serve_app.audit.tail import DECILES, MAX_PICO, MICRO, MIN_SAMPLES, Tail, fit
+from serve_app.audit.error import Floats, Rows, channel_sizes, eased, whitened_errors, window_means
+from serve_app.audit.tail import DECILES, MAX_PICO, MICRO, MIN_SAMPLES, PICO, Tail, fit
 from serve_app.errors import AuditError
 from serve_app.receipts.statement import MAX_LAYERS, StageStatement, manifest_link
 from shard_tools import canonical
@@ -45,12 +46,12 @@ class Calibration:
     prover: str  # StageStatement.profile
     auditor: str  # Replayed.profile
     sizes: tuple[int, ...]  # of the channels, relative to the largest
+    nudged_pico: int  # how far the last bit of its rows moves the usual row; 0: nothing to nudge, one layer of ids
     tails: tuple[Tail, ...]  # by rising window length, the first of 1
 
-    @cached_property
-    def channel_sizes(self) -> Floats:
-        """[width], for whitened_errors."""
-        return np.array(self.sizes, np.float64)
+    def errors(self, recorded: Rows, replayed: Replayed) -> Floats:
+        """[rows]: how far each lies from its replay, in the measure that the tails are of."""
+        return _errors(recorded, replayed, np.array(self.sizes, np.float64), self.nudged_pico / PICO)
 
     @cached_property
     def cid(self) -> Cid:
@@ -76,7 +77,7 @@ class Calibration:
         ]
         return canonical.encode(
             {
-                "v": 1,
+                "v": 2,
                 "manifest": self.manifest,
                 "start": self.start,
                 "stop": self.stop,
@@ -84,6 +85,7 @@ class Calibration:
                 "prover": self.prover,
                 "auditor": self.auditor,
                 "sizes": struct.pack(f"<{len(self.sizes)}I", *self.sizes),
+                "nudged": self.nudged_pico,
                 "tails": tails,
             }
         )
@@ -92,7 +94,7 @@ class Calibration:
     def decode(cls, data: bytes) -> Calibration:
         """Read a file. Raises FormatError."""
         with Fields(canonical.decode(data, max_bytes=MAX_CALIBRATION_BYTES), "calibration") as f:
-            f.integer("v", 1, 1)
+            f.integer("v", 2, 2)
             sizes = f.data("sizes", 4, 4 * _MAX_WIDTH)
             if len(sizes) % 4:
                 raise FormatError(f"calibration.sizes: {len(sizes)} bytes are no whole number of uint32")
@@ -104,6 +106,7 @@ class Calibration:
                 f.text("prover", _MAX_PROFILE),
                 f.text("auditor", _MAX_PROFILE),
                 _sizes(struct.unpack(f"<{len(sizes) // 4}I", sizes)),
+                f.integer("nudged", 0, MAX_PICO),
                 _tails(f.items("tails", len(TOKENS))),
             )
 
@@ -117,20 +120,35 @@ def calibrate(
     """
     first, auditor = statements[0], replays[0].profile
     sizes = channel_sizes([replay.rows for replay in replays])
-    scaled = np.maximum(np.round(sizes / sizes.max() * _UNIT), 1).astype(np.int64)
-    errors = [
-        whitened_errors(rows, replay.rows, scaled.astype(np.float64))
-        for rows, replay in zip(recorded, replays, strict=True)
-    ]
-    tails = fit_tails(errors)
+    scaled = np.maximum(np.round(sizes / sizes.max() * _UNIT), 1)
+    moved = [whitened_errors(r.nudged, r.rows, scaled) for r in replays if r.nudged is not None]
+    nudged_pico = min(math.ceil(float(np.median(np.concatenate(moved))) * PICO), MAX_PICO) if moved else 0
+    tails = fit_tails(
+        _errors(rows, replay, scaled, nudged_pico / PICO) for rows, replay in zip(recorded, replays, strict=True)
+    )
     if not tails:
-        raise AuditError(f"{sum(map(len, errors))} rows are too few to calibrate by: {MIN_SAMPLES} are the least")
+        raise AuditError(f"{sum(map(len, recorded))} rows are too few to calibrate by: {MIN_SAMPLES} are the least")
     made = Calibration(
-        first.manifest, first.start, first.stop, first.shards, first.profile, auditor, tuple(scaled.tolist()), tails
+        first.manifest,
+        first.start,
+        first.stop,
+        first.shards,
+        first.profile,
+        auditor,
+        tuple(scaled.astype(np.int64).tolist()),
+        nudged_pico,
+        tails,
     )
     for statement, replay in zip(statements, replays, strict=True):
         made.require_for(statement, replay.profile)
     return made
+
+
+def _errors(recorded: Rows, replayed: Replayed, sizes: Floats, usual: float) -> Floats:
+    errors = whitened_errors(recorded, replayed.rows, sizes)
+    if usual == 0 or replayed.nudged is None:
+        return errors
+    return eased(errors, whitened_errors(replayed.nudged, replayed.rows, sizes), usual)
 
 
 def fit_tails(errors: Iterable[Floats]) -> tuple[Tail, ...]:

@@ -63,6 +63,7 @@ class Note:
     receipt: bytes  # its bundle
     certain: bool  # the client was promised an audit
     commitment: bytes  # to the secret that decides about it; empty: none was committed to yet
+    exact: bool = False  # and that the stage is held to its bits
 
     @property
     def cid(self) -> Cid:
@@ -155,7 +156,7 @@ class AuditDesk:
             self._promises[request.id].over_s = self.clock()
         if self.terms.problem is not None:
             return
-        self._waiting.append(Note(request.id, receipt, certain, self._current))
+        self._waiting.append(Note(request.id, receipt, certain, self._current, request.assurance == "exact"))
         self._waiting_bytes += len(receipt)
         while self._waiting_bytes > MAX_WAITING_BYTES:
             # An answer that was promised an audit goes last, and the auditor's lookup then says that it had none.

@@ -49,6 +49,17 @@ def whitened_errors(recorded: Rows, replayed: Rows, sizes: Floats) -> Floats:
     return np.where(np.isfinite(errors), errors, np.inf)
 
 
+def eased(errors: Floats, nudged: Floats, usual: float) -> Floats:
+    """[rows]: errors divided by how much more than usual a row carries rounding, where it carries more.
+
+    nudged: how far the replay moves if its rows are off by their last bit. A neighbour that sends what no honest stage
+    sends, or a strange prompt, must not make an honest stage look as if it erred.
+    """
+    with np.errstate(invalid="ignore"):
+        found: Floats = errors / np.maximum(1.0, nudged / usual)
+    return np.where(np.isfinite(found), found, np.inf)
+
+
 def window_means(errors: Floats, tokens: int) -> Floats:
     """Mean error of each window of `tokens` rows, one after another from the first; a shorter rest has none."""
     n = len(errors) // tokens

@@ -19,6 +19,7 @@ from serve_app.engine.sampler import Draw, gumbel
 from serve_app.messages.request import MICRO
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 
 def margin(draw: Draw, logits: npt.NDArray[np.float32], position: int, token: int) -> float:
@@ -38,13 +39,25 @@ def margin(draw: Draw, logits: npt.NDArray[np.float32], position: int, token: in
     ahead = ranked + gumbel(draw.key, position, order)
     ahead -= ahead[own]
     rivals = np.flatnonzero((ahead > needed) & (np.minimum(inside, share) > needed))
-    for rival in rivals[np.argsort(-ahead[rivals])].tolist():
-        if ahead[rival] <= needed:
-            break
-        # Either it was past an edge, which it may reach by changing places with a worse one; or it was not, and lost.
-        outside = float(np.maximum(ranked[rival] - ranked[rival:], share[rival:]).min())
-        needed = max(needed, min(float(ahead[rival]), float(inside[rival]), outside))
+    if len(rivals):
+        # Each was past an edge, which it may reach by changing places with a worse one; or it was not, and lost.
+        outside = _place_outside(ranked, share, rivals)
+        needed = max(needed, float(np.minimum(np.minimum(ahead, inside)[rivals], outside).max()))
     return needed * temperature
+
+
+def _place_outside(ranked: Floats, share: Floats, ranks: Ints) -> Floats:
+    """For each rank: the least distance that takes it past the edge of the share, in a worse one's place or its own.
+
+    The larger of a distance, which rises with the rank of that place, and of the place's share, which falls: the least
+    is where they cross. Looked for place by place, one wrong token of 128,000 that are all likely took 8 s.
+    """
+    crossing = np.searchsorted(-(share + ranked), -ranked[ranks])
+    near = np.stack(
+        [np.clip(crossing + step, ranks, len(ranked) - 1) for step in (-1, 0, 1)]
+    )  # rounding may miss by one
+    least: Floats = np.maximum(ranked[ranks] - ranked[near], share[near]).min(0)
+    return least
 
 
 def _inside(draw: Draw, ranked: Floats) -> Floats:

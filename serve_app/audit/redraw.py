@@ -11,18 +11,19 @@ and signs the receipt. Stages do not sign their draws, so the verdict names both
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from serve_app.audit.band import DrawBand, DrawFinding, DrawJudgement, judge_draws
+from serve_app.audit.band import DrawBand, DrawJudgement, judge_draws
+from serve_app.audit.draw_verdict import DrawVerdict
 from serve_app.audit.error import Floats, Rows
 from serve_app.audit.margin import margin
 from serve_app.audit.replay import opened
-from serve_app.audit.tail import MAX_PICO, MICRO, PICO
+from serve_app.audit.tail import MICRO, PICO, scaled
 from serve_app.engine.penalties import Penalties
 from serve_app.engine.sampler import Draw
 from serve_app.errors import AuditError, PipelineError
@@ -31,19 +32,9 @@ from serve_app.messages.record import StageRecord
 from serve_app.receipts.bundle import Opening
 from serve_app.receipts.check import CheckedReceipt
 from serve_app.receipts.commitment import noise_key
-from serve_app.receipts.identity import MAX_EPOCH, MAX_TIME
 from serve_app.receipts.receipt import Receipt
-from serve_app.receipts.statement import HASH_BYTES, MAX_ROWS
-from shard_tools import canonical
-from shard_tools.canonical import Fields
-from shard_tools.cid import Cid
-from shard_tools.errors import FormatError
 from shard_tools.manifest import Manifest
-from shard_tools.signing import KEY_BYTES, Envelope, PublicKey, Signer
-
-DRAW_VERDICT_TYPE = "application/vnd.llmd.draw-verdict.v1+dag-cbor"
-MAX_DRAW_VERDICT_BYTES = 1 << 10
-_FINDINGS = ("pass", "suspect", "sampler")
+from shard_tools.signing import Envelope, Signer
 
 
 class Head(Protocol):
@@ -64,182 +55,109 @@ class Head(Protocol):
 def margins_of(receipt: Receipt, opening: Opening, rows: Rows, head: Head) -> Floats:
     """[out]: the margin of each token of the answer. rows: all that the last stage sent, widened.
 
-    Raises AuditError if logits cannot be computed from them, or the ids are none of this vocabulary.
+    Infinite where nothing could be drawn: a token of no vocabulary, logits that are no numbers (every honest sampler
+    refuses those). Raises AuditError if there are other rows than tokens, or what was asked is none of this vocabulary.
     """
-    n_prompt, out = receipt.n_prompt, receipt.out_ids
+    n_prompt, out, s = receipt.n_prompt, receipt.out_ids, receipt.sampling
     if len(rows) != n_prompt + len(out) - 1 or len(opening.prompt_ids) != n_prompt or not out:
         raise AuditError(f"{len(rows)} rows, where {n_prompt} ids and {len(out)} drawn have one less")
-    if max(*opening.prompt_ids, *out, *(id for id, _ in receipt.sampling.logit_bias)) >= head.vocab_size:
+    if max(*opening.prompt_ids, *(id for id, _ in s.logit_bias), 0) >= head.vocab_size:
         raise AuditError(f"a token id of the request is none of a vocabulary of {head.vocab_size}")
-    s = receipt.sampling
     key = noise_key(s, opening.client_nonce, receipt.node_nonce)
     draw = Draw(s.temperature_micro, s.top_k, s.top_p_micro, key, s.min_p_micro)
     controls = list(Controls.of([(0, s, opening.prompt_ids, n_prompt)]))
     penalties = Penalties(controls[0], head.vocab_size) if s.penalises or s.logit_bias else None
+    # A repetition penalty makes more of a difference between logits, at most so many times as much.
+    steep = max(s.repetition_micro / MICRO, MICRO / s.repetition_micro)
     margins = []
     for i, (logits, token) in enumerate(zip(head.logits(rows[n_prompt - 1 :]), out, strict=True)):
-        if not np.isfinite(logits).all():
-            raise AuditError(f"row {n_prompt - 1 + i} gives logits that are no numbers: the stage's audit finds why")
-        if penalties is not None:
+        known, drawable = token < head.vocab_size, bool(np.isfinite(logits).all())
+        if drawable and penalties is not None:
             try:
                 logits = penalties.applied(logits)
-            except PipelineError as e:
-                raise AuditError(f"token {i} cannot be drawn again: {e}") from e
+            except PipelineError:
+                drawable = False
+        if known and penalties is not None:
             penalties.add(token)  # what was said, whoever drew it: each token is judged by what came before it
-        margins.append(margin(draw, logits, n_prompt + i, token))
+        margins.append(margin(draw, logits, n_prompt + i, token) / steep if known and drawable else np.inf)
     return np.array(margins)
 
 
 @dataclass(frozen=True, slots=True)
-class DrawVerdict:
-    """One auditor's finding about the draws of one answer. Law: `DrawVerdict.open(v.seal(s), keys) == v`."""
-
-    receipt: Cid  # of the bundle
-    statement: Cid  # the last stage's
-    request_hash: bytes
-    nodes: tuple[PublicKey, PublicKey]  # the last stage's, the Head's: one of them, where a sampler is found
-    finding: DrawFinding
-    evidence_micro: int
-    tokens: int
-    differing: int
-    worst: int  # index of the token with the largest margin
-    margin_pico: int
-    limit_pico: int
-    band: Cid
-    auditor: PublicKey  # its node
-    epoch: int
-    at_ms: int
-
-    def encode(self) -> bytes:
-        """The payload that is signed."""
-        return canonical.encode(
-            {
-                "v": 1,
-                "receipt": self.receipt,
-                "statement": self.statement,
-                "request": self.request_hash,
-                "stage_node": self.nodes[0],
-                "head_node": self.nodes[1],
-                "finding": self.finding,
-                "evidence_micro": self.evidence_micro,
-                "tokens": self.tokens,
-                "differing": self.differing,
-                "worst": self.worst,
-                "margin_pico": self.margin_pico,
-                "limit_pico": self.limit_pico,
-                "band": self.band,
-                "auditor": self.auditor,
-                "epoch": self.epoch,
-                "at_ms": self.at_ms,
-            }
-        )
-
-    @classmethod
-    def decode(cls, payload: bytes) -> DrawVerdict:
-        """Read a payload; whoever calls has checked its signature, or will. Raises FormatError."""
-        with Fields(canonical.decode(payload, max_bytes=MAX_DRAW_VERDICT_BYTES), "draw verdict") as f:
-            f.integer("v", 1, 1)
-            finding = f.text("finding", 10)
-            if finding not in _FINDINGS:
-                raise FormatError(f"draw verdict.finding: {finding!r} is none of {', '.join(_FINDINGS)}")
-            return cls(
-                f.link("receipt"),
-                f.link("statement"),
-                f.data("request", HASH_BYTES, HASH_BYTES),
-                (_key(f, "stage_node"), _key(f, "head_node")),
-                cast(DrawFinding, finding),
-                f.integer("evidence_micro", 0, MAX_PICO),
-                f.integer("tokens", 1, MAX_ROWS),
-                f.integer("differing", 0, MAX_ROWS),
-                f.integer("worst", 0, MAX_ROWS),
-                f.integer("margin_pico", 0, MAX_PICO),
-                f.integer("limit_pico", 0, MAX_PICO),
-                f.link("band"),
-                _key(f, "auditor"),
-                f.integer("epoch", 0, MAX_EPOCH),
-                f.integer("at_ms", 0, MAX_TIME),
-            )
-
-    def seal(self, auditor: Signer) -> Envelope:
-        """The verdict as the auditor's node signs it. `auditor` must be the node's own key."""
-        assert auditor.public == self.auditor
-        return Envelope.seal(auditor, DRAW_VERDICT_TYPE, self.encode())
-
-    @classmethod
-    def open(cls, envelope: Envelope, auditors: frozenset[PublicKey]) -> DrawVerdict:
-        """The verdict, once one of these auditors is known to have signed it in its own name.
-
-        Raises SignatureError, FormatError.
-        """
-        verdict = cls.decode(envelope.open(DRAW_VERDICT_TYPE, auditors, "an auditor"))
-        if verdict.auditor != envelope.key:
-            raise FormatError("draw verdict.auditor: it is signed by another key than it speaks for")
-        return verdict
-
-
-@dataclass(frozen=True, slots=True)
 class Redrawn:
-    """One verdict, the envelope that says it, and the numbers it rests on."""
+    """One verdict, the envelope that says it, and the numbers it rests on where draws were judged."""
 
     verdict: DrawVerdict
     envelope: Envelope
-    judgement: DrawJudgement
+    judgement: DrawJudgement | None
 
 
 class Redrawer:
     """Draws the answers of one model again."""
 
-    def __init__(self, manifest: Manifest, head: Head, bands: Iterable[DrawBand], signer: Signer) -> None:
-        """head: of this manifest; a band of another profile than its own is of no use to it."""
+    def __init__(self, manifest: Manifest, head: Callable[[], Head], bands: Iterable[DrawBand], signer: Signer) -> None:
+        """head: the one of this manifest, asked for where it is needed; a band of another profile is of no use to it.
+
+        It may be loaded anew each time, so that its memory is free between answers: a stage that is replayed is, too.
+        """
         self._manifest, self._head, self._signer = manifest, head, signer
-        self._bands = {b.prover: b for b in bands if b.auditor == head.profile and b.manifest == manifest.cid}
+        self._bands = tuple(band for band in bands if band.manifest == manifest.cid)
 
     def margins(self, checked: CheckedReceipt, record: StageRecord) -> Floats:
         """[out]: the margin of each token. record: of the last stage.
 
-        Raises ForgedRecordError for rows that it did not sign for, AuditError.
+        Raises ForgedRecordError for rows that it did not sign for, AuditError for an answer that cannot be drawn again;
+        as loading a head does.
         """
-        last = checked.statements[-1]
+        return margins_of(checked.receipt, checked.opening, self._rows(checked, record), self._head())
+
+    def audit(self, checked: CheckedReceipt, record: StageRecord, now_ms: int) -> Redrawn:
+        """The verdict about the tokens of this answer: "uncalibrated" where no band is of both profiles.
+
+        Raises as `margins` does.
+        """
+        said, rows = checked.statements[-1], self._rows(checked, record)
+        known = [band for band in self._bands if band.prover == said.profile]
+        head = self._head() if known else None
+        band = next((band for band in known if head and band.auditor == head.profile), None)
+        if band is None or head is None:
+            return self._verdict(checked, None, None, now_ms)
+        found = judge_draws(margins_of(checked.receipt, checked.opening, rows, head), band)
+        return self._verdict(checked, band, found, now_ms)
+
+    def _rows(self, checked: CheckedReceipt, record: StageRecord) -> Rows:
+        receipt, last = checked.receipt, checked.statements[-1]
+        if receipt.attempt:
+            # What it drew before, it drew from rows of other batches; they differ from these by more than a head does.
+            raise AuditError(
+                f"it was begun anew (attempt {receipt.attempt}): nobody signed for all rows it is drawn of"
+            )
         if last.stop != self._manifest.n_layers:  # as check_against_manifest has it; not every client asks for that
             raise AuditError(
                 f"the stages end at layer {last.stop} of {self._manifest.n_layers}: nothing is drawn there"
             )
         _, sent = opened(last, record, self._manifest)
-        return margins_of(checked.receipt, checked.opening, sent, self._head)
+        return sent
 
-    def audit(self, checked: CheckedReceipt, record: StageRecord, now_ms: int) -> Redrawn:
-        """The verdict about the tokens of this answer. Raises as `margins` does, and AuditError where no band is."""
-        receipt, said = checked.receipt, checked.statements[-1]
-        band = self._bands.get(said.profile)
-        if band is None:
-            raise AuditError(f"no draws are calibrated of {said.profile[:100]!r} by {self._head.profile[:100]!r}")
-        margins = self.margins(checked, record)
-        found = judge_draws(margins, band)
+    def _verdict(
+        self, checked: CheckedReceipt, band: DrawBand | None, found: DrawJudgement | None, now_ms: int
+    ) -> Redrawn:
+        receipt = checked.receipt
         verdict = DrawVerdict(
             checked.cid,
             receipt.statements[-1],
             receipt.request_hash,
-            (said.node, receipt.node),
-            found.finding,
-            _scaled(found.evidence, MICRO),
-            len(margins),
-            found.differing,
-            found.worst,
-            _scaled(found.margin, PICO),
-            _scaled(found.limit, PICO),
-            band.cid,
+            (checked.statements[-1].node, receipt.node),
+            "uncalibrated" if found is None else found.finding,
+            0 if found is None else scaled(found.evidence, MICRO),
+            len(receipt.out_ids),
+            0 if found is None else found.differing,
+            0 if found is None else found.worst,
+            0 if found is None else scaled(found.margin, PICO),
+            0 if found is None else scaled(found.limit, PICO),
+            None if band is None else band.cid,
             self._signer.public,
             receipt.epoch,
             now_ms,
         )
         return Redrawn(verdict, verdict.seal(self._signer), found)
-
-
-def _key(f: Fields, name: str) -> PublicKey:
-    return PublicKey(f.data(name, KEY_BYTES, KEY_BYTES))
-
-
-def _scaled(value: float, unit: int) -> int:
-    """Rounded up; what is beyond the largest, infinities too, is the largest."""
-    scaled = value * unit
-    return MAX_PICO if not scaled < MAX_PICO else -int(-scaled // 1)

@@ -25,15 +25,21 @@ from shard_tools.manifest import Manifest
 from shard_tools.store.block_store import BlockStore
 
 _DTYPES: tuple[ActivationDtype, ...] = ("bfloat16", "float16", "float32")
+_SPARE_BITS = {"bfloat16": 16, "float16": 13, "float32": 0}  # of a float32's 23 of mantissa
 REPLAY_PAGE = 64  # positions; a replay has its pages to itself, so their size matters to nobody
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What a stage should have sent. profile: of whoever computed it, as calibrations name it."""
+    """What a stage should have sent. profile: of whoever computed it, as calibrations name it.
+
+    nudged: the same from rows whose values, before each layer but that of the token ids, differ in the last bit of the
+    dtype they are sent in; None if there is no such layer. So far do these very rows carry rounding.
+    """
 
     rows: Rows
     profile: str
+    nudged: Rows | None = None
 
 
 def opened(statement: StageStatement, record: StageRecord, manifest: Manifest) -> tuple[ActivationDtype, Rows]:
@@ -87,17 +93,29 @@ def replay(
     rows = list(received)
     if start and options.dtype != dtype:
         rows = [floats_of(r, dtype, manifest.hidden_size).astype("<f4").tobytes() for r in rows]
-    profile = ""
+    nudge = stop > max(start, 1)  # else nothing but token ids goes into a layer
+    profile, n = "", len(rows)
     for layer in range(start, stop):
         engine = load_layers(store, manifest, layer, layer + 1, replace(options, page_size=REPLAY_PAGE))
         size = 4 if layer == 0 else manifest.hidden_size * (4 if options.dtype == "float32" else 2)
         engine.reserve(max(-(-len(r) // size // REPLAY_PAGE) for r in rows), 1)
+        if nudge and layer:
+            rows = rows[:n] + [_nudged(r, dtype, options.dtype) for r in rows[-n:]]
         try:
             rows = [bytes(engine.run(whole_pass(len(r) // size), memoryview(r)).hidden) for r in rows]
         except ProtocolError as e:
             raise AuditError(f"the rows that were received cannot be computed from: {e}") from e
         profile = engine.profile.description
-    return [Replayed(floats_of(r, options.dtype, manifest.hidden_size), profile) for r in rows]
+    found = [floats_of(r, options.dtype, manifest.hidden_size) for r in rows]
+    nudged: Sequence[Rows | None] = found[n:] if len(found) > n else [None] * n
+    return [Replayed(own, profile, other) for own, other in zip(found[:n], nudged, strict=True)]
+
+
+def _nudged(rows: bytes, dtype: ActivationDtype, computed_in: ActivationDtype) -> bytes:
+    """Each value with the other last bit, as `dtype` writes it: off by some rounding, this way or that."""
+    if computed_in == "float32":
+        return (np.frombuffer(rows, "<u4") ^ (1 << _SPARE_BITS[dtype])).astype("<u4").tobytes()
+    return (np.frombuffer(rows, "<u2") ^ 1).astype("<u2").tobytes()
 
 
 def _root(boundary: Boundary, rows: bytes) -> bytes:

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from serve_app.audit.verdict import MICRO, Verdict
+from serve_app.audit.tail import MICRO
+from serve_app.audit.verdict import Verdict
 
 SUSPECT_EVIDENCE = 10_000.0  # by one owner: crossed by an honest node once in 10,000 audits, and then cleared again
 CLEARED = 20  # passes by others than who accused, before a suspect is trusted again

@@ -81,5 +81,11 @@ def fit(tokens: int, errors: Floats) -> Tail:
     )
 
 
+def scaled(value: float, unit: int) -> int:
+    """In whole units, rounded up; what is beyond the largest, infinities too, is the largest."""
+    many = value * unit
+    return MAX_PICO if not many < MAX_PICO else math.ceil(many)
+
+
 def _pico(value: float) -> int:
     return min(math.ceil(value * PICO), MAX_PICO)

@@ -21,7 +21,7 @@ from typing import Literal, cast
 
 from serve_app.audit.calibration import Calibration
 from serve_app.audit.error import Floats, window_means
-from serve_app.audit.tail import MAX_PICO, PICO, Tail
+from serve_app.audit.tail import MAX_PICO, MICRO, PICO, Tail, scaled
 from serve_app.receipts.identity import MAX_EPOCH, MAX_TIME
 from serve_app.receipts.statement import HASH_BYTES, MAX_ROWS, MAX_STAGES, StageStatement
 from shard_tools import canonical
@@ -44,7 +44,6 @@ SUSPECT_P, FAULT_P = 1e-4, 1e-6
 GUARD = 1.25
 _KAPPA = 0.5  # of e = kappa * p ** (kappa - 1), an e-value of any p-value: Vovk and Wang 2021
 _LEAST_P = 1e-12
-MICRO = 10**6
 _COMMIT_TAG = b"llmd.verdict.v2\0"
 SALT_BYTES = 32
 
@@ -132,12 +131,12 @@ class Verdict:
             stage,
             node,
             judgement.finding,
-            _scaled(judgement.p, PICO),
-            _scaled(judgement.evidence, MICRO),
+            scaled(judgement.p, PICO),
+            scaled(judgement.evidence, MICRO),
             judgement.first,
             judgement.tokens,
-            _scaled(judgement.error, PICO),
-            _scaled(judgement.limit, PICO),
+            scaled(judgement.error, PICO),
+            scaled(judgement.limit, PICO),
             rows,
             calibration,
             auditor,
@@ -176,8 +175,8 @@ class Verdict:
             said.stage,
             said.node,
             "equal" if first_unequal is None else "unequal",
-            _scaled(p, PICO),
-            _scaled(_e_value(p), MICRO),
+            scaled(p, PICO),
+            scaled(_e_value(p), MICRO),
             first_unequal or 0,
             said.n_rows if first_unequal is None else 1,
             0,
@@ -273,9 +272,3 @@ def commit(verdict: Verdict, salt: bytes) -> bytes:
 def revealed(commitment: bytes, verdict: Verdict, salt: bytes) -> bool:
     """Whether this verdict is the one that was committed to."""
     return len(salt) == SALT_BYTES and commit(verdict, salt) == commitment
-
-
-def _scaled(value: float, unit: int) -> int:
-    """Rounded up; what is beyond the largest, infinities too, is the largest."""
-    scaled = value * unit
-    return MAX_PICO if not scaled < MAX_PICO else -int(-scaled // 1)

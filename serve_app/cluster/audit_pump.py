@@ -28,7 +28,7 @@ class AuditPump:
         """spec: what the Head leads now; where its stages are, an auditor must know."""
         self._desk, self._spec = desk, spec
         self._auditor: Any | None = None
-        self._drawn: list[tuple[Drawn, str]] = []  # with the name of the stage's actor
+        self._drawn: list[tuple[Drawn, tuple[str, ...]]] = []  # with the names of the stages' actors
 
     async def run(self) -> None:
         """Never ends."""
@@ -53,8 +53,8 @@ class AuditPump:
         outgoing = self._desk.outgoing()
         async with asyncio.timeout(_CALL_S):
             root, settled = await self._auditor.note.remote(outgoing)
-        places = self._spec().plan.places
-        self._drawn += [(one, places[one.stage].actor) for one in self._desk.said(outgoing, root, settled)]
+        actors = tuple(place.actor for place in self._spec().plan.places)
+        self._drawn += [(one, actors) for one in self._desk.said(outgoing, root, settled)]
         del self._drawn[:-_MAX_DRAWN]
         if self._drawn:
             drawn = list(self._drawn)

@@ -39,6 +39,7 @@ class AuditorSpec:
     trusted: TrustPolicy
     store: Path | Choice
     calibrations: tuple[Cid, ...]
+    bands: tuple[Cid, ...]  # of draws
     threads: int
     state_dir: Path
     operator: PublicKey  # signs the registry that receipts rest on
@@ -63,6 +64,7 @@ def auditor_spec(config: AppConfig, spec: HeadSpec) -> AuditorSpec:
         trusted=stage.trusted,
         store=stage.store,
         calibrations=tuple(Cid.parse(text) for text in config.audit.calibration),
+        bands=tuple(Cid.parse(text) for text in config.audit.band),
         threads=config.audit.threads,
         state_dir=spec.state_dir,
         operator=spec.registry.key,

@@ -16,6 +16,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from serve_app.audit.book import StandingBook, asked_to_readmit
+from serve_app.audit.draw_verdict import DRAW_VERDICT_TYPE, DrawVerdict
 from serve_app.audit.office import News
 from serve_app.audit.verdict import HARMLESS, MAX_VERDICT_BYTES, Verdict
 from serve_app.cluster.audit_specs import AUDITOR, FOLDER, OWNER, AuditorSpec, auditor_spec, nodes_of
@@ -156,9 +157,16 @@ class AuditWatch:
 
     def _hear(self, book: StandingBook, news: News, auditor: PublicKey) -> None:
         before = book.of(news.node)
+        sealed = None
         if news.verdict:
             value = canonical.decode(news.verdict, max_bytes=2 * MAX_VERDICT_BYTES)
             sealed = Envelope.from_value(value, "verdict", MAX_VERDICT_BYTES)
+        if sealed is not None and sealed.payload_type == DRAW_VERDICT_TYPE:
+            said = DrawVerdict.open(sealed, frozenset((auditor,)))
+            if said.finding == "sampler":
+                _log.error("tokens of request %s, drawn again: %s", said.request_hash.hex(), said.summary)
+            after = before  # it was one of two nodes, and nothing says which
+        elif sealed is not None:
             verdict = Verdict.open(sealed, frozenset((auditor,)))
             after = book.judged(verdict, OWNER)
             if verdict.finding not in HARMLESS:

@@ -1,7 +1,8 @@
-"""The auditor as a Ray actor: logs receipts, fetches the rows of what was drawn, computes one stage of it again.
+"""The auditor as a Ray actor: logs receipts, fetches the rows of what was drawn, computes and draws it again.
 
-Detached and restartable: its log and its verdicts are on disk, and what it had in memory is lost, which it says. It
-yields to all else on its host, and does one audit at a time. Nobody waits for it: a Head notes, draws and goes on.
+Detached and restartable: its log, its verdicts and what it found of the latest answers are on disk; receipts, and what
+waited, were in memory and are lost, which it says. It yields to all else on its host, and does one audit at a time.
+Nobody waits for it: a Head notes, draws and goes on.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from serve_app.audit.band import MAX_BAND_BYTES, DrawBand
 from serve_app.audit.calibration import MAX_CALIBRATION_BYTES, Calibration
 from serve_app.audit.desk import Drawn, Outgoing
 from serve_app.audit.exactness import PROFILE
@@ -29,6 +33,7 @@ from serve_app.errors import AuditError, PipelineError
 from serve_app.receipts.statement import StageStatement
 from shard_tools.canonical import Value
 from shard_tools.catalog import open_record
+from shard_tools.cid import Cid
 from shard_tools.errors import LlmdError
 from shard_tools.index.model_index import ModelRecord
 from shard_tools.signing import PublicKey, Signer, key_text
@@ -36,6 +41,8 @@ from shard_tools.signing import PublicKey, Signer, key_text
 if TYPE_CHECKING:
     from serve_app.audit.auditor import Auditor
     from serve_app.audit.exact import ExactReplay
+    from serve_app.audit.redraw import Redrawer
+    from serve_app.engine.load import LoadOptions
 
 _log = logging.getLogger(__name__)
 _NICE = 10  # it competes with stages for the same cores
@@ -54,8 +61,12 @@ class _AuditorProcess:
         self._manifest = open_record(ModelRecord(spec.manifest, spec.signature), self._store, spec.trusted)
         self._signer = Signer.load_or_create(spec.state_dir / "auditor.key")
         (spec.state_dir / "auditor.pub").write_text(key_text(self._signer.public) + "\n")
-        self._office = AuditOffice(spec.state_dir / FOLDER, self._signer, spec.operator, self._make)
-        self._queue: asyncio.Queue[tuple[Drawn, str, StageStatement]] = asyncio.Queue(_MAX_QUEUED)
+        self._office = AuditOffice(
+            spec.state_dir / FOLDER, self._signer, spec.operator, self._make, self._make_redrawer
+        )
+        self._queue: asyncio.Queue[tuple[Drawn, tuple[str, ...], tuple[StageStatement, ...]]] = asyncio.Queue(
+            _MAX_QUEUED
+        )
         self._replays = ThreadPoolExecutor(1, "replay")
         self._logs = ThreadPoolExecutor(1, "log")  # a disk must not hold up who asks
         self._work: asyncio.Task[None] | None = None
@@ -76,21 +87,23 @@ class _AuditorProcess:
         settled, self._office.settled = self._office.settled, []
         return root, settled
 
-    async def audit(self, drawn: list[tuple[Drawn, str]]) -> None:
-        """These are to be audited; the rows are asked to be kept at once. With each, the name of its stage's actor."""
-        for one, actor in drawn:
+    async def audit(self, drawn: list[tuple[Drawn, tuple[str, ...]]]) -> None:
+        """These are to be audited; rows are asked to be kept at once. With each, the names of all stages' actors."""
+        for one, actors in drawn:
             try:
-                said = self._office.begin(one)
+                wanted = self._office.begin(one)
             except LlmdError as e:
                 _log.warning("%s is not audited: %s", one.id, e)
                 continue
-            stage = await self._aside(self._logs, find_actor, actor)
-            if stage is not None:
-                stage.hold.remote(said.request_hash, said.attempt, one.certain)
-            try:
-                self._queue.put_nowait((one, actor, said))
-            except asyncio.QueueFull:
-                self._office.gave_nothing(one, said.node, f"{_MAX_QUEUED} audits wait before it", refused=False)
+            if self._queue.full():
+                for said in wanted:
+                    self._give_up(one, said, f"{_MAX_QUEUED} audits wait before it")
+            elif wanted:
+                self._queue.put_nowait((one, actors, wanted))  # first, since it is begun once whatever comes now
+                for said in wanted:
+                    stage = await self._find(actors, said)
+                    if stage is not None:
+                        stage.hold.remote(said.request_hash, said.attempt, one.certain)
 
     async def news(self, after: int) -> tuple[PublicKey, list[News], dict[str, Value]]:
         """Its key, what came of audits since news number `after`, and how it does."""
@@ -104,45 +117,59 @@ class _AuditorProcess:
     def _make(self) -> Auditor:
         # torch takes seconds to import: not in the Supervisor, which knows this class, nor before there is a need.
         from serve_app.audit.auditor import Auditor
-        from serve_app.engine.engines import TORCH
-        from serve_app.engine.load import LoadOptions
 
-        calibrations = []
-        for cid in self._spec.calibrations:
-            data = self._store.get(cid)
-            if len(data) > MAX_CALIBRATION_BYTES:
-                raise AuditError(f"calibration {cid} has {len(data)} bytes, more than {MAX_CALIBRATION_BYTES}")
-            calibrations.append(Calibration.decode(data))
-        options = LoadOptions("cpu", "float32", _PAGE_SIZE, self._spec.threads, engine=TORCH)
-        return Auditor(self._store, self._manifest, options, calibrations, self._signer, self._exact)
+        blocks = self._blocks(self._spec.calibrations, MAX_CALIBRATION_BYTES)
+        known = [Calibration.decode(data) for data in blocks]
+        return Auditor(self._store, self._manifest, self._options(), known, self._signer, self._exact)
 
     def _learn_profile(self) -> None:
         """What it repeats bits by, if stages fix theirs. In the thread that replays: threads are counted there."""
         from serve_app.audit.exact import ExactReplay
-        from serve_app.engine.engines import TORCH
-        from serve_app.engine.load import LoadOptions
 
         fixed = self._spec.exact
         if fixed is None:
             return
-        options = LoadOptions("cpu", fixed.dtype, _PAGE_SIZE, fixed.threads, engine=TORCH, deterministic=True)
+        options = replace(self._options(), dtype=fixed.dtype, threads=fixed.threads, deterministic=True)
         try:
             exact = ExactReplay(self._store, self._manifest, options)
             self._exact_profile, self._exact = exact.profile, exact
         except Exception:  # it audits by calibration all the same
             _log.exception("no answer can be exact: the auditor does not know what it computes by")
 
+    def _make_redrawer(self) -> Redrawer:
+        from serve_app.audit.redraw import Redrawer
+        from serve_app.engine.load import load_head
+
+        bands = [DrawBand.decode(data) for data in self._blocks(self._spec.bands, MAX_BAND_BYTES)]
+        # Loaded for each answer, as a stage's layers are: 2 GB of a large vocabulary are not kept between them.
+        options = self._options()
+        return Redrawer(self._manifest, lambda: load_head(self._store, self._manifest, options), bands, self._signer)
+
+    def _options(self) -> LoadOptions:
+        from serve_app.engine.engines import TORCH
+        from serve_app.engine.load import LoadOptions
+
+        return LoadOptions("cpu", "float32", _PAGE_SIZE, self._spec.threads, engine=TORCH)
+
+    def _blocks(self, cids: tuple[Cid, ...], max_bytes: int) -> Iterator[bytes]:
+        for cid in cids:
+            data = self._store.get(cid)
+            if len(data) > max_bytes:
+                raise AuditError(f"{cid}, of honest stages or draws, has {len(data)} bytes, more than {max_bytes}")
+            yield data
+
     async def _audit_all(self) -> None:
         while True:
-            one, actor, said = await self._queue.get()
-            try:
-                await self._audit(one, actor, said)
-            except Exception as e:
-                _log.exception("an audit ended in an error")
-                self._give_up(one, said, f"{type(e).__name__}: {e}")
+            one, actors, wanted = await self._queue.get()
+            for said in wanted:  # one after another: the rows of one stage at a time are in memory
+                try:
+                    await self._audit(one, actors, said)
+                except Exception as e:
+                    _log.exception("an audit ended in an error")
+                    self._give_up(one, said, f"{type(e).__name__}: {e}")
 
-    async def _audit(self, one: Drawn, actor: str, said: StageStatement) -> None:
-        stage = await self._aside(self._logs, find_actor, actor)
+    async def _audit(self, one: Drawn, actors: tuple[str, ...], said: StageStatement) -> None:
+        stage = await self._find(actors, said)
         if stage is None:
             self._give_up(one, said, "the stage's process is gone")
             return
@@ -152,14 +179,19 @@ class _AuditorProcess:
             self._give_up(one, said, f"the stage did not answer: {type(e).__name__}")
             return
         except PipelineError as e:
-            self._office.gave_nothing(one, said.node, str(e), refused=True)
+            self._office.gave_nothing(one, said, str(e), refused=True)
             return
         if shown is None:
             # Rows of what was promised are set aside, so that there is no excuse; others may have made room.
-            self._office.gave_nothing(one, said.node, "the stage does not have its rows any more", refused=one.certain)
+            self._office.gave_nothing(one, said, "the stage does not have its rows any more", refused=one.certain)
             return
-        await self._aside(self._replays, self._office.judge, one, shown)
+        await self._aside(self._replays, self._office.judge, one, said.stage, shown)
         stage.release.remote(said.request_hash, said.attempt)
+
+    async def _find(self, actors: tuple[str, ...], said: StageStatement) -> Any | None:
+        """The actor of this stage, as far as it is known; None if it is gone."""
+        name = actors[said.stage] if said.stage < len(actors) else None
+        return None if name is None else await self._aside(self._logs, find_actor, name)
 
     async def _fetch(self, stage: Any, said: StageStatement) -> bytes | None:
         data, most = bytearray(), most_bytes(said.n_rows, self._manifest.hidden_size)
@@ -176,7 +208,7 @@ class _AuditorProcess:
 
     def _give_up(self, one: Drawn, said: StageStatement, why: str) -> None:
         try:
-            self._office.gave_nothing(one, said.node, why, refused=False)
+            self._office.gave_nothing(one, said, why, refused=False)
         except LlmdError as e:
             _log.warning("%s: %s", one.id, e)
 

@@ -316,6 +316,7 @@ class StageHost:
         stage, spec = self._stage, self._spec
         if self._engine is None or spec is None:
             return {}
+        overdue = stage.progress.overdue() if stage else None
         return {
             "stage": spec.stage,
             "layers": [spec.start, spec.stop],
@@ -329,6 +330,7 @@ class StageHost:
             "steps": stage.steps if stage else 0,
             "past_host": list(self._past_host),
             "busy_ms": int(stage.busy_s * 1000) if stage else 0,
+            "overdue": overdue.to_value() if overdue else None,
             "rows_hashed": stage.witness.rows_hashed if stage else 0,
             "rows_reused": stage.witness.rows_reused if stage else 0,
             "rows_abandoned": stage.witness.rows_abandoned if stage else 0,

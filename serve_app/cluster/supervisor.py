@@ -38,6 +38,7 @@ from serve_app.cluster.version import find_record
 from serve_app.cluster.wiring import HEAD
 from serve_app.config import AppConfig
 from serve_app.errors import NoRoomError, PipelineError, ReplacedError
+from serve_app.pipeline.progress import hanging
 from serve_app.transport.link import LinkAddress
 from shard_tools.canonical import Value
 from shard_tools.errors import LlmdError
@@ -272,6 +273,9 @@ class _SupervisorProcess:
             asking.cancel()
             asking = asyncio.ensure_future(self._dead(group, named))
         dead, stages = await asking
+        if not dead and (hung := hanging(stages)) is not None:  # it answers, but what it computes does not come
+            await self._repair(group, frozenset({f"stage {hung[0]}"}), hung[1])
+            return
         if not (dead or ended) and await self._spreads_again(group):
             await self._lose("there is room for all stages again")
             return

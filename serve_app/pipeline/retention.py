@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -22,6 +22,7 @@ from serve_app.messages.step import SEAL, StepPlan
 
 # How long a draw may take to come, and a drawn record to be fetched: a verdict is due 60 s after the answer.
 HOLD_S = 60.0
+_MAX_SPENT = 4096  # records; many may share one page
 
 
 @dataclass(slots=True)
@@ -53,6 +54,9 @@ class Retention:
         self._open: dict[int, _Record] = {}
         self._closed: OrderedDict[tuple[bytes, int], _Record] = OrderedDict()  # by the time of closing
         self._by_page: dict[int, _Page] = {}  # what lies in each KV page now
+        # Records that nobody asks for any more. Their pages go first when room is needed; until then they are the rows
+        # of what may yet open behind them.
+        self._spent: deque[_Record] = deque()
         self.bytes = 0
         self.unauditable = 0  # sealed requests whose rows were not there, or went before a draw could ask for them
         self.timed_out = 0  # promised ones that nobody released in time
@@ -60,7 +64,7 @@ class Retention:
     def begin(self, stage: int, page_size: int) -> None:
         """This Stage begins, whose engine knows no sequence. What the same one sealed before stays."""
         with self._lock:
-            gone = list(self._open.values())
+            gone = [*self._open.values(), *self._spent]
             if stage != self._stage:
                 gone += self._closed.values()
                 self._closed.clear()
@@ -68,6 +72,7 @@ class Retention:
                 self._drop(record)
             self._stage, self._page_size = stage, page_size
             self._open.clear()
+            self._spent.clear()
             self._by_page.clear()
 
     def saw(self, plan: StepPlan, output: StepOutput | None) -> None:
@@ -119,7 +124,7 @@ class Retention:
         with self._lock:
             record = self._closed.pop((request, attempt), None)
             if record is not None:
-                self._drop(record)
+                self._spend(record)
 
     def _take(self, plan: StepPlan, output: StepOutput) -> None:
         size, rows = self._page_size, plan.rows
@@ -166,9 +171,12 @@ class Retention:
         record.pages.append(page)
 
     def _make_room(self, wanted: int, asking: _Record) -> bool:
-        """Drop the oldest that nobody drew until there is room: closed ones first, then open ones."""
+        """Drop the oldest that nobody drew until there is room: spent ones first, then closed ones, then open ones."""
         now = self._clock()
         while self.bytes + wanted > self._max_bytes:
+            if self._spent:
+                self._drop(self._spent.popleft())
+                continue
             key = next((k for k, r in self._closed.items() if r.held_until_s <= now), None)
             if key is not None:
                 record = self._closed.pop(key)
@@ -186,7 +194,7 @@ class Retention:
 
     def _close(self, record: _Record, rows: int, sealed: bool) -> None:
         if not sealed:
-            self._drop(record)
+            self._spend(record)
             return
         if record.lost or record.rows < rows:
             self.unauditable += 1
@@ -197,6 +205,11 @@ class Retention:
         if before is not None:
             self._drop(before)
         self._closed[record.request, record.attempt] = record
+
+    def _spend(self, record: _Record) -> None:
+        self._spent.append(record)
+        if len(self._spent) > _MAX_SPENT:
+            self._drop(self._spent.popleft())
 
     def _lose(self, record: _Record | None) -> None:
         if record is not None:

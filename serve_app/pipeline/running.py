@@ -18,7 +18,7 @@ from shard_tools.canonical import Value
 from shard_tools.cid import Cid
 from shard_tools.signing import Envelope
 
-_ATTEMPTS = 1 << 10  # of one Head: those of the next begin above, so that no two of a request have one number
+ATTEMPTS = 1 << 10  # of one Head: those of the next begin above, so that no two of a request have one number
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class Running:
 
     def go_on(self, begun: Begun) -> None:
         """Behind what it had drawn with another Head. reason: if that is all."""
-        self.tokens, self.attempt = list(begun.drawn), begun.times * _ATTEMPTS
+        self.tokens, self.attempt = list(begun.drawn), begun.times * ATTEMPTS
         if begun.stopped or (begun.drawn and begun.drawn[-1] in self.request.stop_ids):
             self.reason = "stop"
         elif len(begun.drawn) == self.request.max_tokens:

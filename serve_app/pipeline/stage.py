@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from serve_app.engine.engine import Engine, Launched, Lent
 from serve_app.errors import PipelineError
 from serve_app.messages.step import NO_STEP, Fault, Reply, StepPlan, StepResult, encode_reply, forgetting_plan
+from serve_app.pipeline.progress import FLOOR_S, GPU_FLOOR_S, Progress
 from serve_app.pipeline.retention import Retention
 from serve_app.pipeline.witness import StageSpan, Witness
 from serve_app.receipts.statement import StatementChain
@@ -71,6 +72,7 @@ class Stage:
         self.witness = Witness(span, chain, self._reply, page_size=page_size, hashed=hashed, retention=self.retention)
         self._inbox: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUED)
         self._flights: queue.Queue[_Flight | None] = queue.Queue(MAX_LAUNCHED)
+        self.progress = Progress(FLOOR_S if engine.profile.device == "cpu" else GPU_FLOOR_S)
         self.steps = 0
         self.busy_s = 0.0  # with at least one step launched and not ended, for `llmd status`
         self._busy_until = 0.0
@@ -134,7 +136,8 @@ class Stage:
             return  # of a pipeline that was: its Head no longer counts on an answer
         began = time.perf_counter()
         try:
-            flight = _Flight(plan, self._engine.launch(plan, rows), None, began)
+            with self.progress.computing(plan.step, plan.rows):
+                flight = _Flight(plan, self._engine.launch(plan, rows), None, began)
             self._open.update(plan.opens["seq"].tolist())
         except Exception as e:
             # Its rows are lost, but sequences that only end or wait for a signature in it must not be. The Head is told
@@ -152,7 +155,8 @@ class Stage:
             self._hand_on(flight.plan, flight.launched.lent)
         else:  # what does not fit into an inbox goes through the host, and is waited for here
             try:
-                rows: Rows | None = flight.launched.result().hidden
+                with self.progress.computing(flight.plan.step, flight.plan.rows):
+                    rows: Rows | None = flight.launched.result().hidden
             except Exception:
                 rows = None  # who collects it says why
             self._hand_on(flight.plan, rows)
@@ -181,7 +185,8 @@ class Stage:
         if flight.failed is not None:
             self._failed(plan, flight.failed)
         try:
-            out = flight.launched.result()
+            with self.progress.computing(plan.step, plan.rows, flight.began):
+                out = flight.launched.result()
         except Exception as e:
             self._failed(plan, e)
             failed = True

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cold_start, exact_windows, prefill, prefix_cache, receipts_cost, speculate
+from benchmarks import cold_start, exact_windows, localisation, prefill, prefix_cache, receipts_cost, speculate
 from benchmarks.models import PublishedModel, published
 from benchmarks.transformers_peer import generate_batch
 from benchmarks.workload import poisson
@@ -31,6 +31,8 @@ def test_receipts_are_left_out_of_one_pipeline_and_not_of_the_other(model: Publi
 def test_receipts_of_44_and_of_2000_rows_are_checked(model: PublishedModel) -> None:
     kept = asyncio.run(receipts_cost.keeping(model, 2, rounds=2, n=3, tokens=6))
     assert 0 < kept["retention_share_of_cpu_percent"] < 100 and kept["retained_bytes_per_stage"] > 0
+    cost = asyncio.run(receipts_cost.auditing(model, 2, n=2, tokens=6))
+    assert cost["served_cpu_ms_a_row"] > 0 < cost["audited_cpu_ms_a_row"]
     times = asyncio.run(receipts_cost.check_times(model, repeats=3))
     assert set(times) == {"44_rows", "2000_rows"}
     assert 0 < times["44_rows"]["p50"] < times["2000_rows"]["p50"]
@@ -81,3 +83,10 @@ def test_the_parts_of_a_cold_start_add_up(model: PublishedModel) -> None:
 def test_the_peer_answers_every_request() -> None:
     figures = generate_batch("tiny", poisson(None, 3, "8", "6", 0))
     assert (figures["errors"], figures["answer_tokens"]) == (0, 18)
+
+
+def test_every_culprit_is_blamed_and_nobody_else(capsys: pytest.CaptureFixture[str]) -> None:
+    """A sample of the ten thousand; what was not as it should be is printed."""
+    seen = localisation.tallied(120, seed=1)
+    assert seen["right"] == 120, capsys.readouterr().out
+    assert seen["resumed"] and seen["rows_reused"]

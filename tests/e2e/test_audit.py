@@ -17,13 +17,17 @@ import httpx
 import pytest
 
 from serve_app.audit.auditor import Auditor
+from serve_app.audit.band import calibrate_draws
 from serve_app.audit.calibration import calibrate
+from serve_app.audit.draw_verdict import DrawVerdict
+from serve_app.audit.redraw import Redrawer
 from serve_app.audit.verdict import Verdict
 from serve_app.engine.engines import TORCH
-from serve_app.engine.load import LoadOptions
+from serve_app.engine.load import LoadOptions, load_head
 from serve_app.receipts.bundle import Bundle
 from serve_app.receipts.check import Expected, check
 from serve_app.receipts.log import TreeHead, require_included
+from serve_app.receipts.statement import envelope_cid
 from serve_app.rehearsal import rehearse
 from shard_tools import canonical
 from shard_tools.cid import Cid, Codec
@@ -46,8 +50,8 @@ def plugin(folder: Path) -> Path:
     return folder / "site"
 
 
-def calibrations(folder: Path) -> list[str]:
-    """Of both stages, out of honest requests in this process; blocks of the store."""
+def calibrations(folder: Path) -> dict[str, list[str]]:
+    """Of both stages and of draws, out of honest requests in this process: blocks of the store, by setting."""
     store = DirectoryStore(folder)
     manifest = load_manifest(store, DirectoryIndex(folder).resolve(NAME).manifest)
     prompts = [[3 + (i * 7 + k * (5 + i % 11)) % 100 for k in range(10)] for i in range(16)]
@@ -59,7 +63,11 @@ def calibrations(folder: Path) -> list[str]:
         statements = [r.receipt.statements[stage] for r in honest]
         calibration = calibrate(statements, *replayer.compare(statements, [r.records[stage] for r in honest]))
         made.append(str(store.put(Codec.DAG_CBOR, calibration.encode())))
-    return made
+    head = load_head(store, manifest, LoadOptions("cpu", "float32", 16, 1, engine=TORCH))
+    redrawer = Redrawer(manifest, lambda: head, (), Signer.fresh())
+    margins = [redrawer.margins(r.receipt, r.records[-1]) for r in honest]
+    band = calibrate_draws(manifest.cid, honest[0].receipt.statements[-1].profile, head.profile, margins)
+    return {"calibration": made, "band": [str(store.put(Codec.DAG_CBOR, band.encode()))]}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +80,7 @@ def cluster() -> Iterator[Cluster]:
             "engine": {"kind": "cheat", "attack": "int8", "first": 2, "when": str(root / "cheat")},
         }
         known = calibrations(Path(args["model"]["store"]))
-        args["audit"] |= {"rate": 1.0, "on_request": True, "retain_bytes": 64 << 20, "calibration": known}
+        args["audit"] |= {"rate": 1.0, "on_request": True, "retain_bytes": 64 << 20, **known}
 
     cluster = Cluster(changes)
     path = os.pathsep.join((str(plugin(cluster.root)), str(Path(__file__).parents[2])))
@@ -97,12 +105,13 @@ def ask(cluster: Cluster, i: int, **headers: str) -> httpx.Response:
 
 
 def found(cluster: Cluster, answer: httpx.Response) -> dict[str, Any]:
-    """What an audit found of this answer, in time."""
+    """What an audit found of this answer, of a stage and of its tokens, in time."""
     url = f"{cluster.url}/v1/receipts/{answer.json()['id']}"
 
     def judged() -> bool:
         said = httpx.get(url, timeout=10)
-        return said.status_code == 200 and said.json()["audit"]["verdict"] is not None
+        audit = said.json()["audit"] if said.status_code == 200 else {"verdict": None, "draws": {"verdict": None}}
+        return audit["verdict"] is not None and audit["draws"]["verdict"] is not None
 
     assert eventually(judged, VERDICT_S), httpx.get(url, timeout=10).text
     said: dict[str, Any] = httpx.get(url, timeout=10).json()
@@ -118,10 +127,14 @@ def envelope(text: str) -> Envelope:
 
 
 def test_an_honest_pipeline_passes_and_everything_said_of_it_can_be_checked(cluster: Cluster) -> None:
-    """Every answer is audited, the promised ones say so in their receipts; all of it is in the signed log."""
+    """Every answer is audited, the promised ones say so in their receipts; all of it is in the signed log.
+
+    Of each its tokens are drawn again too, whichever stage was drawn for it.
+    """
     answers = [ask(cluster, i, **({"x-llmd-assurance": "audited"} if i % 2 else {})) for i in range(12)]
     said = [found(cluster, answer) for answer in answers]
     assert {one["audit"]["verdict"]["finding"] for one in said} == {"pass"}
+    assert {one["audit"]["draws"]["verdict"]["finding"] for one in said} == {"pass"}
     assert {one["audit"]["stage"] for one in said} == {0, 1}
     operator = read_public_key(cluster.root / "state" / "operator.pub")
     for i, (answer, one) in enumerate(zip(answers, said, strict=True)):
@@ -132,23 +145,32 @@ def test_an_honest_pipeline_passes_and_everything_said_of_it_can_be_checked(clus
         key = parse_key(one["audit"]["auditor"])
         verdict = Verdict.open(envelope(one["audit"]["verdict"]["signed"]), frozenset((key,)))
         assert verdict.finding == "pass" and verdict.stage == one["audit"]["stage"]
+        sealed = envelope(one["audit"]["draws"]["verdict"]["signed"])
+        draws = DrawVerdict.open(sealed, frozenset((key,)))
+        receipt, tokens = Cid.of(Codec.DAG_CBOR, raw(one["receipt"])), answer.json()["usage"]["completion_tokens"]
+        assert (draws.finding, draws.receipt, draws.tokens) == ("pass", receipt, tokens)
         head = TreeHead.open(envelope(one["log"]["head"]), key)
-        proof = one["log"]["receipt"]
-        entry = bytes(Cid.of(Codec.DAG_CBOR, raw(one["receipt"])))
-        require_included(entry, proof["index"], head, [raw(node) for node in proof["path"]])
+        for what, cid in (("receipt", receipt), ("draws", envelope_cid(sealed))):
+            proof = one["log"][what]
+            require_included(bytes(cid), proof["index"], head, [raw(node) for node in proof["path"]])
     state = audit(cluster)
     assert {node["state"] for node in state["nodes"]} <= {"active"} and state["watched"] == []
     assert state["unaudited"] <= 1  # the first token's own receipt
+    assert state["auditor"]["samplers"] == 0 and eventually(lambda: audit(cluster)["auditor"]["redrawn"] >= 12, 20)
     assert "audit" in cluster.run("llmd", "status", "--url", cluster.url).stdout
 
 
 def test_a_stage_that_begins_to_cheat_is_found_and_nobody_else_blamed(cluster: Cluster) -> None:
-    """Its verdicts are faults, the other stage's passes; the node is a suspect, which one auditor cannot make worse."""
+    """Its verdicts are faults, the other stage's passes; the node is a suspect, which one auditor cannot make worse.
+
+    Its tokens are what its rows give, so drawing them again finds nothing: that is what the stage's own audit is for.
+    """
     (cluster.root / "cheat").touch()
     by_stage: dict[int, set[str]] = {0: set(), 1: set()}
     for i in range(100, 112):
         one = found(cluster, ask(cluster, i))
         by_stage[one["audit"]["stage"]].add(one["audit"]["verdict"]["finding"])
+        assert one["audit"]["draws"]["verdict"]["finding"] == "pass"
     assert by_stage == {0: {"pass"}, 1: {"fault"}}
     assert eventually(lambda: audit(cluster)["watched"] == [0, 1], 20)  # both stages stand on this one node
     (node,) = audit(cluster)["nodes"]

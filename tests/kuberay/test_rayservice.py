@@ -156,7 +156,10 @@ def test_labels_paths_and_counts_agree_within_the_manifest() -> None:
         for container in (*spec["containers"], *spec["initContainers"]):
             assert {m["name"] for m in container["volumeMounts"]} <= volumes
             assert {"requests", "limits"} == set(container["resources"])
-            assert "env" not in container, "secrets are files; nothing else is configured by environment either"
+        # Secrets are files. By environment comes only what Serve takes in no other way, as `llmd serve` gives it.
+        switches = [{"name": name, "value": value} for name, value in app.environment().items() if value != "0"]
+        assert [container.get("env") for container in spec["containers"]] == [switches]
+        assert not any("env" in container for container in spec["initContainers"])
     mounted = {m["mountPath"] for m in groups["ingress"]["template"]["spec"]["containers"][0]["volumeMounts"]}
     assert app.ingress.api_keys is not None and app.ingress.api_keys.file is not None
     for path in (app.model.store, app.ingress.api_keys.file.parent, Path(app.model.trust[0]).parent):

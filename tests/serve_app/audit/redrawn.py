@@ -31,7 +31,7 @@ def head() -> OutputHead:
 
 def redrawer_of(bands: tuple[DrawBand, ...]) -> Redrawer:
     """One that judges by these."""
-    return Redrawer(model()[1], head(), bands, AUDITOR)
+    return Redrawer(model()[1], head, bands, AUDITOR)
 
 
 def redrawn(one: Rehearsed) -> Redrawn:
@@ -44,5 +44,5 @@ def asked(sampling: Sampling, cheat: str | None, count: int) -> list[Rehearsed]:
     """Answers of 24 tokens to other prompts than the band's. cheat: of the last stage, how it draws or computes."""
     cheats = {} if cheat is None else {STAGES - 1: cheat}
     return rehearse(
-        *model(), prompts(80, count), stages=STAGES, options=OPTIONS, tokens=24, cheats=cheats, sampling=sampling
+        *model(), prompts(80, count), stages=STAGES, options=OPTIONS, tokens=24, cheats=cheats, samplings=(sampling,)
     )

@@ -13,8 +13,11 @@ from pathlib import Path
 from serve_app.audit.auditor import Auditor
 from serve_app.audit.calibration import Calibration, calibrate
 from serve_app.audit.exact import ExactReplay
+from serve_app.engine.dishonest import load_cheat
+from serve_app.engine.engine import Engine
 from serve_app.engine.engines import TORCH
-from serve_app.engine.load import LoadOptions
+from serve_app.engine.host_rows import HostRows
+from serve_app.engine.load import LoadOptions, load_engine
 from serve_app.local import LocalLimits, LocalPipeline
 from serve_app.messages.record import StageRecord
 from serve_app.messages.request import (
@@ -29,10 +32,12 @@ from serve_app.pipeline.assurance import NoAudits
 from serve_app.receipts.check import CheckedReceipt, check
 from serve_app.receipts.identity import Session
 from serve_app.rehearsal import Rehearsed, rehearse
+from shard_tools.canonical import Value
 from shard_tools.checkpoint.source import open_checkpoint
 from shard_tools.checkpoint.split import split
 from shard_tools.manifest import Manifest
 from shard_tools.signing import PublicKey, Signer
+from shard_tools.store.block_store import BlockStore
 from shard_tools.store.memory import MemoryStore
 from tests.tiny_models import write_tiny_checkpoint
 
@@ -117,42 +122,54 @@ class House:
 
 
 @functools.cache
-def whole_house(count: int = 2) -> House:
-    """Made once; its stages' sessions are opened anew, as those of a later epoch are."""
-    return asyncio.run(_serve(count, OPTIONS, "signed"))
+def whole_house(count: int = 2, sampling: Sampling = Sampling(0), cheat: str | None = None) -> House:  # noqa: B008
+    """Made once; its stages' sessions are opened anew, as those of a later epoch are. cheat: of the last stage."""
+    return asyncio.run(_serve(prompts(70, count), 9, sampling, cheat, OPTIONS, LocalLimits(n_pages=64)))[0]
 
 
 @functools.cache
 def exact_house() -> House:
-    """One answer whose bits were promised. The promise is the request's alone: this pipeline has no desk."""
-    return asyncio.run(_serve(1, FIXED, "exact"))
+    """One answer whose bits were promised. By the request alone: this pipeline has no desk."""
+    return asyncio.run(_serve(prompts(70, 1), 9, Sampling(0), None, FIXED, LocalLimits(n_pages=64), "exact"))[0]
 
 
-class _Audited(NoAudits):
+class _Granted(NoAudits):
     def admit(self, request: GenerationRequest, *, resumed: bool) -> None:
         """Whatever it asks for."""
 
 
-async def _serve(count: int, options: LoadOptions, assurance: Assurance) -> House:
-    pipeline = LocalPipeline(
-        *model(), stages=STAGES, options=options, limits=LocalLimits(n_pages=64, retain_bytes=1 << 24)
-    )
-    pipeline.head._audits = _Audited()
+def sharing_house(sampling: Sampling) -> tuple[House, dict[str, Value]]:
+    """The same long prompt three times: its beginning is computed once, and what comes is guessed. And its status."""
+    same = [[3 + k % 7 for k in range(40)]] * 3
+    limits = LocalLimits(n_pages=64, prefix_cache=True, speculate=4)
+    return asyncio.run(_serve(same, 48, sampling, None, replace(OPTIONS, page_size=16), limits))
+
+
+async def _serve(
+    asked: Sequence[Sequence[int]],
+    tokens: int,
+    sampling: Sampling,
+    cheat: str | None,
+    options: LoadOptions,
+    limits: LocalLimits,
+    assurance: Assurance = "signed",
+) -> tuple[House, dict[str, Value]]:
+    def load(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> Engine:
+        if cheat is None or stop < manifest.n_layers:
+            return HostRows(load_engine(store, manifest, start, stop, options))
+        return load_cheat(store, manifest, start, stop, options, cheat)
+
+    limits = replace(limits, retain_bytes=1 << 24)
+    pipeline = LocalPipeline(*model(), stages=STAGES, options=options, limits=limits, load=load)
+    pipeline.head._audits = _Granted()
     try:
         answers = []
-        for i, prompt in enumerate(prompts(70, count)):
-            asked = GenerationRequest(
-                RequestId(f"a{i}"),
-                model()[1].cid,
-                tuple(prompt),
-                9,
-                Sampling(0),
-                (),
-                b"",
-                fresh_salt(),
-                assurance=assurance,
+        for i, prompt in enumerate(asked):
+            id, salt = RequestId(f"a{i}"), fresh_salt()
+            request = GenerationRequest(
+                id, model()[1].cid, tuple(prompt), tokens, sampling, (), b"", salt, assurance=assurance
             )
-            (*_, last) = [event async for event in pipeline.generate(asked)]
+            (*_, last) = [event async for event in pipeline.generate(request)]
             assert isinstance(last, FinishedEvent)
             checked = check(last.receipt, pipeline.operator.public, now_s=int(time.time()))
             kept = []
@@ -164,6 +181,6 @@ async def _serve(count: int, options: LoadOptions, assurance: Assurance) -> Hous
             answers.append(Answer(last.receipt, checked, tuple(kept)))
         now_s = int(time.time())
         sessions = tuple(pipeline.node.open_session("stage", 2, now_s, 3600) for _ in range(STAGES))
-        return House(pipeline.operator.public, pipeline.node.key, sessions, tuple(answers))
+        return House(pipeline.operator.public, pipeline.node.key, sessions, tuple(answers)), pipeline.head.status()
     finally:
         pipeline.close()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from serve_app.audit.calibration import fit_tails
 from serve_app.audit.draw import Draw, draw, secret_commitment
-from serve_app.audit.error import channel_sizes, floats_of, whitened_errors, window_means
+from serve_app.audit.error import channel_sizes, eased, floats_of, whitened_errors, window_means
 from serve_app.audit.standing import (
     CLEARED,
     PASSES,
@@ -24,8 +24,8 @@ from serve_app.audit.standing import (
     after_verdict,
     readmitted,
 )
-from serve_app.audit.tail import fit
-from serve_app.audit.verdict import MICRO, Verdict
+from serve_app.audit.tail import MICRO, fit
+from serve_app.audit.verdict import Verdict
 from serve_app.errors import AuditError
 from shard_tools.cid import Cid, Codec
 from shard_tools.signing import PublicKey, Signer
@@ -198,3 +198,8 @@ def test_auditors_are_of_different_owners_and_none_judges_its_own() -> None:
         assert {dict(keys)[k] for k in chosen} == {"y", "z"}
     with pytest.raises(AuditError, match="2 auditors"):
         drawn(0).auditors(keys, "y", 3) if len({o for _, o in keys}) > 3 else drawn(0).auditors(keys[:3], "y", 2)
+
+
+def test_an_error_counts_less_by_how_much_more_than_usual_its_row_carries_rounding() -> None:
+    errors, nudged = np.array([3.0, 3.0, 3.0, np.inf, 3.0]), np.array([0.5, 1.0, 4.0, 4.0, np.inf])
+    assert eased(errors, nudged, 2.0).tolist() == [3, 3, 1.5, np.inf, 0]

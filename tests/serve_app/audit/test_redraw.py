@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -10,16 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.audit.band import FLOOR, DrawBand, calibrate_draws, judge_draws
+from serve_app.audit.draw_verdict import DRAW_VERDICT_TYPE, DrawVerdict
+from serve_app.audit.error import Rows, floats_of
 from serve_app.audit.margin import margin
-from serve_app.audit.redraw import DRAW_VERDICT_TYPE, DrawVerdict
-from serve_app.engine.sampler import Draw
+from serve_app.audit.redraw import Redrawer, margins_of
+from serve_app.engine.output_head import OutputHead
+from serve_app.engine.penalties import Penalties
+from serve_app.engine.sampler import Draw, SequenceDraw
 from serve_app.errors import AuditError, ForgedRecordError
+from serve_app.messages.controls import Controls
 from serve_app.messages.request import MICRO, Sampling
+from serve_app.receipts.commitment import noise_key
 from shard_tools import canonical
+from shard_tools.cid import Cid, Codec
 from shard_tools.errors import FormatError, SignatureError
 from shard_tools.signing import Envelope
-from tests.serve_app.audit.redrawn import NOW_MS, asked, band, redrawer_of, redrawn
-from tests.serve_app.audit.rehearsed import AUDITOR, OTHER, answered, honest, model
+from tests.serve_app.audit.redrawn import NOW_MS, asked, band, head, redrawer_of, redrawn
+from tests.serve_app.audit.rehearsed import AUDITOR, OTHER, answered, honest, model, sharing_house
 
 KEY = bytes(range(8))
 RNG = np.random.default_rng
@@ -91,6 +99,16 @@ def test_honest_draws_pass_whatever_was_asked_for() -> None:
             assert (found.verdict.finding, found.judgement.differing) == ("pass", 0), sampling
 
 
+def test_shared_beginnings_and_guesses_are_drawn_from_rows_that_were_signed_for() -> None:
+    """Rows of the beginning are another request's; tokens behind guesses come of rows that lie beside void ones."""
+    two = (3, 98 * MICRO), (4, 100 * MICRO)  # long runs of one, then of the other: most guesses are right
+    house, status = sharing_house(Sampling(seed=4, logit_bias=two))
+    assert status["cached_tokens"] == 2 * 32 and 0 < int(str(status["guesses_right"])) < int(str(status["guesses"]))
+    for answer in house.answers:
+        found = redrawer_of((band(),)).audit(answer.checked, answer.records[-1], NOW_MS)
+        assert found.judgement is not None and (found.verdict.finding, found.judgement.differing) == ("pass", 0)
+
+
 def test_another_seed_in_the_receipt_is_found() -> None:
     """The tokens are those of the seed that was asked for, and of no other."""
     (one,) = answered()
@@ -111,21 +129,90 @@ def test_the_last_token_is_looked_at_too() -> None:
 
 
 def test_what_cannot_be_drawn_again_gets_no_verdict() -> None:
-    """Forged rows, no band, a band of another profile, ids of no vocabulary, rows that are none of its tokens."""
+    """Forged rows, stages that end early, an answer begun anew, rows that are none of its tokens: nothing is said."""
     (one,) = answered()
     record, checked = one.records[-1], one.receipt
     with pytest.raises(ForgedRecordError):
         redrawn(dataclasses.replace(one, records=(dataclasses.replace(record, sent=bytes(len(record.sent))),)))
-    for bands in ((), (dataclasses.replace(band(), auditor="x"),), (dataclasses.replace(band(), prover="x"),)):
-        with pytest.raises(AuditError, match="no draws are calibrated"):
-            redrawer_of(bands).audit(checked, record, NOW_MS)
     short = dataclasses.replace(checked, statements=checked.statements[:1])
     with pytest.raises(AuditError, match="end at layer 2 of 4"):
         redrawer_of((band(),)).audit(short, one.records[0], NOW_MS)
-    for out_ids, match in (((1 << 20,) * 14, "vocabulary"), ((1, 2), "one less"), ((), "one less")):
-        lie = dataclasses.replace(checked, receipt=dataclasses.replace(checked.receipt, out_ids=out_ids))
+    for changes, match in (
+        ({"out_ids": (1, 2)}, "one less"),
+        ({"out_ids": ()}, "one less"),
+        ({"attempt": 1}, "begun anew"),
+        ({"sampling": Sampling(logit_bias=((1 << 20, MICRO),))}, "vocabulary"),
+    ):
+        lie = dataclasses.replace(checked, receipt=dataclasses.replace(checked.receipt, **changes))  # type: ignore[arg-type]
         with pytest.raises(AuditError, match=match):
             redrawer_of((band(),)).audit(lie, record, NOW_MS)
+
+
+def test_without_a_band_of_both_profiles_a_verdict_says_so_and_nothing_else() -> None:
+    """Rows that open what was signed, and a sampler that nobody measured: never a pass. No head is loaded for it."""
+    (one,) = answered()
+    for bands in (
+        (),
+        (dataclasses.replace(band(), auditor="x"),),
+        (dataclasses.replace(band(), prover="x"),),
+        (dataclasses.replace(band(), manifest=Cid.of(Codec.DAG_CBOR, b"another")),),
+    ):
+        found = redrawer_of(bands).audit(one.receipt, one.records[-1], NOW_MS)
+        verdict = found.verdict
+        assert (verdict.finding, verdict.band, found.judgement, verdict.tokens) == ("uncalibrated", None, None, 14)
+        assert DrawVerdict.open(found.envelope, frozenset((AUDITOR.public,))) == verdict
+
+    def no_head() -> OutputHead:
+        raise AssertionError("a head is loaded for nothing")
+
+    Redrawer(model()[1], no_head, (dataclasses.replace(band(), prover="x"),), AUDITOR).audit(
+        one.receipt, one.records[-1], NOW_MS
+    )
+
+
+def test_a_token_that_nothing_draws_is_found_and_not_passed_over() -> None:
+    """An id of no vocabulary, or logits that are no numbers: honest stages refuse them, so no honest one said that."""
+    (one,) = answered()
+    receipt = one.receipt.receipt
+    lie = dataclasses.replace(receipt, out_ids=(*receipt.out_ids[:-1], 1 << 20))
+    found = redrawer_of((band(),)).audit(dataclasses.replace(one.receipt, receipt=lie), one.records[-1], NOW_MS)
+    assert (found.verdict.finding, found.verdict.worst) == ("sampler", 13)
+    rows = floats_of(one.records[-1].sent, "float32", 64).copy()
+    rows[-1] = np.nan
+    assert margins_of(receipt, one.receipt.opening, rows, head()).tolist() == [0.0] * 13 + [np.inf]
+
+
+@pytest.mark.parametrize("repetition_micro", [10_000, 1_300_000, 10 * MICRO])
+@pytest.mark.parametrize("temperature_micro", [0, MICRO])
+def test_a_penalty_that_stretches_logits_stretches_no_margin(repetition_micro: int, temperature_micro: int) -> None:
+    """Rounding of e gives a margin of at most 2 e also where a repetition penalty makes a hundred times e of it."""
+    (one,), e, n = answered(), np.float32(0.05), 200
+    generator = RNG(repetition_micro + temperature_micro)
+    true = generator.normal(3, 0.03, (n, 50)).astype(np.float32)
+    moved = np.clip(true + generator.uniform(-e, e, true.shape).astype(np.float32), true - e, true + e)
+    sampling = Sampling(temperature_micro, seed=5, repetition_micro=repetition_micro, frequency_micro=1000)
+    prompt = tuple(range(10))
+    opening = dataclasses.replace(one.receipt.opening, prompt_ids=prompt)
+    key = noise_key(sampling, opening.client_nonce, one.receipt.receipt.node_nonce)
+    penalties = Penalties(next(iter(Controls.of([(0, sampling, prompt, len(prompt))]))), 50)
+    own = SequenceDraw(Draw(temperature_micro, 0, MICRO, key), penalties)
+    said = tuple(own.token(row, len(prompt) + i) for i, row in enumerate(moved))
+    receipt = dataclasses.replace(one.receipt.receipt, sampling=sampling, n_prompt=len(prompt), out_ids=said)
+    found = margins_of(receipt, opening, np.zeros((len(prompt) + n - 1, 64), np.float32), Given(true)).max()
+    assert 0 < found <= 2 * e * (1 + 1e-4)
+    assert repetition_micro != 10_000 or found * 100 > 20 * e  # in logits that were stretched, it was far
+
+
+class Given:
+    """Implements redraw.py's Head by rows of logits that it was given."""
+
+    profile = "given"
+
+    def __init__(self, logits: np.ndarray) -> None:  # type: ignore[type-arg]
+        self._logits, self.vocab_size = logits, logits.shape[1]
+
+    def logits(self, rows: Rows) -> Iterator[np.ndarray]:  # type: ignore[type-arg]
+        return iter(self._logits[-len(rows) :])
 
 
 def test_evidence_adds_up_where_no_token_is_enough() -> None:
@@ -180,5 +267,6 @@ def test_a_verdict_of_draws_round_trips_and_speaks_for_its_signer_alone() -> Non
         DrawVerdict.open(found.envelope, frozenset((OTHER.public,)))
     with pytest.raises(FormatError, match="another key"):
         DrawVerdict.open(Envelope.seal(OTHER, DRAW_VERDICT_TYPE, verdict.encode()), keys)
-    with pytest.raises(FormatError):
-        DrawVerdict.decode(dataclasses.replace(verdict, finding="forged").encode())  # type: ignore[arg-type]
+    for changes in ({"finding": "forged"}, {"band": None}, {"finding": "uncalibrated"}):
+        with pytest.raises(FormatError):
+            DrawVerdict.decode(dataclasses.replace(verdict, **changes).encode())  # type: ignore[arg-type]

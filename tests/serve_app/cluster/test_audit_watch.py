@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 
 from serve_app.audit.book import StandingBook
+from serve_app.audit.draw_verdict import DrawVerdict
+from serve_app.audit.office import News
 from serve_app.audit.verdict import Verdict
 from serve_app.cluster.audit_watch import AuditWatch
 from serve_app.cluster.pipeline_group import PipelineGroup
 from serve_app.cluster.specs import AuditPlan, GroupId, GroupPlan, HeadSpec, Place, Resources
 from serve_app.cluster.stage_handle import RayStage
 from serve_app.receipts.identity import NodeIdentity
+from shard_tools import canonical
 from shard_tools.cid import Cid, Codec
 from shard_tools.signing import PublicKey, Signer
 
@@ -100,3 +103,22 @@ def test_where_no_spare_is_elsewhere_it_is_said_and_nothing_is_torn_down(
     own._book.readmit(NODES[1].key)
     assert own.to_replace(group) == (group, frozenset()) and own.state(group)["quarantine_problem"] is None
     assert own.state(group)["watched"] == [0, 1]  # on probation
+
+
+def test_a_sampler_that_was_found_is_loud_and_costs_nobody_standing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was the last stage or the Head, and nothing says which. What is uncalibrated says nothing."""
+    own, auditor = watch(tmp_path, None), Signer.from_seed(b"a" * 32)
+    book = own._book
+    assert book is not None
+    node = NODES[0].key
+    for i, finding in enumerate(("sampler", "suspect", "pass", "uncalibrated")):
+        known = None if finding == "uncalibrated" else CID
+        numbers: Any = (10**15, 14, 3, 13, 10**13, 10**12, known, auditor.public, 1, 1)
+        verdict = DrawVerdict(CID, CID, bytes(32), (node, NODES[1].key), finding, *numbers)  # type: ignore[arg-type]
+        sealed = canonical.encode(verdict.seal(auditor).to_value())
+        caplog.clear()
+        own._hear(book, News(i + 1, node, 0, sealed, "", False), auditor.public)
+        assert [r.levelname for r in caplog.records] == ["ERROR"] * (finding == "sampler")
+    assert book.state() == [] and book.read_to == 4

@@ -88,27 +88,41 @@ def test_rows_are_kept_as_they_count() -> None:
     assert retention.read(name(1), 1) is None and retention.bytes == 3 * ONE_PAGE
 
 
-def test_a_shared_beginning_is_kept_once_and_goes_with_the_last_that_needs_it() -> None:
-    """The second sequence has the rows that ran for the first; after the first is released too."""
+def test_a_shared_beginning_is_kept_once_and_longer_than_the_first_that_had_it() -> None:
+    """The second sequence has the rows that ran for the first; so has the third, after both were released."""
     retention, _ = begun()
     whole(retention, 1, [0, 1], 8)
     run(retention, step([(2, 4, 2, [0, 9])], {2: 4}, [(2, 6, SEAL)]))
     assert retention.bytes == 3 * ONE_PAGE
     retention.release(name(1), 0)
     record = retention.read(name(2), 0)
-    assert record is not None and retention.bytes == 2 * ONE_PAGE
+    assert record is not None and retention.read(name(1), 0) is None
     assert record.received == b"".join(bytes((1 if p < 4 else 2, p)) for p in range(6))
     retention.release(name(2), 0)
-    assert retention.bytes == 0
-    run(retention, step([(3, 4, 1, [0, 2])], {3: 4}, [(3, 5, SEAL)]))  # its beginning is not kept any more
-    assert retention.read(name(3), 0) is None and retention.unauditable == 1 and retention.bytes == 0
+    run(retention, step([(3, 4, 1, [0, 2])], {3: 4}, [(3, 5, SEAL)]))
+    assert retention.read(name(3), 0) is not None and retention.unauditable == 0
+
+
+def test_what_was_released_makes_room_first_and_then_nothing_can_open_behind_it() -> None:
+    retention, _ = begun(3 * ONE_PAGE)
+    whole(retention, 1, [0], 4)
+    whole(retention, 2, [1, 2], 8)
+    retention.release(name(2), 0)
+    whole(retention, 3, [3], 4)
+    assert [retention.read(name(i), 0) is not None for i in (1, 2, 3)] == [True, False, True]
+    assert retention.bytes == 2 * ONE_PAGE and retention.unauditable == 0
+    run(retention, step([(4, 4, 1, [1, 4])], {4: 4}, [(4, 5, SEAL)]))
+    assert retention.read(name(4), 0) is None and retention.unauditable == 1
 
 
 @pytest.mark.parametrize("seal", [FORGET, ABANDON])
-def test_what_nobody_signs_for_is_not_kept(seal: int) -> None:
+def test_what_nobody_signs_for_is_only_a_beginning_of_others(seal: int) -> None:
+    """A client that hangs up leaves pages behind, which the next who asks the same opens with."""
     retention, _ = begun()
-    whole(retention, 1, [0], 3, seal)
-    assert retention.read(name(1), 0) is None and retention.bytes == 0 and retention.unauditable == 0
+    whole(retention, 1, [0], 4, seal)
+    assert retention.read(name(1), 0) is None and retention.unauditable == 0
+    run(retention, step([(2, 4, 1, [0, 1])], {2: 4}, [(2, 5, SEAL)]))
+    assert retention.read(name(2), 0) is not None
 
 
 def test_a_step_that_failed_leaves_no_record() -> None:
