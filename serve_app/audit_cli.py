@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
     audits.command("calibrate")(calibrate)
     audits.command("demo")(demo)
     audits.command("readmit")(readmit)
+    audits.command("proof")(proof)
     app.add_typer(audits, name="audit")
 
 
@@ -103,6 +104,31 @@ def readmit(
     except LlmdError as e:
         typer.echo(f"llmd: {e}", err=True)
         raise typer.Exit(2) from e
+
+
+def proof(
+    file: Annotated[Path, typer.Argument(help="A file of state_dir/audit/equivocations, or a copy of one.")],
+) -> None:
+    """Check a proof that a node signed two stories: it needs nothing but the file, and no trust in whoever shows it."""
+    from serve_app.receipts.equivocation import MAX_EQUIVOCATION_BYTES, Equivocation
+    from serve_app.receipts.statement import StageStatement
+    from shard_tools.signing import key_text
+
+    try:
+        with file.open("rb") as f:
+            data = f.read(MAX_EQUIVOCATION_BYTES + 1)
+        found = Equivocation.decode(data)
+        node = found.convicted()
+    except OSError as e:
+        typer.echo(f"llmd: cannot read {file}: {e.strerror}", err=True)
+        raise typer.Exit(2) from e
+    except LlmdError as e:
+        typer.echo(f"llmd: {file} proves nothing: {e}", err=True)
+        raise typer.Exit(1) from e
+    one, other = (StageStatement.decode(e.payload) for e in (found.first, found.second))
+    typer.echo(f"{key_text(node)} signed two stories: statements number {one.seq} and {other.seq} of one session")
+    for said in (one, other):
+        typer.echo(f"  {said.seq}: request {said.request_hash.hex()}, stage {said.stage}, sent {said.out_root.hex()}")
 
 
 def _be_quiet() -> None:

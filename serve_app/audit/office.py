@@ -22,6 +22,7 @@ from serve_app.audit.case import WAITING, Case, Look, client_id, verdict_value
 from serve_app.audit.desk import Drawn, Note
 from serve_app.audit.draw import secret_commitment
 from serve_app.audit.showing import Shown
+from serve_app.audit.stories import Stories
 from serve_app.audit.verdict import Verdict
 from serve_app.errors import ForgedRecordError, ReceiptError
 from serve_app.receipts.bundle import Bundle
@@ -50,7 +51,8 @@ _LENGTH = struct.Struct("<I")
 class News:
     """What came of rows that a stage was to show, for whoever keeps standings.
 
-    verdict: of either kind, sealed and encoded; empty: there is none.
+    verdict: of either kind, sealed and encoded; empty: there is none. equivocation: two statements of one session of
+    the node that contradict each other, encoded; such news has nothing to do with rows.
     """
 
     number: int
@@ -59,6 +61,7 @@ class News:
     verdict: bytes
     why: str
     refused: bool  # the stage was bound to have the rows, and did not show them
+    equivocation: bytes = b""
 
 
 class AuditOffice:
@@ -88,6 +91,8 @@ class AuditOffice:
         self.settled: list[str] = []  # answers whose rows are not needed any more, since they were asked for
         self._judged = self._redrawn = self._samplers = 0
         self._last_sampler: str | None = None  # the answer
+        self._stories = Stories()
+        self._convicted = 0
         self._lock = threading.Lock()  # on the log
         for case in self._answers.cases():
             self._keep(case)
@@ -107,6 +112,7 @@ class AuditOffice:
             root = self._log.log.root()
         for note in notes:
             self._keep(Case.of(note, root))
+            self._listen(note)
         return root
 
     def begin(self, drawn: Drawn) -> tuple[StageStatement, ...]:
@@ -190,7 +196,10 @@ class AuditOffice:
         }
 
     def status(self) -> dict[str, Value]:
-        """For people. samplers: answers whose tokens are not what their rows and their sampling give."""
+        """For people. samplers: answers whose tokens are not what their rows and their sampling give.
+
+        convicted: sessions that signed two stories.
+        """
         return {
             "log_entries": len(self._log.log),
             "receipts": len(self._cases),
@@ -198,12 +207,41 @@ class AuditOffice:
             "redrawn": self._redrawn,
             "samplers": self._samplers,
             "last_sampler": self._last_sampler,
+            "convicted": self._convicted,
             "waiting": sum(bool(case.awaited) for case in list(self._cases.values())),
         }
 
     def close(self) -> None:
         """The log is left as it is."""
         self._log.close()
+
+    def _listen(self, note: Note) -> None:
+        """Whether some session has told another story in an earlier receipt. What proves it is kept, and news."""
+        try:
+            bundle = Bundle.decode(note.receipt)
+            proofs = self._stories.heard(bundle)
+            if not proofs:
+                return
+            names = check(bundle, self._operator, now_s=int(time.time())).registry
+        except LlmdError as e:
+            _log.warning("the receipt of %s says nothing of its sessions: %s", note.id, e)
+            return
+        for proof in proofs:
+            node = proof.convicted()
+            if names.name_of(node) is None:
+                continue
+            _log.error("a session of node %s signed two stories: %s", key_text(node), proof.cid)
+            try:
+                folder = self._folder / "equivocations"
+                folder.mkdir(exist_ok=True)
+                (folder / str(proof.cid)).write_bytes(proof.encode())
+            except OSError as e:  # who keeps standings is told all the same
+                _log.error("the proof cannot be kept: %s", e)
+            with self._lock:
+                self._append([proof.cid])
+            self._convicted += 1
+            stage = StageStatement.decode(proof.second.payload).stage
+            self._tell(node, stage, b"", "its session signed two stories", refused=False, equivocation=proof.encode())
 
     def _compute_again(
         self, case: Case, checked: CheckedReceipt, envelope: Envelope, opened: Shown, shown: bytes
@@ -263,10 +301,13 @@ class AuditOffice:
             self.settled.append(case.id)
             self._answers.add(case)
 
-    def _tell(self, node: PublicKey, stage: int, verdict: bytes, why: str, *, refused: bool) -> None:
-        self._numbers += 1
-        self.news.append(News(self._numbers, node, stage, verdict, why, refused))
-        del self.news[:-MAX_NEWS]
+    def _tell(
+        self, node: PublicKey, stage: int, verdict: bytes, why: str, *, refused: bool, equivocation: bytes = b""
+    ) -> None:
+        with self._lock:
+            self._numbers += 1
+            self.news.append(News(self._numbers, node, stage, verdict, why, refused, equivocation))
+            del self.news[:-MAX_NEWS]
 
     def _case(self, drawn: Drawn) -> Case:
         case = self._cases.get(client_id(drawn.id))

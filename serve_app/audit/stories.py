@@ -16,6 +16,7 @@ from shard_tools.signing import Envelope, PublicKey
 
 MAX_STORIES_BYTES = 16 << 20  # of statements: those of some 10,000 answers of two stages
 _ENTRY_BYTES = 512  # what one takes beside its payload
+_MAX_CONVICTED = 4096  # sessions that are remembered, so that each is told of once
 
 
 class Stories:
@@ -24,21 +25,30 @@ class Stories:
     def __init__(self, max_bytes: int = MAX_STORIES_BYTES) -> None:
         self._max_bytes = max_bytes
         self._by_number: OrderedDict[tuple[PublicKey, int], Envelope] = OrderedDict()
+        self._convicted: OrderedDict[PublicKey, None] = OrderedDict()
         self.bytes = 0
 
     def heard(self, bundle: Bundle) -> list[Equivocation]:
-        """Take in the statements of a receipt; what they and those before them prove. Raises LlmdError for nonsense."""
+        """Take in the statements of a receipt; what they and those before them prove, of each session the first proof.
+
+        Raises LlmdError for nonsense.
+        """
         certificates = {Certificate.decode(c.payload).session: c for c in bundle.certificates}
         found = []
         for envelope in bundle.statements:
             certificate = certificates.get(envelope.key)
-            if certificate is None or envelope.payload_type != STATEMENT_TYPE:
+            if certificate is None or envelope.payload_type != STATEMENT_TYPE or envelope.key in self._convicted:
                 continue
             seq = StageStatement.decode(envelope.payload).seq
-            proofs = [p for n in (seq - 1, seq, seq + 1) if (p := self._against(certificate, envelope, n)) is not None]
-            found += proofs
-            if not proofs:
+            proofs = (self._against(certificate, envelope, n) for n in (seq - 1, seq, seq + 1))
+            proof = next((p for p in proofs if p is not None), None)
+            if proof is None:
                 self._remember((envelope.key, seq), envelope)
+                continue
+            found.append(proof)
+            self._convicted[envelope.key] = None
+            if len(self._convicted) > _MAX_CONVICTED:
+                self._convicted.popitem(last=False)
         return found
 
     def _against(self, certificate: Envelope, envelope: Envelope, seq: int) -> Equivocation | None:

@@ -25,6 +25,7 @@ from serve_app.cluster.named_actors import cause_of, find_actor, kill_actor
 from serve_app.cluster.pipeline_group import PipelineGroup
 from serve_app.config import AppConfig
 from serve_app.errors import PipelineError
+from serve_app.receipts.equivocation import Equivocation
 from shard_tools import canonical
 from shard_tools.canonical import Value
 from shard_tools.errors import LlmdError
@@ -171,6 +172,12 @@ class AuditWatch:
             after = book.judged(verdict, OWNER)
             if verdict.finding not in HARMLESS:
                 _log.warning("an audit of stage %d on %s: %s", news.stage, key_text(news.node), verdict.finding)
+        elif news.equivocation:
+            after = before
+            try:  # not the auditor's word, but the node's own: checked here too
+                after = book.proven(Equivocation.decode(news.equivocation).convicted(), news.why)
+            except LlmdError as e:
+                _log.error("what the auditor calls a proof against %s is none: %s", key_text(news.node), e)
         elif news.refused:
             after = book.refused(news.node, news.why)
         else:

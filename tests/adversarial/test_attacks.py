@@ -20,7 +20,8 @@ from serve_app.audit.auditor import Audited
 from serve_app.audit.draw import draw, secret_commitment
 from serve_app.audit.error import floats_of
 from serve_app.audit.replay import replay
-from serve_app.audit.standing import Standing, State, after_refusal, after_verdict
+from serve_app.audit.standing import Standing, State, after_proof, after_refusal, after_verdict
+from serve_app.audit.stories import Stories
 from serve_app.audit.verdict import commit, revealed
 from serve_app.engine.dishonest_sampler import DISHONEST_SAMPLERS
 from serve_app.errors import AuditError, ReceiptError
@@ -30,6 +31,7 @@ from serve_app.receipts.check import Expected, check, check_against_manifest
 from serve_app.receipts.log import require_grown
 from serve_app.receipts.receipt import RECEIPT_TYPE, Receipt
 from serve_app.receipts.rows import Boundary, RowTree, ids_bytes, ids_root
+from serve_app.receipts.statement import StatementChain
 from serve_app.rehearsal import Rehearsed
 from shard_tools import canonical
 from shard_tools.cid import Cid, Codec
@@ -58,7 +60,6 @@ NOT_BUILT = {
     8: "FAULT of the receiver: delivery signatures; the same",
     11: "blaming one node: stages do not sign what they drew, so the verdict names the last stage and the Head",
     12: "the same",
-    16: "FAULT of a fork across receipts: nobody collects statements by session yet; within one it is refused",
     17: "copying a replica's output: there are no replicated requests yet; copying a verdict is refused",
     20: "sketches: there are none to forge",
     21: "deletion of rows that nobody promised: counted, not blamed; promised ones and wrong bytes are judged",
@@ -235,10 +236,15 @@ def test_15_statements_of_elsewhere_swapped_missing_or_doubled() -> None:
 
 
 def test_16_two_stories() -> None:
-    """One session, one number, two statements; and a log that was shown in two versions."""
+    """One session, one number, two statements, in one receipt or in two; and a log that was shown in two versions."""
     refused(
         with_statements(lambda s: [s[0], s[1], dataclasses.replace(s[1], out_root=bytes(32)), s[2]]), "two statements"
     )
+    forked, stories = Cluster(), Stories()
+    assert stories.heard(forked.bundle()) == []
+    forked.chains[1] = StatementChain(forked.stages[1])
+    (proof,) = stories.heard(forked.bundle(a_request(max_tokens=20)))
+    assert after_proof(Standing(), "it").state is State.QUARANTINED and proof.convicted() == forked.nodes[1].key
     other = log_of(40, base=5)
     with pytest.raises(ReceiptError, match="not proved that the log"):
         require_grown(HEADS[30], other.head(0), LOG.consistency(30, 40))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from serve_app.audit.answer_file import AnswerFile
 from serve_app.audit.auditor import Auditor
@@ -21,16 +22,18 @@ from serve_app.audit.office import AuditOffice, News
 from serve_app.audit.showing import most_bytes, shown_bytes
 from serve_app.audit.standing import STRIKES, State
 from serve_app.audit.verdict import Verdict
+from serve_app.cli import app
 from serve_app.errors import ReceiptError
 from serve_app.messages.record import StageRecord
 from serve_app.messages.request import Sampling
+from serve_app.receipts.equivocation import Equivocation
 from serve_app.receipts.log import TreeHead, require_included
 from serve_app.receipts.log_file import LogFile
-from serve_app.receipts.statement import envelope_cid
+from serve_app.receipts.statement import StatementChain, envelope_cid
 from shard_tools import canonical
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import FormatError, InputError
-from shard_tools.signing import Envelope, PublicKey, Signer
+from shard_tools.signing import Envelope, PublicKey, Signer, key_text
 from tests.serve_app.audit.redrawn import band, redrawer_of
 from tests.serve_app.audit.rehearsed import (
     AUDITOR,
@@ -43,6 +46,7 @@ from tests.serve_app.audit.rehearsed import (
     model,
     whole_house,
 )
+from tests.serve_app.receipts.pipeline_of_three import Cluster, a_request
 
 NODE = OTHER.public
 
@@ -354,3 +358,29 @@ def test_standings_outlive_who_keeps_the_book(tmp_path: Path) -> None:
 
 
 CID = Cid.of(Codec.DAG_CBOR, b"")
+
+
+def test_a_session_that_signed_two_stories_is_told_of_once_with_the_proof(tmp_path: Path) -> None:
+    cluster = Cluster()
+    desk = AuditOffice(tmp_path, AUDITOR, cluster.operator.public, auditor, lambda: redrawer_of((band(),)))
+
+    def note(number: int) -> None:
+        bundle = cluster.bundle(a_request(max_tokens=20 + number))
+        desk.note([Note(f"r{number}", bundle.encode(), False, b"c" * 32)], b"", ())
+
+    note(0)
+    assert desk.news == []
+    cluster.chains[1] = StatementChain(cluster.stages[1])
+    note(1)
+    note(2)
+    (news,) = desk.news
+    proof = Equivocation.decode(news.equivocation)
+    assert news.node == proof.convicted() == cluster.nodes[1].key and desk.status()["convicted"] == 1
+    (kept,) = (tmp_path / "equivocations").iterdir()
+    assert kept.read_bytes() == news.equivocation and kept.name == str(proof.cid)
+    shown = CliRunner().invoke(app, ["audit", "proof", str(kept)])
+    assert shown.exit_code == 0 and key_text(news.node) in shown.output
+    kept.write_bytes(news.equivocation[:-1] + b"x")
+    assert CliRunner().invoke(app, ["audit", "proof", str(kept)]).exit_code == 1
+    assert CliRunner().invoke(app, ["audit", "proof", str(tmp_path / "none")]).exit_code == 2
+    desk.close()

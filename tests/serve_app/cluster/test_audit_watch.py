@@ -16,10 +16,13 @@ from serve_app.cluster.audit_watch import AuditWatch
 from serve_app.cluster.pipeline_group import PipelineGroup
 from serve_app.cluster.specs import AuditPlan, GroupId, GroupPlan, HeadSpec, Place, Resources
 from serve_app.cluster.stage_handle import RayStage
+from serve_app.receipts.equivocation import Equivocation
 from serve_app.receipts.identity import NodeIdentity
+from serve_app.receipts.statement import StatementChain
 from shard_tools import canonical
 from shard_tools.cid import Cid, Codec
 from shard_tools.signing import PublicKey, Signer
+from tests.serve_app.receipts.pipeline_of_three import Cluster, a_request
 
 NODES = [NodeIdentity(Signer.from_seed(bytes([i]) * 32)) for i in range(3)]
 CID = Cid.of(Codec.DAG_CBOR, b"")
@@ -122,3 +125,21 @@ def test_a_sampler_that_was_found_is_loud_and_costs_nobody_standing(
         own._hear(book, News(i + 1, node, 0, sealed, "", False), auditor.public)
         assert [r.levelname for r in caplog.records] == ["ERROR"] * (finding == "sampler")
     assert book.state() == [] and book.read_to == 4
+
+
+def test_a_proof_of_two_stories_quarantines_whoever_brings_it(tmp_path: Path) -> None:
+    """It is the node's own word; and news that calls itself a proof and is none convicts nobody."""
+    own, cluster = watch(tmp_path, None), Cluster()
+    book = own._book
+    assert book is not None
+    node = cluster.nodes[1].key
+    one = cluster.bundle().statements[1]
+    cluster.chains[1] = StatementChain(cluster.stages[1])
+    other = cluster.bundle(a_request(max_tokens=20)).statements[1]
+    proof = Equivocation.of(cluster.stages[1].certificate, one, other)
+    assert proof is not None
+    junk = replace(proof, second=replace(proof.second, signature=bytes(64)))
+    own._hear(book, News(1, node, 1, b"", "two stories", False, junk.encode()), node)
+    assert book.of(node).serves and book.read_to == 1
+    own._hear(book, News(2, node, 1, b"", "two stories", False, proof.encode()), node)
+    assert not book.of(node).serves and book.quarantined() == {node}
