@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
+from serve_app.audit.redraw import ExactHead
 from serve_app.audit.replay import REPLAY_PAGE, opened, whole_pass
-from serve_app.engine.load import LoadOptions, load_layers
+from serve_app.engine.load import LoadOptions, load_head, load_layers
+from serve_app.engine.output_head import head_profile
 from serve_app.errors import AuditError, ProtocolError
 from serve_app.messages.record import StageRecord
 from serve_app.receipts.statement import StageStatement
@@ -35,6 +37,11 @@ class ExactReplay:
     def profile(self) -> str:
         """As statements of stages name it that compute like this. Raises NotFoundError, CorruptBlockError."""
         return load_layers(self._store, self._manifest, 0, 1, self._options).profile.description
+
+    def head(self) -> ExactHead:
+        """What draws again, to the bit, what last stages of this profile drew."""
+        load = partial(load_head, self._store, self._manifest, self._options)
+        return ExactHead(self.profile, head_profile(self.profile), load)
 
     def first_unequal(self, said: StageStatement, record: StageRecord) -> int | None:
         """The first position whose row is not what the stage's layers give, to the bit; None if there is none.

@@ -96,7 +96,7 @@ class AuditOffice:
         self._lock = threading.Lock()  # on the log
         for case in self._answers.cases():
             self._keep(case)
-            if case.draws.state == "sampler":  # as loud as before
+            if case.draws.state in ("sampler", "unequal"):  # as loud as before
                 self._samplers, self._last_sampler = self._samplers + 1, case.client_id
 
     def note(self, notes: Sequence[Note], commitment: bytes, told: Sequence[bytes]) -> bytes:
@@ -283,7 +283,7 @@ class AuditOffice:
             return
         case.draws = self._publish(found.envelope, found.verdict.finding, opened.node, said.stage)
         self._redrawn += 1
-        if found.verdict.finding == "sampler":
+        if found.verdict.accuses:
             self._samplers, self._last_sampler = self._samplers + 1, case.client_id
             _log.error("the tokens of %s, drawn again: %s", case.id, found.verdict.summary)
 

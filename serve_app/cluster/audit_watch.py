@@ -164,7 +164,7 @@ class AuditWatch:
             sealed = Envelope.from_value(value, "verdict", MAX_VERDICT_BYTES)
         if sealed is not None and sealed.payload_type == DRAW_VERDICT_TYPE:
             said = DrawVerdict.open(sealed, frozenset((auditor,)))
-            if said.finding == "sampler":
+            if said.accuses:
                 _log.error("tokens of request %s, drawn again: %s", said.request_hash.hex(), said.summary)
             after = before  # it was one of two nodes, and nothing says which
         elif sealed is not None:

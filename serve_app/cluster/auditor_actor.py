@@ -143,7 +143,13 @@ class _AuditorProcess:
         bands = [DrawBand.decode(data) for data in self._blocks(self._spec.bands, MAX_BAND_BYTES)]
         # Loaded for each answer, as a stage's layers are: 2 GB of a large vocabulary are not kept between them.
         options = self._options()
-        return Redrawer(self._manifest, lambda: load_head(self._store, self._manifest, options), bands, self._signer)
+        return Redrawer(
+            self._manifest,
+            lambda: load_head(self._store, self._manifest, options),
+            bands,
+            self._signer,
+            None if self._exact is None else self._exact.head(),
+        )
 
     def _options(self) -> LoadOptions:
         from serve_app.engine.engines import TORCH

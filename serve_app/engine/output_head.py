@@ -12,12 +12,18 @@ import numpy.typing as npt
 import torch
 import transformers
 
-from serve_app.engine.fixed_windows import fitting_size, terms, windows
+from serve_app.engine.fixed_windows import fitting_size, windows
+from serve_app.engine.plain_profile import plain_profile
 from serve_app.engine.stage_model import StageModel
 
 _MAX_LOGITS = 1 << 24  # of one part: 64 MiB in float32
 
 Floats = npt.NDArray[np.float32]
+
+
+def head_profile(stage: str) -> str:
+    """That of a head whose logits are, to the bit, those of a deterministic stage of this profile."""
+    return f"head of {stage}"
 
 
 class OutputHead:
@@ -41,7 +47,8 @@ class OutputHead:
         self._size = max(1, _MAX_LOGITS // vocab_size) if window is None else window
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self.profile = f"head, torch {torch.__version__}, transformers {transformers.__version__}, {dtype}, {name}"
-        self.profile += "" if window is None else f", {terms(window, device)}"
+        if window is not None:
+            self.profile = head_profile(plain_profile(dtype, device, window))
 
     def logits(self, rows: Floats) -> Iterator[Floats]:
         """[vocab] of each row in turn. rows: [n, width], values of the head's dtype or, if that is wider, another."""

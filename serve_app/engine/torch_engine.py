@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 
-from serve_app.engine.attention import NAME
 from serve_app.engine.engine import ActivationDtype, Done, EngineProfile, StepOutput
-from serve_app.engine.fixed_windows import fitting_size, terms, windows
+from serve_app.engine.fixed_windows import fitting_size, windows
 from serve_app.engine.kv_pages import KvPages
+from serve_app.engine.plain_profile import plain_profile
 from serve_app.engine.sampler import SequenceDraw, opened_draws, require_no_counts
 from serve_app.engine.stage_model import StageModel
 from serve_app.errors import PipelineError, ProtocolError
@@ -51,11 +50,7 @@ class TorchEngine:
         if deterministic:
             self._window = fitting_size(self._probe)
         self.profile = EngineProfile(
-            description=(
-                f"torch {torch.__version__}, transformers {transformers.__version__}, {NAME}, {dtype}, "
-                f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}"
-                + (f", {terms(self._window, device)}" if self._window is not None else "")
-            ),
+            description=plain_profile(self.dtype, device, self._window),
             device=str(device),
             dtype=dtype,
             hidden_size=hidden_size,

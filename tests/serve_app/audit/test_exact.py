@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from serve_app.audit.auditor import Audited, Auditor
+from serve_app.audit.draw_verdict import DrawVerdict
 from serve_app.audit.exact import ExactReplay
 from serve_app.audit.exactness import NOT_FIXED, PROFILE, UNKNOWN, Exactness, exactness
+from serve_app.audit.redraw import Redrawer
 from serve_app.audit.standing import Standing, State, after_verdict
 from serve_app.audit.verdict import Verdict
 from serve_app.engine.dishonest import DISHONEST
@@ -26,6 +28,7 @@ from serve_app.receipts.rows import Boundary, RowTree
 from serve_app.receipts.statement import StageStatement
 from serve_app.rehearsal import Rehearsed
 from shard_tools.signing import Envelope
+from tests.serve_app.audit.redrawn import band, head, redrawer_of
 from tests.serve_app.audit.rehearsed import (
     AUDITOR,
     FIXED,
@@ -35,6 +38,7 @@ from tests.serve_app.audit.rehearsed import (
     answered,
     auditor,
     exact_auditor,
+    exact_house,
     fixed,
     model,
     prompts,
@@ -208,6 +212,34 @@ def test_exact_answers_are_promised_where_all_compute_alike_and_refused_elsewher
     with pytest.raises(OverloadedError):
         UNKNOWN.require()
     Exactness(None).require()
+
+
+def redrawer() -> Redrawer:
+    return Redrawer(model()[1], head, (band(),), AUDITOR, ExactReplay(*model(), FIXED).head())
+
+
+def test_tokens_of_a_deterministic_pipeline_are_drawn_again_to_the_bit() -> None:
+    """Without a band. A token that was turned is the first unequal one, however near its logits came."""
+    one = fixed()
+    found = redrawer().audit(one.receipt, one.records[-1], 9)
+    assert (found.verdict.finding, found.verdict.band, found.verdict.differing) == ("equal", None, 0)
+    assert DrawVerdict.open(found.envelope, frozenset((AUDITOR.public,))) == found.verdict
+    receipt = one.receipt.receipt
+    turned = (*receipt.out_ids[:3], receipt.out_ids[3] ^ 1, *receipt.out_ids[4:])
+    lie = dataclasses.replace(one.receipt, receipt=dataclasses.replace(receipt, out_ids=turned))
+    verdict = redrawer().audit(lie, one.records[-1], 9).verdict
+    assert (verdict.finding, verdict.worst, verdict.differing) == ("unequal", 3, 1) and verdict.accuses
+    assert "unequal: token 4 of 14" in verdict.summary
+
+
+def test_tokens_of_another_profile_are_drawn_again_by_a_band_or_not_at_all() -> None:
+    (plain,) = answered()
+    assert redrawer().audit(plain.receipt, plain.records[-1], 9).verdict.finding == "pass"
+    house = exact_house()
+    answer = house.answers[0]
+    assert redrawer().audit(answer.checked, answer.records[-1], 9).verdict.finding == "equal"
+    with pytest.raises(AuditError, match="not known here to the bit"):
+        redrawer_of((band(),)).audit(answer.checked, answer.records[-1], 9)
 
 
 def test_the_profile_of_an_auditor_is_that_of_the_stages() -> None:
