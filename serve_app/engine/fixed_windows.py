@@ -11,14 +11,17 @@ What makes them depend on it otherwise, found on torch 2.13 (MKL's sgemm, oneDNN
 So all of a layer but attention runs on windows of exactly `size` rows, short ones padded with zeros, and every row
 attends alone (attention.py), to keys whose number its position fixes. Whether places in a window are equal, on this
 machine and with this model, is not assumed but tried at start-up (`fitting_size`); a window of one row always fits.
+Where rows choose experts it is the only one: who else is in a window decides how many rows an expert multiplies, and
+a try of some rows does not meet every number (gpt-oss in float32 passed one at 4 rows, and rows differed later).
 Equal bits are promised for equal libraries, processor and number of threads; the profile names them (`terms`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +52,19 @@ def fitting_size(hidden_of: Callable[[int, int], Tensor]) -> int:
         if all(torch.equal(alone, hidden_of(size, before)) for before in (1, size // 2 + 1)):
             return size
     return 1
+
+
+def window_of(config: Mapping[str, Any], hidden_of: Callable[[int, int], Tensor]) -> int:
+    """The window for a model of this config: the same in every stage of it. hidden_of: as for `fitting_size`."""
+    return 1 if has_experts(config) else fitting_size(hidden_of)
+
+
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether layers of this model choose among several experts, by whatever name its config has for them."""
+    return any(
+        has_experts(value) if isinstance(value, Mapping) else "expert" in str(name) and type(value) is int and value > 1
+        for name, value in config.items()
+    )
 
 
 def terms(size: int, device: torch.device) -> str:

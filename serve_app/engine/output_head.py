@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 import transformers
 
-from serve_app.engine.fixed_windows import fitting_size, windows
+from serve_app.engine.fixed_windows import window_of, windows
 from serve_app.engine.plain_profile import plain_profile
 from serve_app.engine.stage_model import StageModel
 
@@ -42,7 +42,7 @@ class OutputHead:
         """model: one with a head. deterministic: a row's logits are those of a deterministic last stage, to the bit."""
         self._model, self._device, self._dtype, self._width = model, device, dtype, hidden_size
         self.vocab_size = vocab_size
-        window = fitting_size(self._probe) if deterministic else None
+        window = window_of(model.config.to_dict(), self._probe) if deterministic else None
         self._fixed = window is not None
         self._size = max(1, _MAX_LOGITS // vocab_size) if window is None else window
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.engine import ActivationDtype, Done, EngineProfile, StepOutput
-from serve_app.engine.fixed_windows import fitting_size, windows
+from serve_app.engine.fixed_windows import window_of, windows
 from serve_app.engine.kv_pages import KvPages
 from serve_app.engine.plain_profile import plain_profile
 from serve_app.engine.sampler import SequenceDraw, opened_draws, require_no_counts
@@ -48,7 +48,7 @@ class TorchEngine:
         self._window: int | None = None
         page_bytes = self._measure_page()
         if deterministic:
-            self._window = fitting_size(self._probe)
+            self._window = window_of(model.config.to_dict(), self._probe)
         self.profile = EngineProfile(
             description=plain_profile(self.dtype, device, self._window),
             device=str(device),

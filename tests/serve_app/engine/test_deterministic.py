@@ -124,10 +124,14 @@ def test_without_the_switch_they_differ(tmp_path: Path) -> None:
         assert any(differing(runs[0], run) for run in runs[1:]), dtype
 
 
-@pytest.mark.parametrize(("family", "hidden"), [("gemma2", 64), ("qwen3", 80), ("gpt2", 72)])
+@pytest.mark.parametrize(
+    ("family", "hidden"),
+    [("gemma2", 64), ("qwen3", 80), ("gpt2", 72), ("gpt_oss", 64), ("qwen3_moe", 64), ("mixtral", 64)],
+)
 def test_other_families_and_odd_widths_too(tmp_path: Path, family: str, hidden: int) -> None:
-    """Caps and windows; widths that are no multiple of a vector; biases and layer norms."""
+    """Caps and windows; widths that are no multiple of a vector; biases and layer norms; sinks; experts."""
     engine = engine_of(published(tmp_path, family, hidden), "float32", True)
+    assert ("windows of 1 rows" in engine.profile.description) == (family in ("gpt_oss", "qwen3_moe", "mixtral"))
     first = run_mixed(engine, 0)
     assert all(differing(a, b) == 0 for seed in (1, 2) for a, b in zip(first, run_mixed(engine, seed), strict=True))
 
