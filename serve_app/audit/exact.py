@@ -71,7 +71,8 @@ def computed(
 ) -> tuple[list[bytes], str]:
     """What layers [start, stop) make of each record's rows, in bytes, and the profile of whoever computed them.
 
-    One layer at a time is in memory, as in replay.py. received: ids for layer 0, else rows of options.dtype. Raises
+    Layers are loaded anew each time: that sets the number of threads, on which bits depend, and which other replays of
+    this process change. received: ids for layer 0, else rows of options.dtype. Raises
     NotFoundError, CorruptBlockError; AuditError for rows that cannot be, and where layers are not computed alike.
     """
     start, stop = span

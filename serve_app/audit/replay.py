@@ -16,6 +16,7 @@ import numpy as np
 from serve_app.audit.error import Rows, floats_of
 from serve_app.engine.engine import ActivationDtype
 from serve_app.engine.load import LoadOptions, load_layers, shards_of
+from serve_app.engine.torch_engine import TorchEngine
 from serve_app.errors import AuditError, ForgedRecordError, ProtocolError
 from serve_app.messages.record import StageRecord
 from serve_app.messages.step import CLOSE, OPEN, SPAN, StepPlan
@@ -34,7 +35,8 @@ class Replayed:
     """What a stage should have sent. profile: of whoever computed it, as calibrations name it.
 
     nudged: the same from rows whose values, before each layer but that of the token ids, differ in the last bit of the
-    dtype they are sent in; None if there is no such layer. So far do these very rows carry rounding.
+    dtype they are sent in; None if there is no such layer, or it was not asked for. So far do these very rows carry
+    rounding.
     """
 
     rows: Rows
@@ -75,28 +77,44 @@ def opened(statement: StageStatement, record: StageRecord, manifest: Manifest) -
     return dtype, floats_of(record.sent, dtype, width)
 
 
+class Layers:
+    """Layers of one model, one at a time, computed by plain torch; as many as fit stay for the next replay."""
+
+    def __init__(self, store: BlockStore, manifest: Manifest, options: LoadOptions, keep_bytes: int = 0) -> None:
+        """options.dtype: what is computed in. keep_bytes: of weights that may stay in memory."""
+        self.manifest, self.options = manifest, replace(options, page_size=REPLAY_PAGE)
+        self._store, self._room = store, keep_bytes
+        self._kept: dict[int, TorchEngine] = {}
+
+    def engine(self, layer: int) -> TorchEngine:
+        """Raises NotFoundError, CorruptBlockError."""
+        engine = self._kept.get(layer)
+        if engine is None:
+            engine = load_layers(self._store, self.manifest, layer, layer + 1, self.options)
+            if engine.profile.parameter_bytes <= self._room:  # the first ones: a pass over all would turn out any other
+                self._room -= engine.profile.parameter_bytes
+                self._kept[layer] = engine
+        return engine
+
+
 def replay(
-    store: BlockStore,
-    manifest: Manifest,
-    span: tuple[int, int],
-    dtype: ActivationDtype,
-    received: Sequence[bytes],
-    options: LoadOptions,
+    layers: Layers, span: tuple[int, int], dtype: ActivationDtype, received: Sequence[bytes], *, nudge: bool
 ) -> list[Replayed]:
     """What layers [start, stop) make of the rows that each of some records received: ids for layer 0, else of `dtype`.
 
-    options.dtype: what is computed in; recorded rows are widened exactly, or it is theirs. Raises NotFoundError,
-    CorruptBlockError for shards; AuditError for token ids that no vocabulary has.
+    Recorded rows are widened exactly, or computed in their own dtype. nudge: with Replayed.nudged, for twice the work.
+    Raises NotFoundError, CorruptBlockError for shards; AuditError for token ids that no vocabulary has.
     """
+    manifest, options = layers.manifest, layers.options
     start, stop = span
     assert options.dtype in (dtype, "float32"), "recorded rows are not rounded before they are replayed"
     rows = list(received)
     if start and options.dtype != dtype:
         rows = [floats_of(r, dtype, manifest.hidden_size).astype("<f4").tobytes() for r in rows]
-    nudge = stop > max(start, 1)  # else nothing but token ids goes into a layer
+    nudge = nudge and stop > max(start, 1)  # else nothing but token ids goes into a layer
     profile, n = "", len(rows)
     for layer in range(start, stop):
-        engine = load_layers(store, manifest, layer, layer + 1, replace(options, page_size=REPLAY_PAGE))
+        engine = layers.engine(layer)
         size = 4 if layer == 0 else manifest.hidden_size * (4 if options.dtype == "float32" else 2)
         engine.reserve(max(-(-len(r) // size // REPLAY_PAGE) for r in rows), 1)
         if nudge and layer:
@@ -125,7 +143,7 @@ def _root(boundary: Boundary, rows: bytes) -> bytes:
 
 
 def whole_pass(n: int) -> StepPlan:
-    """The plan of one sequence of n rows in one pass, which opens and closes with it; pages of REPLAYREPLAY_PAGE."""
+    """The plan of one sequence of n rows in one pass, which opens and closes with it; pages of REPLAY_PAGE."""
     opens, pages = np.zeros(1, OPEN), np.arange(-(-n // REPLAY_PAGE), dtype="<u4")
     spans, closes = np.array([(0, 0, n, len(pages), 0)], SPAN), np.array([(0, n, 0)], CLOSE)
     return StepPlan(0, 0, opens, spans, pages, closes, np.zeros(0, "<u8"))

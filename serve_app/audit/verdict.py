@@ -44,6 +44,7 @@ SUSPECT_P, FAULT_P = 1e-4, 1e-6
 GUARD = 1.25
 _KAPPA = 0.5  # of e = kappa * p ** (kappa - 1), an e-value of any p-value: Vovk and Wang 2021
 _LEAST_P = 1e-12
+LEAST_EVIDENCE = _KAPPA  # of any audit: p is 1
 _COMMIT_TAG = b"llmd.verdict.v2\0"
 SALT_BYTES = 32
 

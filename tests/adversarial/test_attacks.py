@@ -19,7 +19,7 @@ import pytest
 from serve_app.audit.auditor import Audited
 from serve_app.audit.draw import draw, secret_commitment
 from serve_app.audit.error import floats_of
-from serve_app.audit.replay import replay
+from serve_app.audit.replay import Layers, replay
 from serve_app.audit.standing import Standing, State, after_proof, after_refusal, after_verdict
 from serve_app.audit.stories import Stories
 from serve_app.audit.verdict import commit, revealed
@@ -199,7 +199,7 @@ def test_12_another_models_tokens_with_true_activations() -> None:
     fed = [*checked.opening.prompt_ids, *checked.receipt.out_ids[:-1]]
     rows, records, said = ids_bytes(fed), [], []
     for true in checked.statements:
-        (given,) = replay(store, manifest, (true.start, true.stop), "float32", [rows], REPLAY)
+        (given,) = replay(Layers(store, manifest, REPLAY), (true.start, true.stop), "float32", [rows], nudge=False)
         sent = given.rows.astype("<f4").tobytes()
         in_root = ids_root(manifest.cid, fed) if true.start == 0 else root_of(true.start, rows)
         said.append(dataclasses.replace(true, in_root=in_root, out_root=root_of(true.stop, sent)))

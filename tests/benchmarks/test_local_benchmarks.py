@@ -31,7 +31,7 @@ def test_receipts_are_left_out_of_one_pipeline_and_not_of_the_other(model: Publi
 def test_receipts_of_44_and_of_2000_rows_are_checked(model: PublishedModel) -> None:
     kept = asyncio.run(receipts_cost.keeping(model, 2, rounds=2, n=3, tokens=6))
     assert 0 < kept["retention_share_of_cpu_percent"] < 100 and kept["retained_bytes_per_stage"] > 0
-    cost = asyncio.run(receipts_cost.auditing(model, 2, n=2, tokens=6))
+    cost = asyncio.run(receipts_cost.auditing(model, 2, n=3, tokens=6))
     assert cost["served_cpu_ms_a_row"] > 0 < cost["audited_cpu_ms_a_row"]
     times = asyncio.run(receipts_cost.check_times(model, repeats=3))
     assert set(times) == {"44_rows", "2000_rows"}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +38,23 @@ def test_haproxy_without_a_key_is_refused_before_anything_starts(cluster: Cluste
     assert not cluster.processes()
 
 
+def stopped_in_the_middle(cluster: Cluster, url: str, body: dict[str, Any]) -> None:
+    """HAProxy stands still for two seconds while an answer comes: that goes on where it was, to its end."""
+    proxies = list(cluster.processes("haproxy"))
+    with httpx.stream("POST", url, json=body, timeout=60, headers={"authorization": f"Bearer {KEY}"}) as answer:
+        lines = answer.iter_lines()
+        seen = [next(lines) for _ in range(10)]
+        for pid in proxies:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            time.sleep(2)
+        finally:
+            for pid in proxies:
+                os.kill(pid, signal.SIGCONT)
+        seen += list(lines)
+    assert "data: [DONE]" in seen and any('"receipt"' in line for line in seen), seen[-3:]
+
+
 def test_haproxy_serves_whoever_shows_the_key_and_nobody_else(cluster: Cluster) -> None:
     """The same application behind the other proxy; Ctrl-C removes that too."""
     keys = cluster.root / "keys"
@@ -51,5 +71,6 @@ def test_haproxy_serves_whoever_shows_the_key_and_nobody_else(cluster: Cluster) 
     assert httpx.post(url, json=body, timeout=60).status_code == 401
     answer = httpx.post(url, json=body, timeout=60, headers={"authorization": f"Bearer {KEY}"})
     assert answer.status_code == 200 and answer.json()["llmd"]["receipt"]
+    stopped_in_the_middle(cluster, url, {**body, "max_tokens": 400, "stream": True})
     cluster.interrupt()
     assert eventually(lambda: cluster.left_behind() == ({}, set()), 30), cluster.left_behind()

@@ -1,7 +1,13 @@
-"""An application whose nodes hold nothing: names come over HTTP, and each stage's blocks from a node of the cluster."""
+"""An application whose nodes hold nothing: names come over HTTP, and each stage's blocks from a node of the cluster.
+
+Once it serves, that node may hang: what a stage needs to be replaced lies in the cache.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +18,7 @@ from shard_tools.block_server import BlockServer
 from shard_tools.cluster_key import create_key, load_key
 from shard_tools.index.directory import DirectoryIndex
 from shard_tools.store.directory import DirectoryStore
-from tests.e2e.cluster import NAME, Cluster
+from tests.e2e.cluster import NAME, Cluster, eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -40,6 +46,16 @@ def test_a_model_is_served_from_blocks_that_are_fetched_when_they_are_needed(tmp
         assert httpx.post(f"{cluster.url}/v1/completions", json=request, timeout=60).json()["llmd"]["receipt"]
         assert len(list(DirectoryStore(cache).cids())) > 30
         assert (cluster.root / "state" / "seen" / NAME).exists()
+        port = servers[0].port
+        servers.pop().close()
+        with socket.create_server(
+            ("127.0.0.1", port)
+        ):  # it takes connections and never answers, as one that is stopped
+            before = cluster.processes("ray::_StageProcess")
+            os.kill(next(iter(before)), signal.SIGKILL)
+            assert eventually(lambda: len(cluster.processes("ray::_StageProcess").keys() - before.keys()) == 1, 30)
+            again = httpx.post(f"{cluster.url}/v1/completions", json=request, timeout=60)
+            assert again.status_code == 200 and again.json()["llmd"]["receipt"], again.text
     finally:
         cluster.close()
         for server in servers:
