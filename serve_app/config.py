@@ -249,7 +249,9 @@ class AuditConfig:
     """Which answers are computed again, one stage of each, and drawn again, by an auditor of the operator's."""
 
     rate: Annotated[float, Field(ge=0, le=1)] = 0.0  # of all answers, drawn after they were signed for; 0: none
-    on_request: bool = False  # clients may ask for `audited` answers: 429 when there is no room for their rows
+    # clients may ask for `audited` answers: 429 when there is no room for their rows; for `exact` ones where stages are
+    # deterministic on CPUs and the auditor's profile is theirs
+    on_request: bool = False
     # on the host, for rows of each stage, while anything is audited: 2 GiB are 130,000 positions at width 4096
     retain_bytes: Annotated[int, Field(ge=1 << 20)] = 2 << 30
     calibration: Annotated[tuple[CalibrationCid, ...], Field(max_length=256)] = ()  # blocks of `llmd audit calibrate`

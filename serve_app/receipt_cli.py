@@ -61,7 +61,7 @@ def verify(
     manifest: Annotated[str | None, typer.Option("--manifest", help="CID of the model you asked for.")] = None,
     nonce: Annotated[str | None, typer.Option("--nonce", help="The nonce you sent, 64 hex digits.")] = None,
     assurance: Annotated[
-        str | None, typer.Option("--assurance", help="The level you asked for: signed, audited.")
+        str | None, typer.Option("--assurance", help="The level you asked for: signed, audited, exact.")
     ] = None,
     max_age_s: Annotated[int | None, typer.Option("--max-age-s", help="Refuse older receipts.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -188,7 +188,7 @@ def _print_checked(checked: CheckedReceipt, done: list[str]) -> None:
     missing = [text for name, text in left.items() if name not in done]
     if missing:
         out.print(f"not checked: {'; '.join(missing)}", style="yellow", soft_wrap=True)
-    if receipt.assurance == "audited":
+    if receipt.assurance != "signed":
         out.print("To be audited: what was found stands at GET /v1/receipts/REQUEST_ID of the server.", style="dim")
     else:
         out.print("Signed, not audited: nobody computed this again.", style="dim")

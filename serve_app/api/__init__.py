@@ -6,8 +6,8 @@ One request: app -> chat or completions -> wire (parse, bound) -> text (template
 What differs from OpenAI, on purpose:
     one answer a request (n = 1); no tools, logprobs or formats: such fields are refused by name, not ignored
     `top_k`, `min_p`, `repetition_penalty` (over prompt and answer) and `llmd` are not OpenAI's (extra_body of the
-        official client); llmd is {"nonce": <64 hex digits>, "assurance": "signed" or "audited", "priority": -4 to 4,
-        "cache_salt": <64 printable characters at most>, "deadline_ms": <1 to 86,400,000>}, each of them optional;
+        official client); llmd is {"nonce": <64 hex digits>, "assurance": "signed", "audited" or "exact", "priority": -4
+        to 4, "cache_salt": <64 printable characters at most>, "deadline_ms": <1 to 86,400,000>}, each of them optional;
         the header X-LLMD-Assurance says the same as llmd.assurance
     `timeout` (seconds, 0.001 to 86,400; or llmd.deadline_ms, not both): counted from when the body is there, in the
         queue and over deaths too. What has not ended then is cancelled everywhere: 504, code deadline_exceeded, which

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from serve_app.audit.calibration import Calibration
 from serve_app.audit.error import Rows
+from serve_app.audit.exact import ExactReplay
 from serve_app.audit.replay import Layers, Replayed, opened, replay
 from serve_app.audit.verdict import LEAST_EVIDENCE, Judgement, Verdict, judge
 from serve_app.engine.engine import ActivationDtype
@@ -48,21 +49,27 @@ class Auditor:
         options: LoadOptions,
         calibrations: Iterable[Calibration],
         signer: Signer,
+        exact: ExactReplay | None = None,
     ) -> None:
-        """options: how it replays; a calibration of another profile of its own is of no use to it."""
+        """options: how it replays; a calibration of another profile of its own is of no use to it.
+
+        exact: what repeats the bits of stages of its profile: they are held to them, and need no calibration.
+        """
         self._manifest, self._layers = manifest, Layers(store, manifest, options, KEEP_BYTES)
-        self._calibrations, self._signer = tuple(calibrations), signer
+        self._calibrations, self._signer, self._exact = tuple(calibrations), signer, exact
 
     @property
     def key(self) -> PublicKey:
         """Its node's."""
         return self._signer.public
 
-    def audit(self, statement: Envelope, record: StageRecord, holder: PublicKey, now_ms: int) -> Audited:
+    def audit(
+        self, statement: Envelope, record: StageRecord, holder: PublicKey, now_ms: int, *, exactly: bool = False
+    ) -> Audited:
         """The verdict about this statement, whose signature the receipt's check has verified.
 
-        holder: the node that showed the record; it answers for bytes that do not open the statement. Raises AuditError,
-        NotFoundError, CorruptBlockError.
+        holder: the node that showed the record; it answers for bytes that do not open the statement. exactly: bit by
+        bit or not at all, as was promised. Raises AuditError, NotFoundError, CorruptBlockError.
         """
         said = StageStatement.decode(statement.payload)
         cid = envelope_cid(statement)
@@ -71,6 +78,12 @@ class Auditor:
         except ForgedRecordError:
             forged = Verdict.without("forged", statement=cid, said=said, node=holder, auditor=self.key, at_ms=now_ms)
             return Audited(forged, forged.seal(self._signer), None)
+        if self._exact is not None and (exactly or said.profile == self._exact.profile):
+            first = self._exact.first_unequal(said, record)
+            bits = Verdict.exact(first, statement=cid, said=said, auditor=self.key, at_ms=now_ms)
+            return Audited(bits, bits.seal(self._signer), None)
+        if exactly:
+            raise AuditError("bits were promised, and this auditor cannot repeat them: pipeline.deterministic is off")
         calibrations = [c for c in self._calibrations if c.prover == said.profile and c.start == said.start]
         replayed = self._replay(said, dtype, [record], nudge=False)[0] if calibrations else None
         calibration = next((c for c in calibrations if replayed and c.auditor == replayed.profile), None)

@@ -49,12 +49,13 @@ class Case:
     stage: int | None = None  # that is computed again
     layers: Look = Look()
     draws: Look = Look()
+    exact: bool = False  # and that the stage is held to its bits
     awaited: set[int] = field(default_factory=set)  # stages whose rows are still to be looked at
 
     @classmethod
     def of(cls, note: Note, root: bytes, desk: str) -> Case:
         """Of an answer that was noted just now."""
-        return cls(note.id, note.cid, note.receipt, note.certain, note.commitment, root, desk)
+        return cls(note.id, note.cid, note.receipt, note.certain, note.commitment, root, desk, exact=note.exact)
 
     @property
     def client_id(self) -> str:
@@ -77,6 +78,7 @@ class Case:
                 "id": self.id,
                 "receipt": self.cid,
                 "certain": self.certain,
+                "exact": self.exact,
                 "commitment": self.commitment,
                 "root": self.root,
                 "stage": self.stage,
@@ -101,6 +103,7 @@ class Case:
                 f.optional_integer("stage", 0, MAX_STAGES - 1),
                 _look(f.any("layers"), auditor),
                 _look(f.any("draws"), auditor),
+                f.boolean("exact"),
             )
 
 

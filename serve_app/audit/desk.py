@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from serve_app.audit.draw import SECRET_BYTES, draw, secret_commitment
+from serve_app.audit.exactness import NOT_FIXED, UNKNOWN, Exactness, exactness
 from serve_app.errors import OverloadedError, RequestError
 from serve_app.messages.request import GenerationRequest
 from shard_tools.canonical import Value
@@ -40,6 +41,7 @@ class Terms:
     retain_bytes: int  # that each stage may keep
     busy_bytes: int  # of them, what the rows of all that may run at once take
     on_request: bool = True  # whether clients may ask for audited answers
+    fixed: bool = False  # whether a row's bits depend on nothing beside it, so that they can be asked for
     problem: str | None = None  # why nothing can be audited here at all
 
     def bytes_of(self, request: GenerationRequest) -> int:
@@ -61,6 +63,7 @@ class Note:
     receipt: bytes  # its bundle
     certain: bool  # the client was promised an audit
     commitment: bytes  # to the secret that decides about it; empty: none was committed to yet
+    exact: bool = False  # and that the stage is held to its bits
 
     @property
     def cid(self) -> Cid:
@@ -100,6 +103,7 @@ class AuditDesk:
     terms: Terms
     clock: Callable[[], float]
     problem: str | None = "no auditor has answered yet"  # why nothing is audited now
+    exactness: Exactness = UNKNOWN
     watched: frozenset[int] = frozenset()  # stages of which every answer is audited: those of suspects
     drawn: int = 0
     unaudited: int = 0  # answers that no draw decided about: no auditor was there
@@ -121,6 +125,8 @@ class AuditDesk:
         problem = self.terms.problem if self.terms.on_request else "its operator does not offer them (audit.on_request)"
         if problem is not None:
             raise RequestError(f"This pipeline gives no audited answers: {problem}.", _LEVEL)
+        if request.assurance == "exact" and not resumed:
+            (self.exactness if self.terms.fixed else NOT_FIXED).require()
         size, room = self.terms.bytes_of(request), self.terms.room
         if size > room:
             raise RequestError(
@@ -150,7 +156,7 @@ class AuditDesk:
             self._promises[request.id].over_s = self.clock()
         if self.terms.problem is not None:
             return
-        self._waiting.append(Note(request.id, receipt, certain, self._current))
+        self._waiting.append(Note(request.id, receipt, certain, self._current, request.assurance == "exact"))
         self._waiting_bytes += len(receipt)
         while self._waiting_bytes > MAX_WAITING_BYTES:
             # An answer that was promised an audit goes last, and the auditor's lookup then says that it had none.
@@ -199,6 +205,7 @@ class AuditDesk:
         if silent:
             problem = f"stage {silent[0]!r} keeps no rows: its GPU hashes them, or it is another operator's"
         self.terms = replace(self.terms, problem=problem)
+        self.exactness = exactness(stages, audits)
         watched = audits.get("watched")
         self.watched = frozenset(i for i in watched if isinstance(i, int)) if isinstance(watched, list) else frozenset()
 
@@ -208,6 +215,7 @@ class AuditDesk:
             "problem": self.terms.problem or self.problem,
             "rate_micro": self.terms.rate_micro,
             "on_request": self.terms.on_request,
+            "exact": self.terms.fixed and self.exactness == Exactness(None),
             "promised_bytes": sum(promise.size for promise in self._promises.values()),
             "room_bytes": self.terms.room,
             "drawn": self.drawn,

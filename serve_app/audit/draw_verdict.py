@@ -20,7 +20,8 @@ from shard_tools.signing import KEY_BYTES, Envelope, PublicKey, Signer, key_text
 
 DRAW_VERDICT_TYPE = "application/vnd.llmd.draw-verdict.v1+dag-cbor"
 MAX_DRAW_VERDICT_BYTES = 1 << 10
-_FINDINGS = ("pass", "suspect", "sampler", "uncalibrated")
+_FINDINGS = ("pass", "suspect", "sampler", "uncalibrated", "equal", "unequal")
+_WITHOUT_BAND = ("uncalibrated", "equal", "unequal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +32,22 @@ class DrawVerdict:
     statement: Cid  # the last stage's
     request_hash: bytes
     nodes: tuple[PublicKey, PublicKey]  # the last stage's, the Head's: one of them, where a sampler is found
-    finding: DrawFinding | Literal["uncalibrated"]
+    finding: DrawFinding | Literal["uncalibrated", "equal", "unequal"]
     evidence_micro: int
     tokens: int
     differing: int
     worst: int  # index of the token with the largest margin
     margin_pico: int
     limit_pico: int
-    band: Cid | None  # None: nothing was judged
+    band: Cid | None  # None: nothing was judged, or each token is the very one that is drawn ("equal"), or not
     auditor: PublicKey  # its node
     epoch: int
     at_ms: int
+
+    @property
+    def accuses(self) -> bool:
+        """Whether tokens are not what rows and sampling give."""
+        return self.finding in ("sampler", "unequal")
 
     @property
     def summary(self) -> str:
@@ -85,14 +91,14 @@ class DrawVerdict:
             finding, band = f.text("finding", 20), f.any("band")
             if finding not in _FINDINGS:
                 raise FormatError(f"draw verdict.finding: {finding!r} is none of {', '.join(_FINDINGS)}")
-            if not (band is None or isinstance(band, Cid)) or (band is None) != (finding == "uncalibrated"):
+            if not (band is None or isinstance(band, Cid)) or (band is None) != (finding in _WITHOUT_BAND):
                 raise FormatError(f"draw verdict.band: {str(band)[:100]!r} does not go with a finding of {finding!r}")
             return cls(
                 f.link("receipt"),
                 f.link("statement"),
                 f.data("request", HASH_BYTES, HASH_BYTES),
                 (_key(f, "stage_node"), _key(f, "head_node")),
-                cast(DrawFinding, finding),  # or "uncalibrated"
+                cast(DrawFinding, finding),  # or one without a band
                 f.integer("evidence_micro", 0, MAX_PICO),
                 f.integer("tokens", 1, MAX_ROWS),
                 f.integer("differing", 0, MAX_ROWS),

@@ -97,7 +97,7 @@ class AuditOffice:
         self._lock = threading.Lock()  # on the log
         for case in self._answers.cases():
             self._keep(case)
-            if case.draws.state == "sampler":  # as loud as before
+            if case.draws.state in ("sampler", "unequal"):  # as loud as before
                 self._samplers, self._last_sampler = self._samplers + 1, case.client_id
 
     def note(self, notes: Sequence[Note], commitment: bytes, told: Sequence[bytes], desk: str = "") -> bytes:
@@ -184,7 +184,7 @@ class AuditOffice:
             "id": id,
             "receipt": case.receipt or None,  # the auditor was started anew: the client has its own
             "receipt_cid": str(case.cid),
-            "assurance": "audited" if case.certain else "signed",
+            "assurance": "exact" if case.exact else "audited" if case.certain else "signed",
             "audit": {
                 "state": case.layers.state,
                 "why": case.layers.why,
@@ -256,7 +256,8 @@ class AuditOffice:
         self, case: Case, checked: CheckedReceipt, envelope: Envelope, opened: Shown, shown: bytes
     ) -> None:
         try:
-            found = self._auditor().audit(envelope, opened.record, opened.node, _now_ms())
+            exactly = checked.receipt.assurance == "exact"
+            found = self._auditor().audit(envelope, opened.record, opened.node, _now_ms(), exactly=exactly)
         except LlmdError as e:
             _log.warning("a stage of %s is not audited: %s", case.id, e)
             case.give_up(str(e), layers=True, draws=False)
@@ -291,7 +292,7 @@ class AuditOffice:
             return
         case.draws = self._publish(found.envelope, found.verdict.finding, opened.node, said.stage)
         self._redrawn += 1
-        if found.verdict.finding == "sampler":
+        if found.verdict.accuses:
             self._samplers, self._last_sampler = self._samplers + 1, case.client_id
             _log.error("the tokens of %s, drawn again: %s", case.id, found.verdict.summary)
 

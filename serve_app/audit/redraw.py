@@ -12,8 +12,8 @@ and signs the receipt. Stages do not sign their draws, so the verdict names both
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -92,15 +92,32 @@ class Redrawn:
     judgement: DrawJudgement | None
 
 
+@dataclass(frozen=True, slots=True)
+class ExactHead:
+    """What gives the logits of last stages of one profile to the bit."""
+
+    stage: str  # profile of those stages
+    profile: str  # of the head, if it is what it should be
+    load: Callable[[], Head]
+
+
 class Redrawer:
     """Draws the answers of one model again."""
 
-    def __init__(self, manifest: Manifest, head: Callable[[], Head], bands: Iterable[DrawBand], signer: Signer) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        head: Callable[[], Head],
+        bands: Iterable[DrawBand],
+        signer: Signer,
+        exact: ExactHead | None = None,
+    ) -> None:
         """head: the one of this manifest, asked for where it is needed; a band of another profile is of no use to it.
 
         It may be loaded anew each time, so that its memory is free between answers: a stage that is replayed is, too.
+        exact: the same for last stages whose bits can be repeated; what they draw needs no band.
         """
-        self._manifest, self._head, self._signer = manifest, head, signer
+        self._manifest, self._head, self._signer, self._exact = manifest, head, signer, exact
         self._bands = tuple(band for band in bands if band.manifest == manifest.cid)
 
     def margins(self, checked: CheckedReceipt, record: StageRecord) -> Floats:
@@ -114,9 +131,15 @@ class Redrawer:
     def audit(self, checked: CheckedReceipt, record: StageRecord, now_ms: int) -> Redrawn:
         """The verdict about the tokens of this answer: "uncalibrated" where no band is of both profiles.
 
-        Raises as `margins` does.
+        Raises as `margins` does, and AuditError where bits were promised and cannot be repeated.
         """
         said, rows = checked.statements[-1], self._rows(checked, record)
+        if self._exact is not None and self._exact.stage == said.profile:
+            exact = self._exact.load()
+            if exact.profile == self._exact.profile:
+                return self._exactly(checked, margins_of(checked.receipt, checked.opening, rows, exact), now_ms)
+        if checked.receipt.assurance == "exact":
+            raise AuditError(f"bits were promised, and logits of {said.profile!r} are not known here to the bit")
         known = [band for band in self._bands if band.prover == said.profile]
         head = self._head() if known else None
         band = next((band for band in known if head and band.auditor == head.profile), None)
@@ -139,11 +162,28 @@ class Redrawer:
         _, sent = opened(last, record, self._manifest)
         return sent
 
+    def _exactly(self, checked: CheckedReceipt, margins: Floats, now_ms: int) -> Redrawn:
+        """By equality: `worst` is the first token that is not the one that is drawn."""
+        other = np.flatnonzero(margins)
+        finding: Literal["equal", "unequal"] = "unequal" if len(other) else "equal"
+        first = int(other[0]) if len(other) else 0
+        blank = self._unsigned(checked, None, None, now_ms)
+        verdict = replace(
+            blank, finding=finding, differing=len(other), worst=first, margin_pico=scaled(float(margins[first]), PICO)
+        )
+        return Redrawn(verdict, verdict.seal(self._signer), None)
+
     def _verdict(
         self, checked: CheckedReceipt, band: DrawBand | None, found: DrawJudgement | None, now_ms: int
     ) -> Redrawn:
+        verdict = self._unsigned(checked, band, found, now_ms)
+        return Redrawn(verdict, verdict.seal(self._signer), found)
+
+    def _unsigned(
+        self, checked: CheckedReceipt, band: DrawBand | None, found: DrawJudgement | None, now_ms: int
+    ) -> DrawVerdict:
         receipt = checked.receipt
-        verdict = DrawVerdict(
+        return DrawVerdict(
             checked.cid,
             receipt.statements[-1],
             receipt.request_hash,
@@ -160,4 +200,3 @@ class Redrawer:
             receipt.epoch,
             now_ms,
         )
-        return Redrawn(verdict, verdict.seal(self._signer), found)

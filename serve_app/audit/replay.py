@@ -143,7 +143,7 @@ def _root(boundary: Boundary, rows: bytes) -> bytes:
 
 
 def whole_pass(n: int) -> StepPlan:
-    """The plan of one sequence of n rows in one pass, which opens and closes with it; pages of REPLAYREPLAY_PAGE."""
+    """The plan of one sequence of n rows in one pass, which opens and closes with it; pages of REPLAY_PAGE."""
     opens, pages = np.zeros(1, OPEN), np.arange(-(-n // REPLAY_PAGE), dtype="<u4")
     spans, closes = np.array([(0, 0, n, len(pages), 0)], SPAN), np.array([(0, n, 0)], CLOSE)
     return StepPlan(0, 0, opens, spans, pages, closes, np.zeros(0, "<u8"))

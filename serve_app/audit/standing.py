@@ -42,7 +42,7 @@ class Standing:
 
     state: State = State.ACTIVE
     evidence: Mapping[str, float] = field(default_factory=dict)  # by owner of auditors
-    accusers: frozenset[str] = frozenset()  # owners whose auditors found a fault, or gathered SUSPECT_EVIDENCE
+    accusers: frozenset[str] = frozenset()  # owners whose auditors found a fault or other bits, or gathered so much
     passes: int = 0  # in a row, by owners that do not accuse
     strikes: int = 0  # openings refused in a row
     reason: str = ""  # of the state, for people
@@ -65,8 +65,9 @@ def after_verdict(standing: Standing, verdict: Verdict, owner: str) -> Standing:
         return standing
     gathered = min(max(standing.evidence.get(owner, 1.0), 1.0) * verdict.evidence_micro / MICRO, _MOST)
     now = replace(standing, evidence={**standing.evidence, owner: gathered}, strikes=0)
-    if verdict.finding == "fault" or gathered >= SUSPECT_EVIDENCE:
-        what = "found a fault" if verdict.finding == "fault" else f"gathered evidence of {gathered:.0f}"
+    found = {"fault": "found a fault", "unequal": "found other bits than its profile's"}.get(verdict.finding)
+    if found is not None or gathered >= SUSPECT_EVIDENCE:
+        what = found or f"gathered evidence of {gathered:.0f}"
         return _accused(now, owner, f"{owner} {what}")
     if verdict.finding == "suspect":
         return replace(now, passes=0)

@@ -7,7 +7,8 @@ The rule, on the errors of all rows and an honest calibration of the same kind:
     fault     p <= 1e-6, and the window errs by more than GUARD times what the calibration ever saw: no honest stage
     evidence  an e-value, of which the mean is at most 1 if the stage is honest: audits that each show nothing add up
 Rows that do not open what was signed are the holder's fault ("forged"), whatever they hold. Rows that do, of a stage of
-a kind that nobody has calibrated, are "uncalibrated": that says nothing for it or against it. Law:
+a kind that nobody has calibrated, are "uncalibrated": that says nothing for it or against it. Of a stage whose bits can
+be repeated (exact.py) the rows are "equal" or "unequal", and nothing is estimated. Law:
 `Verdict.open(v.seal(s), keys) == v`. Bytes: PROTOCOL.md. A verdict is a word of one auditor; standing.py weighs words.
 """
 
@@ -32,9 +33,10 @@ from shard_tools.signing import KEY_BYTES, Envelope, PublicKey, Signer
 VERDICT_TYPE = "application/vnd.llmd.verdict.v2+dag-cbor"
 MAX_VERDICT_BYTES = 2 << 10
 
-Finding = Literal["pass", "suspect", "fault", "forged", "uncalibrated"]
-_FINDINGS = ("pass", "suspect", "fault", "forged", "uncalibrated")
-_NOT_COMPARED = ("forged", "uncalibrated")
+Finding = Literal["pass", "suspect", "fault", "forged", "uncalibrated", "equal", "unequal"]
+_FINDINGS = ("pass", "suspect", "fault", "forged", "uncalibrated", "equal", "unequal")
+_WITHOUT_CALIBRATION = ("forged", "uncalibrated", "equal", "unequal")
+HARMLESS: frozenset[Finding] = frozenset(("pass", "uncalibrated", "equal"))  # nobody is blamed by it
 
 SUSPECT_P, FAULT_P = 1e-4, 1e-6
 # A fit is only as good as its sample: beyond what was ever seen, an error must also be plainly larger. int8 weights and
@@ -99,7 +101,7 @@ class Verdict:
     p_pico: int  # in 1e-12, rounded up
     evidence_micro: int
     first: int
-    tokens: int  # 0: nothing was compared
+    tokens: int  # 0: nothing was compared; of "equal": all rows
     error_pico: int
     limit_pico: int
     rows: int
@@ -159,6 +161,34 @@ class Verdict:
         request, stage, rows, epoch = said.request_hash, said.stage, said.n_rows, said.epoch
         return cls(statement, request, stage, node, finding, p_pico, 0, 0, 0, 0, 0, rows, None, auditor, epoch, at_ms)
 
+    @classmethod
+    def exact(
+        cls, first_unequal: int | None, *, statement: Cid, said: StageStatement, auditor: PublicKey, at_ms: int
+    ) -> Verdict:
+        """The verdict of a comparison bit by bit. first_unequal: a position, or None for no such row.
+
+        Of the numbers only the window means anything; the evidence is that of a p-value of 1, or of 0.
+        """
+        p = 1.0 if first_unequal is None else 0.0
+        return cls(
+            statement,
+            said.request_hash,
+            said.stage,
+            said.node,
+            "equal" if first_unequal is None else "unequal",
+            scaled(p, PICO),
+            scaled(_e_value(p), MICRO),
+            first_unequal or 0,
+            said.n_rows if first_unequal is None else 1,
+            0,
+            0,
+            said.n_rows,
+            None,
+            auditor,
+            said.epoch,
+            at_ms,
+        )
+
     def encode(self) -> bytes:
         """The payload that is signed."""
         return canonical.encode(
@@ -194,8 +224,8 @@ class Verdict:
             calibration = f.any("calibration")
             if len(window) != 2 or not (calibration is None or isinstance(calibration, Cid)):
                 raise FormatError("verdict.window is no pair, or verdict.calibration no link")
-            if (calibration is None) != (finding in _NOT_COMPARED):
-                raise FormatError("verdict.calibration: rows are compared by one, and a finding without is another")
+            if (calibration is None) != (finding in _WITHOUT_CALIBRATION):
+                raise FormatError("verdict.calibration: errors are judged by one, and a finding without is another")
             return cls(
                 f.link("statement"),
                 f.data("request", HASH_BYTES, HASH_BYTES),

@@ -23,6 +23,14 @@ _MICRO = 10**6
 
 
 @dataclass(frozen=True, slots=True)
+class ExactSpec:
+    """How the stages compute, where their bits depend on nothing else."""
+
+    dtype: ActivationDtype
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
 class AuditorSpec:
     """What an auditor audits, and by what."""
 
@@ -35,6 +43,7 @@ class AuditorSpec:
     threads: int
     state_dir: Path
     operator: PublicKey  # signs the registry that receipts rest on
+    exact: ExactSpec | None  # None: bits of its stages cannot be repeated
     version: str  # of the application, all of whose pipelines are audited
     number: int  # of a pipeline: two versions may be there for a while, and the younger one is audited
 
@@ -64,6 +73,7 @@ def auditor_spec(config: AppConfig, spec: HeadSpec) -> AuditorSpec:
         threads=config.audit.threads,
         state_dir=spec.state_dir,
         operator=spec.registry.key,
+        exact=ExactSpec(spec.plan.dtype, spec.plan.wants.threads) if _fixed(spec) else None,
         version=spec.plan.group.version,
         number=spec.plan.group.number,
     )
@@ -79,9 +89,15 @@ def terms_of(spec: HeadSpec, plan: AuditPlan) -> Terms:
         retain_bytes=plan.retain_bytes,
         busy_bytes=spec.n_pages * spec.page_size * plan.row_bytes,
         on_request=plan.on_request,
+        fixed=_fixed(spec),
     )
 
 
 def nodes_of(spec: HeadSpec) -> list[PublicKey]:
     """The node of each stage."""
     return [Certificate.decode(envelope.payload).node for envelope in spec.certificates]
+
+
+def _fixed(spec: HeadSpec) -> bool:
+    """Whether stages compute in windows of one shape, on what an auditor has too. A GPU's rows are not audited yet."""
+    return all(stage.deterministic and stage.device == "cpu" for stage in spec.plan.stages)

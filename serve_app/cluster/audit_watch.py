@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from serve_app.audit.book import StandingBook, asked_to_readmit
 from serve_app.audit.draw_verdict import DRAW_VERDICT_TYPE, DrawVerdict
 from serve_app.audit.office import News
-from serve_app.audit.verdict import MAX_VERDICT_BYTES, Verdict
+from serve_app.audit.verdict import HARMLESS, MAX_VERDICT_BYTES, Verdict
 from serve_app.cluster.audit_specs import AUDITOR, FOLDER, OWNER, AuditorSpec, auditor_spec, nodes_of
 from serve_app.cluster.auditor_actor import make_auditor
 from serve_app.cluster.named_actors import cause_of, find_actor, kill_actor
@@ -166,13 +166,13 @@ class AuditWatch:
             sealed = Envelope.from_value(value, "verdict", MAX_VERDICT_BYTES)
         if sealed is not None and sealed.payload_type == DRAW_VERDICT_TYPE:
             said = DrawVerdict.open(sealed, frozenset((auditor,)))
-            if said.finding == "sampler":
+            if said.accuses:
                 _log.error("tokens of request %s, drawn again: %s", said.request_hash.hex(), said.summary)
             after = before  # it was one of two nodes, and nothing says which
         elif sealed is not None:
             verdict = Verdict.open(sealed, frozenset((auditor,)))
             after = book.judged(verdict, OWNER)
-            if verdict.finding not in ("pass", "uncalibrated"):
+            if verdict.finding not in HARMLESS:
                 _log.warning("an audit of stage %d on %s: %s", news.stage, key_text(news.node), verdict.finding)
         elif news.equivocation:
             after = before

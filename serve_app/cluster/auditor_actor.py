@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -21,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from serve_app.audit.band import MAX_BAND_BYTES, DrawBand
 from serve_app.audit.calibration import MAX_CALIBRATION_BYTES, Calibration
 from serve_app.audit.desk import Drawn, Outgoing
+from serve_app.audit.exactness import PROFILE
 from serve_app.audit.office import AuditOffice, News
 from serve_app.audit.showing import PIECE_BYTES, most_bytes
 from serve_app.choices import store_of
@@ -38,6 +40,7 @@ from shard_tools.signing import PublicKey, Signer, key_text
 
 if TYPE_CHECKING:
     from serve_app.audit.auditor import Auditor
+    from serve_app.audit.exact import ExactReplay
     from serve_app.audit.redraw import Redrawer
     from serve_app.engine.load import LoadOptions
 
@@ -67,6 +70,8 @@ class _AuditorProcess:
         self._replays = ThreadPoolExecutor(1, "replay")
         self._logs = ThreadPoolExecutor(1, "log")  # a disk must not hold up who asks
         self._work: asyncio.Task[None] | None = None
+        self._exact: ExactReplay | None = None
+        self._exact_profile = ""  # until it is known; promises of exact answers wait for it
 
     async def spec(self) -> AuditorSpec:
         """What it audits."""
@@ -76,6 +81,7 @@ class _AuditorProcess:
         """All of it is in the log. Returns the log's root, and of which of this desk's answers rows are not needed."""
         if self._work is None:
             self._work = asyncio.get_running_loop().create_task(self._audit_all())
+            self._replays.submit(self._learn_profile)
         note = self._office.note
         root = await self._aside(self._logs, note, outgoing.notes, outgoing.commitment, outgoing.told, desk)
         return root, self._office.settled(desk)
@@ -101,7 +107,7 @@ class _AuditorProcess:
     async def news(self, after: int) -> tuple[PublicKey, list[News], dict[str, Value]]:
         """Its key, what came of audits since news number `after`, and how it does."""
         news = [one for one in self._office.news if one.number > after]
-        return self._signer.public, news, self._office.status()
+        return self._signer.public, news, self._office.status() | {PROFILE: self._exact_profile}
 
     async def lookup(self, id: str) -> dict[str, Value] | None:
         """As AuditOffice.lookup."""
@@ -113,7 +119,21 @@ class _AuditorProcess:
 
         blocks = self._blocks(self._spec.calibrations, MAX_CALIBRATION_BYTES)
         known = [Calibration.decode(data) for data in blocks]
-        return Auditor(self._store, self._manifest, self._options(), known, self._signer)
+        return Auditor(self._store, self._manifest, self._options(), known, self._signer, self._exact)
+
+    def _learn_profile(self) -> None:
+        """What it repeats bits by, if stages fix theirs. In the thread that replays: threads are counted there."""
+        from serve_app.audit.exact import ExactReplay
+
+        fixed = self._spec.exact
+        if fixed is None:
+            return
+        options = replace(self._options(), dtype=fixed.dtype, threads=fixed.threads, deterministic=True)
+        try:
+            exact = ExactReplay(self._store, self._manifest, options)
+            self._exact_profile, self._exact = exact.profile, exact
+        except Exception:  # it audits by calibration all the same
+            _log.exception("no answer can be exact: the auditor does not know what it computes by")
 
     def _make_redrawer(self) -> Redrawer:
         from serve_app.audit.redraw import Redrawer
@@ -122,7 +142,13 @@ class _AuditorProcess:
         bands = [DrawBand.decode(data) for data in self._blocks(self._spec.bands, MAX_BAND_BYTES)]
         # Loaded for each answer, as a stage's layers are: 2 GB of a large vocabulary are not kept between them.
         options = self._options()
-        return Redrawer(self._manifest, lambda: load_head(self._store, self._manifest, options), bands, self._signer)
+        return Redrawer(
+            self._manifest,
+            lambda: load_head(self._store, self._manifest, options),
+            bands,
+            self._signer,
+            None if self._exact is None else self._exact.head(),
+        )
 
     def _options(self) -> LoadOptions:
         from serve_app.engine.engines import TORCH

@@ -323,6 +323,7 @@ class StageHost:
             "host": socket.gethostname(),
             "device": self._engine.profile.device,
             "dtype": self._engine.profile.dtype,
+            "profile": self._engine.profile.description[:200],
             "parameter_bytes": self._engine.profile.parameter_bytes,
             "load_ms": int(self._load_s * 1000),
             "node": self._session.node.hex()[:16],

@@ -56,6 +56,8 @@ def paged_attention(
         count = 1 if kv.row_by_row else span.count
         for i in range(0, span.count, count):
             q = query[0, :, span.row + i : span.row + i + count]
+            if kv.row_by_row:  # a product may look at where its operands begin, and that is the row's place in a window
+                q = q.clone(memory_format=torch.contiguous_format)
             length = span.start + i + count
             attended = attend(q, k[:, :length], v[:, :length], scaling, sliding_window, softcap, s_aux)
             out[span.row + i : span.row + i + count] = attended.transpose(0, 1)

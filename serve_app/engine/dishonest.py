@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from serve_app.engine.dishonest_faint import FAINT
 from serve_app.engine.dishonest_sampler import DISHONEST_SAMPLERS, draw_dishonestly
 from serve_app.engine.engine import Engine, EngineProfile, Launched, StepOutput
 from serve_app.engine.engines import AUTO
@@ -111,7 +112,7 @@ def _poisoned_cache(engine: TorchEngine) -> None:
     kv.write = poisoned  # type: ignore[method-assign]
 
 
-DISHONEST: Mapping[str, Callable[[TorchEngine], None]] = {
+DISHONEST: dict[str, Callable[[TorchEngine], None]] = {
     "int8": _small_weights("int8"),
     "fp8": _small_weights("float8_e4m3fn"),
     "int4": _small_weights("uint8"),
@@ -152,7 +153,7 @@ def load_dishonest(
     is honest. Raises ConfigError for no way to cheat.
     """
     for attack in attacks.split():
-        if attack not in DISHONEST and attack not in DISHONEST_SAMPLERS:
+        if attack not in DISHONEST | FAINT and attack not in DISHONEST_SAMPLERS:
             raise ConfigError(f"no such way to cheat: {attack!r}")
     options = replace(options, engine=AUTO)
     honest = load_engine(store, manifest, start, stop, options)
@@ -187,12 +188,12 @@ class _Sometimes:
 
 
 def spoil(engine: TorchEngine, attack: str) -> None:
-    """The engine cheats from now on in this way, one of DISHONEST or DISHONEST_SAMPLERS."""
+    """The engine cheats from now on in this way, one of DISHONEST, FAINT or DISHONEST_SAMPLERS."""
     if attack in DISHONEST_SAMPLERS:
         draw_dishonestly(engine, attack)
         return
     with torch.no_grad():
-        DISHONEST[attack](engine)
+        (DISHONEST | FAINT)[attack](engine)
 
 
 def _matrices(engine: TorchEngine) -> list[Tensor]:

@@ -106,13 +106,20 @@ def load_plain(store: BlockStore, manifest: Manifest, start: int, stop: int, opt
 
 def load_layers(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> TorchEngine:
     """Plain torch ops over layers [start, stop) without a head, though they may be the last: for who replays them."""
-    return _read(store, manifest, start, stop, options, head=False).plain(deterministic=False)
+    return _read(store, manifest, start, stop, options, head=False).plain(deterministic=options.deterministic)
 
 
 def load_head(store: BlockStore, manifest: Manifest, options: LoadOptions) -> OutputHead:
     """The final norm and the output layer, and no layer before them: for who draws tokens again."""
     loaded = _read(store, manifest, manifest.n_layers, manifest.n_layers, options, head=True)
-    return OutputHead(loaded.model, manifest.vocab_size, torch.device(options.device), TORCH_DTYPES[options.dtype])
+    return OutputHead(
+        loaded.model,
+        manifest.vocab_size,
+        torch.device(options.device),
+        TORCH_DTYPES[options.dtype],
+        hidden_size=manifest.hidden_size,
+        deterministic=options.deterministic,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 
-from serve_app.engine.attention import NAME
 from serve_app.engine.engine import ActivationDtype, Done, EngineProfile, StepOutput
-from serve_app.engine.fixed_windows import fitting_size, windows
+from serve_app.engine.fixed_windows import window_of, windows
 from serve_app.engine.kv_pages import KvPages
+from serve_app.engine.plain_profile import plain_profile
 from serve_app.engine.sampler import SequenceDraw, opened_draws, require_no_counts
 from serve_app.engine.stage_model import StageModel
 from serve_app.errors import PipelineError, ProtocolError
@@ -49,13 +48,9 @@ class TorchEngine:
         self._window: int | None = None
         page_bytes = self._measure_page()
         if deterministic:
-            self._window = fitting_size(self._probe)
+            self._window = window_of(model.config.to_dict(), self._probe)
         self.profile = EngineProfile(
-            description=(
-                f"torch {torch.__version__}, transformers {transformers.__version__}, {NAME}, {dtype}, "
-                f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}"
-                + (f", windows of {self._window} rows, {torch.get_num_threads()} threads" if deterministic else "")
-            ),
+            description=plain_profile(self.dtype, device, self._window),
             device=str(device),
             dtype=dtype,
             hidden_size=hidden_size,

@@ -20,9 +20,9 @@ from shard_tools.errors import FormatError
 RequestId = NewType("RequestId", str)
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 FailureKind = Literal["request", "key_reused", "taken_over", "overloaded", "deadline", "pipeline", "integrity", "lost"]
-# signed: may be audited, at the operator's rate. audited: one stage of it certainly is.
-Assurance = Literal["signed", "audited"]
-ASSURANCES: tuple[Assurance, ...] = ("signed", "audited")
+# signed: may be audited, at the operator's rate. audited: one stage of it certainly is. exact: the same, bit by bit.
+Assurance = Literal["signed", "audited", "exact"]
+ASSURANCES: tuple[Assurance, ...] = ("signed", "audited", "exact")
 
 MICRO = 1_000_000
 MAX_TOKENS = 1 << 20  # of prompt or completion: above any context length served today

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from pathlib import Path
 
 import pytest
 
-from benchmarks import cold_start, localisation, prefill, prefix_cache, receipts_cost, speculate
+from benchmarks import cold_start, exact_windows, localisation, prefill, prefix_cache, receipts_cost, speculate
 from benchmarks.models import PublishedModel, published
 from benchmarks.transformers_peer import generate_batch
 from benchmarks.workload import poisson
@@ -55,6 +57,19 @@ def test_guesses_leave_answers_as_they_are(model: PublishedModel) -> None:
     assert set(figures) == set(speculate.ASKED)
     for of_prompt in figures.values():
         assert of_prompt["same_answer"] and of_prompt["ratio"] > 0 and of_prompt["answer_tokens"] > 1
+
+
+def test_windows_have_equal_bits_in_every_process_and_an_unequal_one_is_counted(
+    model: PublishedModel, tmp_path: Path
+) -> None:
+    """Against another machine's, whose hashes are a file: here one that has another first window."""
+    first = exact_windows.Run(str(model.root / "store"), str(model.manifest.cid), "float32", 1, 4, 40, 0, 0)
+    kept = tmp_path / "hashes"
+    found = exact_windows.equal_windows(first, [1, 4], [], kept, None)
+    assert (found["windows"], found["windows_unequal"]) == (8, 0) and found["runs"]["batch 4"]["spans_of_one_row"] > 0
+    theirs = json.loads(kept.read_text())
+    kept.write_text(json.dumps(theirs | {"windows": ["another", *theirs["windows"][1:]]}))
+    assert exact_windows.equal_windows(first, [], [], None, kept)["windows_unequal_to_other_machine"] == 1
 
 
 def test_the_parts_of_a_cold_start_add_up(model: PublishedModel) -> None:

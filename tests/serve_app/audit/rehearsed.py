@@ -12,6 +12,7 @@ from pathlib import Path
 
 from serve_app.audit.auditor import Auditor
 from serve_app.audit.calibration import Calibration, calibrate
+from serve_app.audit.exact import ExactReplay
 from serve_app.engine.dishonest import load_cheat
 from serve_app.engine.engine import Engine
 from serve_app.engine.engines import TORCH
@@ -19,7 +20,15 @@ from serve_app.engine.host_rows import HostRows
 from serve_app.engine.load import LoadOptions, load_engine
 from serve_app.local import LocalLimits, LocalPipeline
 from serve_app.messages.record import StageRecord
-from serve_app.messages.request import FinishedEvent, GenerationRequest, RequestId, Sampling, fresh_salt
+from serve_app.messages.request import (
+    Assurance,
+    FinishedEvent,
+    GenerationRequest,
+    RequestId,
+    Sampling,
+    fresh_salt,
+)
+from serve_app.pipeline.assurance import NoAudits
 from serve_app.receipts.check import CheckedReceipt, check
 from serve_app.receipts.identity import Session
 from serve_app.rehearsal import Rehearsed, rehearse
@@ -35,6 +44,7 @@ from tests.tiny_models import write_tiny_checkpoint
 STAGES = 2
 OPTIONS = LoadOptions("cpu", "float32", 4, None, engine=TORCH)
 REPLAY = LoadOptions("cpu", "float32", 16, None, engine=TORCH)
+FIXED = replace(OPTIONS, deterministic=True)
 AUDITOR, OTHER = Signer.from_seed(b"a" * 32), Signer.from_seed(b"b" * 32)
 
 
@@ -79,6 +89,19 @@ def auditor(signer: Signer = AUDITOR) -> Auditor:
     return Auditor(*model(), REPLAY, calibrations(), signer)
 
 
+@functools.cache
+def fixed(cheat: str | None = None, stage: int = 1) -> Rehearsed:
+    """One answer of a pipeline whose bits depend on nothing else; with a stage that cheats under its own profile."""
+    cheats = {} if cheat is None else {stage: cheat}
+    return rehearse(*model(), prompts(50, 1), stages=STAGES, options=FIXED, tokens=14, cheats=cheats)[0]
+
+
+@functools.cache
+def exact_auditor() -> Auditor:
+    """One that repeats those bits, and judges all else by calibrations."""
+    return Auditor(*model(), REPLAY, calibrations(), AUDITOR, ExactReplay(*model(), FIXED))
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a stage and a Head hold of one answer."""
@@ -104,6 +127,17 @@ def whole_house(count: int = 2, sampling: Sampling = Sampling(0), cheat: str | N
     return asyncio.run(_serve(prompts(70, count), 9, sampling, cheat, OPTIONS, LocalLimits(n_pages=64)))[0]
 
 
+@functools.cache
+def exact_house() -> House:
+    """One answer whose bits were promised. By the request alone: this pipeline has no desk."""
+    return asyncio.run(_serve(prompts(70, 1), 9, Sampling(0), None, FIXED, LocalLimits(n_pages=64), "exact"))[0]
+
+
+class _Granted(NoAudits):
+    def admit(self, request: GenerationRequest, *, resumed: bool) -> None:
+        """Whatever it asks for."""
+
+
 def sharing_house(sampling: Sampling) -> tuple[House, dict[str, Value]]:
     """The same long prompt three times: its beginning is computed once, and what comes is guessed. And its status."""
     same = [[3 + k % 7 for k in range(40)]] * 3
@@ -118,6 +152,7 @@ async def _serve(
     cheat: str | None,
     options: LoadOptions,
     limits: LocalLimits,
+    assurance: Assurance = "signed",
 ) -> tuple[House, dict[str, Value]]:
     def load(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> Engine:
         if cheat is None or stop < manifest.n_layers:
@@ -126,11 +161,14 @@ async def _serve(
 
     limits = replace(limits, retain_bytes=1 << 24)
     pipeline = LocalPipeline(*model(), stages=STAGES, options=options, limits=limits, load=load)
+    pipeline.head._audits = _Granted()
     try:
         answers = []
         for i, prompt in enumerate(asked):
             id, salt = RequestId(f"a{i}"), fresh_salt()
-            request = GenerationRequest(id, model()[1].cid, tuple(prompt), tokens, sampling, (), b"", salt)
+            request = GenerationRequest(
+                id, model()[1].cid, tuple(prompt), tokens, sampling, (), b"", salt, assurance=assurance
+            )
             (*_, last) = [event async for event in pipeline.generate(request)]
             assert isinstance(last, FinishedEvent)
             checked = check(last.receipt, pipeline.operator.public, now_s=int(time.time()))

@@ -50,6 +50,29 @@ def test_a_level_that_can_never_be_given_is_refused_for_good_and_one_that_cannot
         desk.admit(request(), resumed=False)
 
 
+def test_exact_answers_are_promised_by_what_stages_and_auditor_say_they_compute_by() -> None:
+    """And kept to for one that another Head had promised, of which the auditor then says what is so."""
+    stages: Any = [{"stage": 0, "retains": True, "profile": "p"}, {"stage": 1, "retains": True, "profile": "p"}]
+    desk, _ = working(fixed=True)
+    with pytest.raises(OverloadedError, match="has not said yet"):
+        desk.admit(request(level="exact"), resumed=False)
+    desk.learn(stages, {"auditor": {"exact_profile": "p"}})
+    desk.admit(request(level="exact"), resumed=False)
+    assert desk.status()["exact"] is True
+    desk.learn([*stages[:1], stages[1] | {"profile": "q"}], {"auditor": {"exact_profile": "p"}})
+    with pytest.raises(RequestError, match="computes by 'q'") as refused:
+        desk.admit(request("late", "exact"), resumed=False)
+    assert refused.value.param == "llmd.assurance" and desk.status()["exact"] is False
+    desk.admit(request("kept", "exact"), resumed=True)
+    desk.admit(request("other"), resumed=False)
+    desk.ended(request(level="exact"), b"receipt")
+    assert [one.certain for one in desk.said(desk.outgoing(), bytes(32), ())] == [True]
+    desk, _ = working()
+    desk.learn(stages, {"auditor": {"exact_profile": "p"}})
+    with pytest.raises(RequestError, match=r"pipeline\.deterministic"):
+        desk.admit(request(level="exact"), resumed=False)
+
+
 def test_only_so_much_is_promised_as_can_be_kept_and_what_is_settled_is_free_again() -> None:
     """1600 bytes hold five answers of two pages; one without receipt, settled or long over gives its place back."""
     desk, clock = working()

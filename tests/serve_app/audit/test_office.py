@@ -35,7 +35,17 @@ from shard_tools.cid import Cid, Codec
 from shard_tools.errors import FormatError, InputError
 from shard_tools.signing import Envelope, PublicKey, Signer, key_text
 from tests.serve_app.audit.redrawn import band, redrawer_of
-from tests.serve_app.audit.rehearsed import AUDITOR, OTHER, REPLAY, House, auditor, model, whole_house
+from tests.serve_app.audit.rehearsed import (
+    AUDITOR,
+    OTHER,
+    REPLAY,
+    House,
+    auditor,
+    exact_auditor,
+    exact_house,
+    model,
+    whole_house,
+)
 from tests.serve_app.receipts.pipeline_of_three import Cluster, a_request
 
 NODE = OTHER.public
@@ -201,6 +211,26 @@ def test_a_last_stage_that_shows_nothing_leaves_its_tokens_unaudited_and_the_dra
         desk.gave_nothing(drawn(note, 0), said, "asked again", refused=True)
     assert len(desk.news) == 2 and desk.lookup("r0") == found
     desk.close()
+
+
+def test_an_answer_whose_bits_were_promised_is_held_to_them_or_is_not_audited(tmp_path: Path) -> None:
+    """Equal for an auditor of the stages' profile; no verdict from one of another, however well it could estimate."""
+    house = exact_house()
+    assert house.answers[0].checked.receipt.assurance == "exact"
+    for name, known, state in (("same", exact_auditor(), "equal"), ("other", auditor(), "unaudited")):
+        desk = office(tmp_path / name, known, house=house)
+        note = Note("r0~1", house.answers[0].bundle, True, b"c" * 32, exact=True)
+        desk.note([note], b"c" * 32, ())
+        found = audited(desk, note, 0, house)
+        assert (found["assurance"], found["audit"]["state"]) == ("exact", state), found["audit"]
+        if state == "equal":
+            assert found["audit"]["verdict"]["window"] == [0, house.answers[0].checked.statements[0].n_rows]
+            assert "equal" in {verdict_of(news).finding for news in desk.news if news.stage == 0}
+        else:
+            assert found["audit"]["verdict"] is None and "cannot repeat them" in found["audit"]["why"]
+        desk.close()
+        again: Any = office(tmp_path / name, known, house=house).lookup("r0")
+        assert again["assurance"] == "exact"
 
 
 def test_a_receipt_that_does_not_verify_is_not_audited(tmp_path: Path) -> None:

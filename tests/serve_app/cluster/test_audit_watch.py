@@ -159,6 +159,8 @@ def test_the_standing_of_a_node_is_one_for_all_pipelines_and_each_is_told_of_its
 
 def test_one_auditor_does_for_all_pipelines_of_a_version_and_none_of_another() -> None:
     cid, key = CID, NODES[0].key
-    spec = AuditorSpec(cid, cid, TrustPolicy.any_of([key]), Path("/s"), (), (), 1, Path("/"), key, "0123456789", 7)
+    spec = AuditorSpec(
+        cid, cid, TrustPolicy.any_of([key]), Path("/s"), (), (), 1, Path("/"), key, None, "0123456789", 7
+    )
     assert spec.is_like(replace(spec, number=8))
     assert not any(spec.is_like(replace(spec, **other)) for other in ({"version": "abcdefabcd"}, {"threads": 2}))

@@ -13,8 +13,9 @@ import torch
 
 from serve_app.engine.engine import ActivationDtype
 from serve_app.engine.engines import TORCH
-from serve_app.engine.fixed_windows import SIZES, fitting_size
-from serve_app.engine.load import LoadOptions, load_engine
+from serve_app.engine.fixed_windows import SIZES, fitting_size, processor
+from serve_app.engine.load import LoadOptions, load_engine, load_head
+from serve_app.engine.output_head import head_profile
 from serve_app.engine.torch_engine import TorchEngine
 from serve_app.messages.step import CLOSE, OPEN, SPAN, StepPlan
 from shard_tools.checkpoint.source import open_checkpoint
@@ -123,10 +124,14 @@ def test_without_the_switch_they_differ(tmp_path: Path) -> None:
         assert any(differing(runs[0], run) for run in runs[1:]), dtype
 
 
-@pytest.mark.parametrize(("family", "hidden"), [("gemma2", 64), ("qwen3", 80), ("gpt2", 72)])
+@pytest.mark.parametrize(
+    ("family", "hidden"),
+    [("gemma2", 64), ("qwen3", 80), ("gpt2", 72), ("gpt_oss", 64), ("qwen3_moe", 64), ("mixtral", 64)],
+)
 def test_other_families_and_odd_widths_too(tmp_path: Path, family: str, hidden: int) -> None:
-    """Caps and windows; widths that are no multiple of a vector; biases and layer norms."""
+    """Caps and windows; widths that are no multiple of a vector; biases and layer norms; sinks; experts."""
     engine = engine_of(published(tmp_path, family, hidden), "float32", True)
+    assert ("windows of 1 rows" in engine.profile.description) == (family in ("gpt_oss", "qwen3_moe", "mixtral"))
     first = run_mixed(engine, 0)
     assert all(differing(a, b) == 0 for seed in (1, 2) for a, b in zip(first, run_mixed(engine, seed), strict=True))
 
@@ -136,6 +141,37 @@ def test_it_computes_the_same_as_without_but_for_rounding(tmp_path: Path) -> Non
     exact, fast = (run_mixed(engine_of(model, "float32", on), 0)[0] for on in (True, False))
     for seq in PROMPTS:
         np.testing.assert_allclose(exact[seq].view("<f4"), fast[seq].view("<f4"), rtol=1e-3, atol=1e-3)
+
+
+def test_a_head_alone_gives_the_logits_of_a_deterministic_last_stage(tmp_path: Path) -> None:
+    """To the bit, however many rows it is given at once: what an auditor draws again by."""
+    model = published(tmp_path)
+    options = LoadOptions("cpu", "float32", PAGE, None, TORCH, True)
+    head, engine = load_head(*model, options), engine_of(model, "float32", True)
+    assert head.profile == head_profile(engine.profile.description)
+    rows = np.random.default_rng(3).standard_normal((37, 64)).astype("<f4")
+    whole = engine.logits_of(rows.view(np.uint8).reshape(-1).data).numpy()
+    for n in (1, 5, 16, 37):
+        assert np.array_equal(np.stack(list(head.logits(rows[:n]))), whole[:n])
+
+
+def test_a_processor_is_told_by_all_that_kernels_are_chosen_by(tmp_path: Path) -> None:
+    """Not by its speed, nor by flags that no kernel looks at; of a machine of another kind, by what there is."""
+    x86 = "model name\t: A Chip\ncpu family\t: 6\nmodel\t: 9\nstepping\t: 1\ncpu MHz\t: {}\nflags\t: {}\n"
+    named = []
+    for i, text in enumerate(
+        (
+            x86.format(1000, "fpu avx2 avx512f") + x86.format(900, "fpu"),
+            x86.format(2000, "avx512f avx2 new"),
+            x86.format(1000, "fpu avx2"),
+            "Features\t: asimd sve\nCPU part\t: 0xd40\n",
+        )
+    ):
+        path = tmp_path / str(i)
+        path.write_text(text)
+        named.append(processor(path))
+    assert named[0] == named[1] != named[2] and named[0].startswith("A Chip 6.9.1 ")
+    assert named[3].startswith("processor 0xd40 ") and max(map(len, named)) < 100
 
 
 def test_a_window_whose_places_are_not_equal_is_not_used() -> None:

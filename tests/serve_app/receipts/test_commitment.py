@@ -25,6 +25,7 @@ def test_every_field_but_the_id_changes_the_request_hash() -> None:
         a_request(client_nonce=b""),
         a_request(salt=bytes(32)),
         a_request(assurance="audited"),
+        a_request(assurance="exact"),
     ]
     assert len({request_hash(request) for request in variants}) == len(variants)
     assert request_hash(a_request(id="another")) == request_hash(a_request())
