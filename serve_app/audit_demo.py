@@ -9,9 +9,11 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast, get_args
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -19,6 +21,8 @@ from serve_app.api.text import TextCodec
 from serve_app.audit.auditor import Audited, Auditor
 from serve_app.audit.band import DrawBand, calibrate_draws
 from serve_app.audit.calibration import Calibration, calibrate
+from serve_app.audit.error import Floats, Rows, floats_of
+from serve_app.audit.margin import margin
 from serve_app.audit.redraw import Redrawer, Redrawn
 from serve_app.audit.standing import Standing, State, after_verdict
 from serve_app.audit.tail import PICO
@@ -28,7 +32,10 @@ from serve_app.engine.dishonest_sampler import DISHONEST_SAMPLERS
 from serve_app.engine.engine import ActivationDtype, DeviceName
 from serve_app.engine.engines import TORCH
 from serve_app.engine.load import LoadOptions, computes_fast_in, load_head
+from serve_app.engine.output_head import OutputHead
+from serve_app.engine.sampler import Draw
 from serve_app.messages.request import MICRO, Sampling
+from serve_app.receipts.commitment import noise_key
 from serve_app.rehearsal import Rehearsed, prompts_of, rehearse
 from shard_tools.checkpoint.source import open_checkpoint
 from shard_tools.checkpoint.split import split
@@ -92,6 +99,9 @@ def calibrated(
     head = load_head(store, manifest, auditor)
     redrawer = Redrawer(manifest, lambda: head, (), Signer.fresh())
     margins = [redrawer.margins(r.receipt, r.records[-1]) for r in honest]
+    plain = load_head(store, manifest, replace(prover, engine=TORCH))
+    for one in honest:
+        margins += _plain_margins(one, floats_of(one.records[-1].sent, prover.dtype, manifest.hidden_size), plain, head)
     band = calibrate_draws(manifest.cid, honest[0].receipt.statements[-1].profile, head.profile, margins)
     replayer = Auditor(store, manifest, auditor, (), Signer.fresh())
     made = []
@@ -100,6 +110,24 @@ def calibrated(
         recorded, replays = replayer.compare(statements, [r.records[stage] for r in honest])
         made.append(calibrate(statements, recorded, replays))
     return made, band
+
+
+def _plain_margins(one: Rehearsed, rows: Rows, plain: OutputHead, head: OutputHead) -> list[Floats]:
+    """Margins of what a plain head in the dtype of the stages draws from these rows, by each sampling.
+
+    Engines use it for steps of many rows, and for few a step of their own that rounds less. A rehearsal has nearly all
+    of its tokens from the latter: a band of those alone would accuse whoever serves long prompts.
+    """
+    receipt = one.receipt.receipt
+    key = noise_key(receipt.sampling, one.receipt.opening.client_nonce, receipt.node_nonce)
+    draws = [Draw(s.temperature_micro, s.top_k, s.top_p_micro, key, s.min_p_micro) for s in _SAMPLINGS]
+    found: list[list[float]] = [[] for _ in draws]
+    drawn_from = rows[receipt.n_prompt - 1 :]
+    both = zip(plain.logits(drawn_from), head.logits(drawn_from), strict=True)
+    for position, (said, true) in enumerate(both, receipt.n_prompt):
+        for draw, margins in zip(draws, found, strict=True):
+            margins.append(margin(draw, true, position, draw.token(said, position)))
+    return [np.array(margins) for margins in found]
 
 
 def run_demo(cheat: str, stage: int, requests: int) -> int:

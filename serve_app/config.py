@@ -162,6 +162,9 @@ class OutsideConfig:
 class PipelineConfig:
     """How the model is cut over machines, and how much each stage may hold at once."""
 
+    # whole pipelines, of `stages` each, between which requests are divided. Another number is no other version: what
+    # serves goes on. Those without room wait for it, and the others serve
+    replicas: Annotated[int, Field(ge=1, le=64)] = 1
     stages: Annotated[int, Field(ge=1, le=64)] = 2  # two is the least that shows the point: nobody holds it all
     # where the cluster has no room for all: fewer, each with more layers, down to so many. null: all, or none at all
     stages_at_least: Annotated[int, Field(ge=1, le=64)] | None = None
@@ -206,6 +209,8 @@ class PipelineConfig:
         if len(set(outside)) != len(outside) or any(stage >= self.stages for stage in outside):
             raise ValueError(f"outside: stages {outside} are not different ones of the {self.stages} there are")
 
+        if outside and self.replicas > 1:
+            raise ValueError("replicas: a stage outside is part of one pipeline at a time; make it 1, or outside empty")
         if self.stages_at_least is not None and (self.stages_at_least > self.stages or outside):
             raise ValueError("stages_at_least: not more than stages, and not with stages outside")
 

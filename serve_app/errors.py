@@ -12,7 +12,7 @@ LlmdError (shard_tools)
 ├── DeadlineError          the time that this request was given is over
 ├── PipelineError          a stage died, hung or answered nonsense while serving this request
 │   ├── NoRoomError        the cluster has no place for a part of the pipeline
-│   └── ReplacedError      a newer version of the application has taken this one's place
+│   └── ReplacedError      this pipeline is not coming back: a newer version's, or no other, is in its place
 ├── MismatchError          two stages disagree about the bytes of this request; holds the Head's signed word
 ├── ReceiptError           a receipt, statement or registry proves nothing, and why
 ├── AuditError             what a stage did cannot be judged, and why: no verdict about it
@@ -106,7 +106,7 @@ class NoRoomError(PipelineError):
 
 
 class ReplacedError(PipelineError):
-    """A newer version of the application has taken this one's place, and its pipeline is not coming back."""
+    """A newer version of the application has taken this one's place, or there are fewer pipelines: it stays away."""
 
 
 class MismatchError(IntegrityError):

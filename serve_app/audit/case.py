@@ -45,6 +45,7 @@ class Case:
     certain: bool  # the client was promised an audit
     commitment: bytes  # to the secret that decided about it
     root: bytes  # of the log when the receipt was in it
+    desk: str = field(default="", compare=False)  # who noted it; of no interest later
     stage: int | None = None  # that is computed again
     layers: Look = Look()
     draws: Look = Look()
@@ -52,9 +53,9 @@ class Case:
     awaited: set[int] = field(default_factory=set)  # stages whose rows are still to be looked at
 
     @classmethod
-    def of(cls, note: Note, root: bytes) -> Case:
+    def of(cls, note: Note, root: bytes, desk: str) -> Case:
         """Of an answer that was noted just now."""
-        return cls(note.id, note.cid, note.receipt, note.certain, note.commitment, root, exact=note.exact)
+        return cls(note.id, note.cid, note.receipt, note.certain, note.commitment, root, desk, exact=note.exact)
 
     @property
     def client_id(self) -> str:
@@ -98,6 +99,7 @@ class Case:
                 f.boolean("certain"),
                 f.data("commitment", 0, HASH_BYTES),
                 f.data("root", HASH_BYTES, HASH_BYTES),
+                "",
                 f.optional_integer("stage", 0, MAX_STAGES - 1),
                 _look(f.any("layers"), auditor),
                 _look(f.any("draws"), auditor),

@@ -44,6 +44,7 @@ MAX_KEPT_BYTES = 64 << 20  # of receipts and what was found: of some 10,000 answ
 MAX_ANSWERS_BYTES = 8 << 20  # of what was found, on disk, twice: of some 4,000 answers each
 _CASE_BYTES = 4 << 10  # that a case takes in memory, beside its receipt
 MAX_NEWS = 4096
+MAX_DESKS = 256  # of Heads that are gone, some lists are never asked for
 _LENGTH = struct.Struct("<I")
 
 
@@ -88,7 +89,7 @@ class AuditOffice:
         self._secrets = {secret_commitment(secret): secret for secret in self._answers.secrets()}  # once told
         self._numbers = int(time.time_ns() // 1000)  # of news; an office that is opened anew goes on above
         self.news: list[News] = []
-        self.settled: list[str] = []  # answers whose rows are not needed any more, since they were asked for
+        self._settled: OrderedDict[str, list[str]] = OrderedDict()  # by desk, since it asked last
         self._judged = self._redrawn = self._samplers = 0
         self._last_sampler: str | None = None  # the answer
         self._stories = Stories()
@@ -99,8 +100,11 @@ class AuditOffice:
             if case.draws.state in ("sampler", "unequal"):  # as loud as before
                 self._samplers, self._last_sampler = self._samplers + 1, case.client_id
 
-    def note(self, notes: Sequence[Note], commitment: bytes, told: Sequence[bytes]) -> bytes:
-        """All of it is in the log, whose root is returned. Raises InputError if the log cannot be kept."""
+    def note(self, notes: Sequence[Note], commitment: bytes, told: Sequence[bytes], desk: str = "") -> bytes:
+        """All of it is in the log, whose root is returned. Raises InputError if the log cannot be kept.
+
+        desk: of which Head; each of several pipelines has one.
+        """
         entries = [note.cid for note in notes]
         if commitment:
             entries.insert(0, Cid.of(Codec.RAW, commitment))
@@ -111,12 +115,17 @@ class AuditOffice:
                 self._append(entries)
             root = self._log.log.root()
         for note in notes:
-            self._keep(Case.of(note, root))
+            self._keep(Case.of(note, root, desk))
             self._listen(note)
         return root
 
+    def settled(self, desk: str) -> list[str]:
+        """Of what it noted, those answers whose rows are not needed any more. Each is said once."""
+        return self._settled.pop(desk, [])
+
     def begin(self, drawn: Drawn) -> tuple[StageStatement, ...]:
         """The statements whose rows are wanted, of a receipt that verifies: the drawn stage's, and the last stage's.
+
 
         From the last one's the tokens are drawn again, of every answer that is drawn. None, if it has begun already: a
         Head asks again where it was not answered. Raises ReceiptError.
@@ -298,7 +307,10 @@ class AuditOffice:
     def _looked_at(self, case: Case, stage: int) -> None:
         case.awaited.discard(stage)
         if not case.awaited:
-            self.settled.append(case.id)
+            # A new list: `settled` may be asked meanwhile, in another thread, and then says some twice and loses none.
+            self._settled[case.desk] = [*self._settled.get(case.desk, ()), case.id][-MAX_NEWS:]
+            while len(self._settled) > MAX_DESKS:
+                self._settled.popitem(last=False)
             self._answers.add(case)
 
     def _tell(

@@ -27,6 +27,7 @@ from serve_app.errors import NoRoomError
 
 _log = logging.getLogger(__name__)
 _PLACE_S = 60.0  # for the cluster to find room; a missing GPU would otherwise be waited for in silence
+_ASK_EVERY_S = 5.0  # whoever makes room may do so piece by piece
 _KILL_S = 2.0  # for a task that kills a process on another node
 
 
@@ -43,7 +44,7 @@ async def make_room(
     """The placement group: a bundle for each stage, the first one with room for the Head, then one for each spare.
 
     roomless: stages that never live in it; their bundles only keep the numbers. crowded: called after beside_s without
-    room; whether to wait on. Raises NoRoomError.
+    room; whether to wait on, and then again now and then. Raises NoRoomError.
     """
     gpus = {"GPU": wants.gpus} if wants.gpus else {}
     bundles = [{"CPU": SPARE_CPUS} if i in roomless else {"CPU": wants.cpus} | gpus for i in range(n_stages)]
@@ -54,7 +55,9 @@ async def make_room(
     placed = asyncio.ensure_future(made.ready())
     there = (await asyncio.wait({placed}, timeout=beside_s))[0]
     if not there and await crowded():
-        there = (await asyncio.wait({placed}, timeout=_PLACE_S))[0]
+        until = time.monotonic() + _PLACE_S
+        while not (there := (await asyncio.wait({placed}, timeout=_ASK_EVERY_S))[0]) and time.monotonic() < until:
+            await crowded()
     if there:
         await placed
         return made
@@ -121,6 +124,12 @@ def names_of(group: GroupId) -> list[str]:
 def known_groups(version: str) -> set[GroupId]:
     """Pipelines of this version that have an actor or a placement group, whole or not."""
     return {group for group in _all_groups() if group.version == version}
+
+
+def placed_groups(version: str) -> set[GroupId]:
+    """Those that have all the room they need."""
+    made = (GroupId.of(g["name"]) for g in placement_group_table().values() if g["name"] and g["state"] == "CREATED")
+    return {group for group in made if group is not None and group.version == version}
 
 
 def other_groups(version: str) -> set[GroupId]:

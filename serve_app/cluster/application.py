@@ -1,9 +1,9 @@
-"""The Ray Serve application: stateless ingresses in front of a detached pipeline.
+"""The Ray Serve application: stateless ingresses in front of detached pipelines.
 
     serve run serve_app/config.yaml        serve deploy serve_app/config.yaml        serveConfigV2 of a RayService
 
-An ingress parses HTTP, applies the chat template, tokenises, and streams; it holds one socket to the pipeline's
-Head, so no token crosses a Serve handle. It is ready when the pipeline has generated a token.
+An ingress parses HTTP, applies the chat template, tokenises, and streams; it holds one socket to each pipeline's
+Head, so no token crosses a Serve handle. It is ready when one pipeline has generated a token.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import time
 import uuid
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -32,8 +33,8 @@ from serve_app.cluster.supervisor import supervisor_of
 from serve_app.cluster.version import version_of
 from serve_app.config import AppConfig
 from serve_app.errors import PipelineError, ReplacedError
-from serve_app.pipeline.head_client import HeadClient
 from serve_app.pipeline.head_server import LOOPBACK
+from serve_app.pipeline.pipelines import Pipelines
 from serve_app.serve_file import refuse_exposure
 from serve_app.transport.link import LinkAddress
 from shard_tools.canonical import Value
@@ -49,7 +50,7 @@ _HANGS_S = 15.0  # a Supervisor that keeps an ingress waiting for so long; its c
 _AGREE_TRIES = 60
 _LOOKUP_S = 10.0
 _MOST_AUTO = 256  # requests that run at once, at most, where the config leaves it to the device
-_TO_REFUSE = 64  # more than the Head has room for: it says why, and when to come again
+_TO_REFUSE = 64  # more than the Heads have room for: they say why, and when to come again
 # Serve takes a door away after three checks in a row without an answer: 9 s, not the 90 of its defaults, in which every
 # request sent to a stopped door hangs. Not less: a door that is only busy would take its streams along.
 _HEALTH_EVERY_S, _HEALTH_S = 1.0, 3.0
@@ -60,7 +61,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     config = AppConfig.parse(args)
     check_choices(config)
     running = config.pipeline.max_requests
-    at_once = (_MOST_AUTO if running == "auto" else running) + config.pipeline.max_waiting + _TO_REFUSE
+    held = (_MOST_AUTO if running == "auto" else running) + config.pipeline.max_waiting
+    at_once = held * config.pipeline.replicas + _TO_REFUSE
     deployment = Ingress.options(
         num_replicas=config.ingress.replicas,
         ray_actor_options={"num_cpus": 0.1} | _labels(config.ingress.node_labels),
@@ -84,16 +86,17 @@ def _labels(labels: dict[str, str]) -> dict[str, Any]:
 
 
 class _Ingress:
-    """One HTTP door. The limit of requests is the Head's, which refuses with 429; Serve's, also 429, lies above it."""
+    """One HTTP door. The limit of requests is the Heads', which refuse with 429; Serve's, also 429, lies above it."""
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self._args, self._config = args, AppConfig.parse(args)
         refuse_exposure(_listening_host(), self._config)
         self._name, self._began = uuid.uuid4().hex, time.time()
         self._version, self._record = version_of(self._config), None
+        self._replicas = self._config.pipeline.replicas
         self._supervisor = supervisor_of(args, self._version)
         self._renewing = asyncio.get_running_loop().create_task(self._renew())
-        self._client = HeadClient(self._locate)
+        self._client = Pipelines([partial(self._locate, replica) for replica in range(self._replicas)])
         self._client.start()
         model = self._config.model
         store = store_of(model.store)
@@ -145,9 +148,9 @@ class _Ingress:
                 await asyncio.sleep(_RENEW_S)  # it is being restarted, or has just ended: `_renew` makes another
         raise PipelineError("the supervisor does not answer")
 
-    async def _locate(self) -> LinkAddress:
+    async def _locate(self, replica: int) -> LinkAddress:
         try:
-            address: LinkAddress = await self._supervisor.head_address.remote()
+            address: LinkAddress = await self._supervisor.head_address.remote(replica)
             beside_us = address.host == get_node_ip_address()
             return replace(address, host=LOOPBACK) if beside_us else address
         except RayError as e:
@@ -161,7 +164,8 @@ class _Ingress:
         while True:
             try:
                 async with asyncio.timeout(_HANGS_S):
-                    process = await self._supervisor.lease.remote(self._name, self._began, self._record)
+                    asked = self._name, self._began, self._record, self._replicas
+                    process = await self._supervisor.lease.remote(*asked)
             except TimeoutError:
                 if process is not None:  # while it hangs nobody replaces what dies; Ray restarts it
                     await kill_processes([process])

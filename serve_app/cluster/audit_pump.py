@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ class AuditPump:
     def __init__(self, desk: AuditDesk, spec: Callable[[], HeadSpec]) -> None:
         """spec: what the Head leads now; where its stages are, an auditor must know."""
         self._desk, self._spec = desk, spec
+        self._name = uuid.uuid4().hex  # among the desks of all pipelines
         self._auditor: Any | None = None
         self._drawn: list[tuple[Drawn, tuple[str, ...]]] = []  # with the names of the stages' actors
 
@@ -52,7 +54,7 @@ class AuditPump:
             raise PipelineError("there is none")
         outgoing = self._desk.outgoing()
         async with asyncio.timeout(_CALL_S):
-            root, settled = await self._auditor.note.remote(outgoing)
+            root, settled = await self._auditor.note.remote(outgoing, self._name)
         actors = tuple(place.actor for place in self._spec().plan.places)
         self._drawn += [(one, actors) for one in self._desk.said(outgoing, root, settled)]
         del self._drawn[:-_MAX_DRAWN]

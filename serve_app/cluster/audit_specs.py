@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from serve_app.audit.desk import Terms
@@ -44,7 +44,12 @@ class AuditorSpec:
     state_dir: Path
     operator: PublicKey  # signs the registry that receipts rest on
     exact: ExactSpec | None  # None: bits of its stages cannot be repeated
-    number: int  # of the pipeline: two versions may be there for a while, and the younger one is audited
+    version: str  # of the application, all of whose pipelines are audited
+    number: int  # of a pipeline: two versions may be there for a while, and the younger one is audited
+
+    def is_like(self, other: AuditorSpec) -> bool:
+        """Whether the same auditor does for both."""
+        return replace(self, number=0) == replace(other, number=0)
 
 
 def audit_plan(config: AuditConfig, manifest: Manifest, dtype: ActivationDtype) -> AuditPlan | None:
@@ -56,7 +61,7 @@ def audit_plan(config: AuditConfig, manifest: Manifest, dtype: ActivationDtype) 
 
 
 def auditor_spec(config: AppConfig, spec: HeadSpec) -> AuditorSpec:
-    """The auditor of this pipeline."""
+    """The auditor of this pipeline, and of all others of its version."""
     stage = spec.plan.stages[0]
     return AuditorSpec(
         manifest=spec.manifest,
@@ -69,6 +74,7 @@ def auditor_spec(config: AppConfig, spec: HeadSpec) -> AuditorSpec:
         state_dir=spec.state_dir,
         operator=spec.registry.key,
         exact=ExactSpec(spec.plan.dtype, spec.plan.wants.threads) if _fixed(spec) else None,
+        version=spec.plan.group.version,
         number=spec.plan.group.number,
     )
 

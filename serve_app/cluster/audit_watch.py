@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -37,7 +38,7 @@ _START_S = 60.0  # for a new process on a loaded machine
 
 
 class AuditWatch:
-    """Of one Supervisor."""
+    """Of one Supervisor, and all its pipelines: the standing of a node is one, wherever it was found out."""
 
     def __init__(self) -> None:
         self._book: StandingBook | None = None
@@ -45,16 +46,15 @@ class AuditWatch:
         self._spec: AuditorSpec | None = None
         self._turn: asyncio.Task[None] | None = None
         self._problem: str | None = "the auditor is starting"
-        self._no_way_out: str | None = None  # why a quarantined node goes on serving
+        self._no_way_out: dict[int, str] = {}  # pipeline -> why a quarantined node goes on serving in it
         self._status: dict[str, Value] = {}
         self._spare_nodes: dict[str, PublicKey] = {}  # by the name of the spare's actor
 
-    def tick(self, config: AppConfig, group: PipelineGroup) -> None:
-        """Called every second or so; does its work in the background."""
-        if group.spec.audit is None:
-            return
-        if self._turn is None or self._turn.done():
-            self._turn = asyncio.get_running_loop().create_task(self._work(config, group))
+    def tick(self, config: AppConfig, groups: Sequence[PipelineGroup]) -> None:
+        """Called every second or so with all pipelines that there are; does its work in the background."""
+        audited = [group for group in groups if group.spec.audit is not None]
+        if audited and (self._turn is None or self._turn.done()):
+            self._turn = asyncio.get_running_loop().create_task(self._work(config, audited))
 
     async def stop(self) -> None:
         """Nothing is audited here any more; an auditor of a later version goes on."""
@@ -65,7 +65,7 @@ class AuditWatch:
             return
         with suppress(RayError, TimeoutError):
             async with asyncio.timeout(_CALL_S):
-                if (await found.spec.remote()).number > own.number:
+                if (await found.spec.remote()).version != own.version:
                     return
         kill_actor(found)
 
@@ -77,7 +77,7 @@ class AuditWatch:
         watched = [i for i, node in enumerate(nodes_of(group.spec)) if book and book.of(node).audited_always]
         return {
             "auditor_problem": self._problem,
-            "quarantine_problem": self._no_way_out,
+            "quarantine_problem": self._no_way_out.get(group.group.replica),
             "auditor": self._status,
             "nodes": book.state() if book else [],
             "watched": list(watched),
@@ -87,8 +87,9 @@ class AuditWatch:
         """Stages of quarantined nodes, as far as there are spares of others; and the group with these spares alone."""
         bad = self._book.quarantined() if self._book and group.spec.audit else frozenset()
         stages = [f"stage {i}" for i, node in enumerate(nodes_of(group.spec)) if node in bad]
+        replica = group.group.replica
         if not stages:
-            self._no_way_out = None
+            self._no_way_out.pop(replica, None)
             return group, frozenset()
         plan = group.spec.plan
         waiting = list(zip(plan.spares, group.spares, strict=True))
@@ -96,9 +97,9 @@ class AuditWatch:
         nodes = self._spare_nodes
         clean = [(p, a) for p, a in waiting if a is not None and p.actor in nodes and nodes[p.actor] not in bad]
         if not clean:
-            if self._no_way_out is None:
+            if replica not in self._no_way_out:
                 _log.error("%s run on quarantined nodes, and no spare stands ready on another one", ", ".join(stages))
-            self._no_way_out = (
+            self._no_way_out[replica] = (
                 f"{', '.join(stages)} run on quarantined nodes and go on: no spare stands ready on another node. "
                 f"Add a node and pipeline.spares, or take the node out of the cluster"
             )
@@ -110,18 +111,19 @@ class AuditWatch:
         left = replace(group, spec=spec, spares=tuple(actor for _, actor in clean))
         return left, frozenset(stages[: len(clean)])
 
-    async def _work(self, config: AppConfig, group: PipelineGroup) -> None:
+    async def _work(self, config: AppConfig, groups: Sequence[PipelineGroup]) -> None:
         try:
             if self._book is None:
                 self._book = StandingBook(config.identity.state_dir / FOLDER / "standing")
             for node in asked_to_readmit(config.identity.state_dir / FOLDER):
                 _log.warning("node %s is %s now", key_text(node), self._book.readmit(node).state.value)
-            auditor = await self._living(auditor_spec(config, group.spec))
+            auditor = await self._living(auditor_spec(config, groups[0].spec))
             async with asyncio.timeout(_CALL_S):
                 key, news, self._status = await auditor.news.remote(self._book.read_to)
             for one in news:
                 self._hear(self._book, one, key)
-            await self._ask_spares(group)
+            for group in groups:
+                await self._ask_spares(group)
             self._problem = None
         except (RayError, TimeoutError, LlmdError, OSError) as e:
             self._fail(cause_of(e))
@@ -135,8 +137,8 @@ class AuditWatch:
         self._problem, self._auditor = why, None
 
     async def _living(self, spec: AuditorSpec) -> Any:
-        """The auditor of this pipeline; one of another is ended first."""
-        if self._auditor is None or self._spec != spec:
+        """The auditor of these pipelines; one of others is ended first."""
+        if self._auditor is None or self._spec is None or not self._spec.is_like(spec):
             found = await asyncio.get_running_loop().run_in_executor(None, find_actor, AUDITOR)
             if found is not None:
                 try:
@@ -144,9 +146,9 @@ class AuditWatch:
                         own = await found.spec.remote()
                 except RayError:
                     own = None  # one that cannot start: another may
-                if own is not None and own.number > spec.number:
+                if own is not None and own.version != spec.version and own.number > spec.number:
                     raise PipelineError("a later version of the application is audited")
-                if own != spec:
+                if own is None or not own.is_like(spec):
                     kill_actor(found)
                     found = None
             if found is None:

@@ -77,15 +77,14 @@ class _AuditorProcess:
         """What it audits."""
         return self._spec
 
-    async def note(self, outgoing: Outgoing) -> tuple[bytes, list[str]]:
-        """All of it is in the log. Returns the log's root, and of which answers rows are not needed any more."""
+    async def note(self, outgoing: Outgoing, desk: str = "") -> tuple[bytes, list[str]]:
+        """All of it is in the log. Returns the log's root, and of which of this desk's answers rows are not needed."""
         if self._work is None:
             self._work = asyncio.get_running_loop().create_task(self._audit_all())
             self._replays.submit(self._learn_profile)
         note = self._office.note
-        root = await self._aside(self._logs, note, outgoing.notes, outgoing.commitment, outgoing.told)
-        settled, self._office.settled = self._office.settled, []
-        return root, settled
+        root = await self._aside(self._logs, note, outgoing.notes, outgoing.commitment, outgoing.told, desk)
+        return root, self._office.settled(desk)
 
     async def audit(self, drawn: list[tuple[Drawn, tuple[str, ...]]]) -> None:
         """These are to be audited; rows are asked to be kept at once. With each, the names of all stages' actors."""
@@ -192,7 +191,7 @@ class _AuditorProcess:
             self._office.gave_nothing(one, said, "the stage does not have its rows any more", refused=one.certain)
             return
         await self._aside(self._replays, self._office.judge, one, said.stage, shown)
-        stage.release.remote(said.request_hash, said.attempt)
+        stage.release.remote(said.request_hash, said.attempt, one.certain)
 
     async def _find(self, actors: tuple[str, ...], said: StageStatement) -> Any | None:
         """The actor of this stage, as far as it is known; None if it is gone."""

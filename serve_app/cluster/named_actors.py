@@ -21,7 +21,7 @@ def find_actor(name: str) -> Any | None:
 
 def kill_actor(actor: Any | None) -> None:
     """Ray ends it, if it is not gone already."""
-    if actor is not None:
+    if actor is not None and ray.is_initialized():  # else Ray would start a cluster of its own, to kill nothing in it
         with suppress(ValueError, RayError):
             ray.kill(actor)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import ray
 
-from serve_app.cluster.specs import GPU_KV_SHARE, Resources, StageReport
+from serve_app.cluster.specs import GPU_KV_SHARE, GroupPlan, Resources, StageReport
 from serve_app.cluster.stage_handle import StageHandle
 from serve_app.config import AppConfig
 from serve_app.engine.engine import ActivationDtype, DeviceName
@@ -29,7 +29,8 @@ def resources_of(config: AppConfig) -> Resources:
 
 def wanted(config: AppConfig, node_cpus: Sequence[float], gpus_there: float) -> Resources:
     """node_cpus: CPUs of each node. A stage never asks for more than the largest node can give it."""
-    stages = max(1, config.pipeline.stages - len(config.pipeline.roomless))
+    own, replicas = max(1, config.pipeline.stages - len(config.pipeline.roomless)), config.pipeline.replicas
+    stages = own * replicas
     with_cpus = [cpus for cpus in node_cpus if cpus > 0] or [1.0]
     beside = -(-stages // len(with_cpus))  # stages on one node, if they spread
     fair = min(sum(with_cpus) / stages, max(with_cpus) / beside)
@@ -37,10 +38,11 @@ def wanted(config: AppConfig, node_cpus: Sequence[float], gpus_there: float) -> 
     threads = max(1, int(fair)) if asked == "auto" else asked
     cpus = round(min(float(threads), fair * _STAGE_CPU_SHARE), 2)
     gpus = config.pipeline.gpus_per_stage
-    if config.pipeline.device == "cuda" or (config.pipeline.device == "auto" and gpus_there >= gpus * stages):
+    if config.pipeline.device == "cuda" or (config.pipeline.device == "auto" and gpus_there >= gpus * own):
         return Resources("cuda", min(cpus, 1.0), gpus, threads)
     if asked == "auto" and len(with_cpus) == 1:
-        threads = max(1, int(with_cpus[0]))  # stages of one node take turns (see max_flights): each has all its cores
+        # Stages of one pipeline on one node take turns (see max_flights): each has all cores that its pipeline has.
+        threads = max(1, int(with_cpus[0] / replicas))
     return Resources("cpu", cpus, 0.0, threads)
 
 
@@ -51,12 +53,17 @@ def fewer_stages(config: AppConfig) -> Iterator[AppConfig]:
         yield replace(config, pipeline=replace(pipeline, stages=stages))
 
 
-def fits(config: AppConfig) -> bool:
-    """Whether the nodes that live could hold all stages, if nothing else were there. Labels are not asked."""
-    wants, there = resources_of(config), ray.cluster_resources()
-    stages, spares = config.pipeline.stages, config.pipeline.spares
-    cpus, gpus = float(there.get("CPU", 0.0)), float(there.get("GPU", 0.0))
-    return cpus >= wants.cpus * stages + HEAD_CPUS + SPARE_CPUS * spares and gpus >= wants.gpus * (stages + spares)
+def fits(config: AppConfig, beside: Sequence[GroupPlan]) -> bool:
+    """Whether the nodes that live could hold all stages of a pipeline and these others, if nothing else were there.
+
+    Labels are not asked.
+    """
+    there = ray.cluster_resources()
+    asked = [(resources_of(config), config.pipeline.stages, config.pipeline.spares)]
+    asked += [(plan.wants, len(plan.stages), len(plan.spares)) for plan in beside]
+    cpus = sum(wants.cpus * stages + HEAD_CPUS + SPARE_CPUS * spares for wants, stages, spares in asked)
+    gpus = sum(wants.gpus * (stages + spares) for wants, stages, spares in asked)
+    return float(there.get("CPU", 0.0)) >= cpus and float(there.get("GPU", 0.0)) >= gpus
 
 
 def loads_of(config: AppConfig, device: DeviceName) -> tuple[int, int]:

@@ -28,8 +28,9 @@ class Showing:
                 self._last = key, shown_bytes(request, attempt, stage, record, session)
             return self._last[1][start : start + PIECE_BYTES]
 
-    def release(self, request: bytes, attempt: int) -> None:
-        """It was read."""
+    def release(self, request: bytes, attempt: int, *, promised: bool) -> None:
+        """It was read. What was not promised stays while there is room: others may share its beginning."""
         with self._lock:
             self._last = None
-        self.retention.release(request, attempt)
+        if promised:
+            self.retention.release(request, attempt)

@@ -22,10 +22,11 @@ class GroupId:
     """One pipeline of one version of the application; its placement group and actors have their names from it."""
 
     version: str  # as version.version_of
-    number: int  # later ones are larger
+    replica: int  # which of its pipelines
+    number: int  # of those that were this one, later ones are larger
 
     def __str__(self) -> str:
-        return f"llmd-{self.version}-{self.number}"
+        return f"llmd-{self.version}-{self.replica}-{self.number}"
 
     def actor(self, what: str, epoch: int) -> str:
         """The name of an actor that was made in this epoch: "head", "stage-1", "spare-0"."""
@@ -35,8 +36,8 @@ class GroupId:
     def of(cls, name: str) -> GroupId | None:
         """The pipeline that an actor or placement group of this name belongs to."""
         parts = name.split("-")
-        ours = parts[0] == "llmd" and len(parts) > 2 and parts[2].isdigit()
-        return cls(parts[1], int(parts[2])) if ours else None
+        ours = parts[0] == "llmd" and len(parts) > 3 and parts[2].isdigit() and parts[3].isdigit()
+        return cls(parts[1], int(parts[2]), int(parts[3])) if ours and not is_supervisor(name) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,10 +81,10 @@ class _StageProcess:
         """As Showing.piece."""
         return await _outside_the_loop(self._host.show, request, attempt, start)
 
-    async def release(self, request: bytes, attempt: int) -> None:
+    async def release(self, request: bytes, attempt: int, promised: bool) -> None:
         """As Showing."""
         if self._host.showing is not None:
-            self._host.showing.release(request, attempt)
+            self._host.showing.release(request, attempt, promised=promised)
 
     async def ping(self) -> dict[str, Value]:
         """Alive, and how busy."""

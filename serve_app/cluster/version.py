@@ -1,6 +1,6 @@
 """Tells versions of the application apart: what is configured of it, and its code. And what a new one serves.
 
-Each has a Supervisor and a pipeline of its own, beside one another while Serve replaces one by the next. So actors of
+Each has a Supervisor and pipelines of its own, beside one another while Serve replaces one by the next. So actors of
 different code never speak to each other, and whoever still answers by the old version does so to the end.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from serve_app.choices import index_of, store_of
@@ -23,8 +24,9 @@ _DIGITS = 10
 
 
 def version_of(config: AppConfig) -> str:
-    """Ten hex digits. What only ingresses look at makes no difference: their number, their API keys."""
-    configured = repr((config.model, config.pipeline, config.audit, config.identity)).encode()
+    """Ten hex digits. What no pipeline looks at makes no difference: how many there are, and what is for ingresses."""
+    pipeline = replace(config.pipeline, replicas=1)
+    configured = repr((config.model, pipeline, config.audit, config.identity)).encode()
     return hashlib.sha256(hashlib.sha256(configured).digest() + _code()).hexdigest()[:_DIGITS]
 
 

@@ -7,7 +7,7 @@ package makes it an entry point of the group `llmd.engines`, as tests do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,43 +143,48 @@ def load_dishonest(
     stop: int,
     options: LoadOptions,
     *,
-    attack: str,
+    attacks: str,
     first: int,
     when: str,
 ) -> Engine:
-    """A factory as engines.ENGINES takes it: the stage from layer `first` on cheats while the file `when` is there.
+    """A factory as engines.ENGINES takes it: the stage from layer `first` on cheats as the file `when` says.
 
-    The others do not. Raises ConfigError for no way to cheat.
+    attacks: those that the file may name, separated by spaces; while it is empty or not there, and in other stages, all
+    is honest. Raises ConfigError for no way to cheat.
     """
-    if attack not in DISHONEST | FAINT:
-        raise ConfigError(f"no such way to cheat: {attack!r}")
+    for attack in attacks.split():
+        if attack not in DISHONEST | FAINT and attack not in DISHONEST_SAMPLERS:
+            raise ConfigError(f"no such way to cheat: {attack!r}")
     options = replace(options, engine=AUTO)
     honest = load_engine(store, manifest, start, stop, options)
     if start != first:
         return honest
-    return _Sometimes(honest, load_cheat(store, manifest, start, stop, options, attack), Path(when))
+    cheats = {attack: load_cheat(store, manifest, start, stop, options, attack) for attack in attacks.split()}
+    return _Sometimes(honest, cheats, Path(when))
 
 
 class _Sometimes:
-    """Implements engine.Engine by two that both run every step, so that either can be believed at any time."""
+    """Implements engine.Engine by several that all run every step, so that each can be believed at any time."""
 
-    def __init__(self, honest: Engine, cheat: Engine, when: Path) -> None:
-        self._honest, self._cheat, self._when = honest, cheat, when
+    def __init__(self, honest: Engine, cheats: Mapping[str, Engine], when: Path) -> None:
+        self._honest, self._cheats, self._when = honest, cheats, when
 
     @property
     def profile(self) -> EngineProfile:
         return self._honest.profile
 
     def reserve(self, n_pages: int, max_sequences: int) -> None:
-        self._honest.reserve(n_pages, max_sequences)
-        self._cheat.reserve(n_pages, max_sequences)
+        for engine in (self._honest, *self._cheats.values()):
+            engine.reserve(n_pages, max_sequences)
 
     def hash_rows(self, inlet: bytes, outlet: bytes, *, hand_on: bool) -> bool:
         return False
 
     def launch(self, plan: StepPlan, rows: memoryview) -> Launched:
-        honest, cheat = self._honest.launch(plan, rows), self._cheat.launch(plan, rows)
-        return cheat if self._when.exists() else honest
+        attack = self._when.read_text() if self._when.exists() else ""
+        launched = {"": self._honest.launch(plan, rows)}
+        launched |= {name: engine.launch(plan, rows) for name, engine in self._cheats.items()}
+        return launched[attack]
 
 
 def spoil(engine: TorchEngine, attack: str) -> None:

@@ -26,6 +26,7 @@ from shard_tools import canonical
 from shard_tools.canonical import Fields, Value
 from shard_tools.errors import FormatError
 
+KEY_DIGEST_BYTES = 32  # SHA-256
 MAX_RESUMED = 16  # times that a request may change its Head
 MAX_MESSAGE_BYTES = 2 * MAX_REQUEST_BYTES + (1 << 16)  # a request, and what it has drawn
 _MAX_EVENTS = 1 << 16
@@ -76,7 +77,23 @@ class AskStatus:
     """Tell me how the pipeline does."""
 
 
-Call = Submit | Stop | AskStatus
+@dataclass(frozen=True, slots=True)
+class Seek:
+    """Tell me whether you hold a request, or what it came to, under this key (request.Once)."""
+
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Whether the Head does."""
+
+    key: bytes
+    here: bool
+
+
+Call = Submit | Stop | AskStatus | Seek
+Told = Event | Accepted | Held
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +112,8 @@ def encode_call(call: Call) -> bytes:
             return canonical.encode({"c": "stop", "id": id, "keep": keep})
         case AskStatus():
             return canonical.encode({"c": "status"})
+        case Seek(key):
+            return canonical.encode({"c": "seek", "k": key})
 
 
 def decode_call(data: bytes) -> Call:
@@ -108,6 +127,8 @@ def decode_call(data: bytes) -> Call:
                 return Stop(RequestId(f.text("id", 100)), f.boolean("keep"))
             if kind == "status":
                 return AskStatus()
+            if kind == "seek":
+                return Seek(f.data("k", KEY_DIGEST_BYTES, KEY_DIGEST_BYTES))
             raise ProtocolError(f"a call of unknown kind {kind!r}")
     except FormatError as e:
         raise ProtocolError(f"not an ingress's call: {e}") from e
@@ -127,12 +148,12 @@ def _begun(value: Value) -> Begun | None:
         return Begun(drawn, stopped, f.data("n", NONCE_BYTES, NONCE_BYTES), f.integer("x", 1, MAX_RESUMED))
 
 
-def encode_events(events: list[Event | Accepted], status: Status | None = None) -> bytes:
+def encode_events(events: list[Told], status: Status | None = None) -> bytes:
     """The bytes of what a Head tells one ingress after a step."""
     return canonical.encode({"ev": [_event_value(e) for e in events], "st": status.facts if status else None})
 
 
-def decode_events(data: bytes) -> tuple[list[Event | Accepted], Status | None]:
+def decode_events(data: bytes) -> tuple[list[Told], Status | None]:
     """Read encode_events's bytes. Raises ProtocolError."""
     try:
         with Fields(canonical.decode(data, max_bytes=_MAX_RECEIPT_BYTES * 4), "events") as f:
@@ -145,8 +166,10 @@ def decode_events(data: bytes) -> tuple[list[Event | Accepted], Status | None]:
         raise ProtocolError(f"not a Head's events: {e}") from e
 
 
-def _event_value(event: Event | Accepted) -> Value:
+def _event_value(event: Told) -> Value:
     match event:
+        case Held(key, here):
+            return {"e": "held", "k": key, "y": here}
         case Accepted(id, nonce):
             return {"e": "in", "id": id, "n": nonce}
         case TokensEvent(id, tokens):
@@ -159,9 +182,12 @@ def _event_value(event: Event | Accepted) -> Value:
             return {"e": "fail", "id": id, "k": kind, "m": said, "s": evidence}
 
 
-def _event(value: Value) -> Event | Accepted:
+def _event(value: Value) -> Told:
     with Fields(value, "event") as f:
-        kind, id = f.text("e", 10), RequestId(f.text("id", 100))
+        kind = f.text("e", 10)
+        if kind == "held":
+            return Held(f.data("k", KEY_DIGEST_BYTES, KEY_DIGEST_BYTES), f.boolean("y"))
+        id = RequestId(f.text("id", 100))
         if kind == "in":
             return Accepted(id, f.data("n", NONCE_BYTES, NONCE_BYTES))
         if kind == "tokens":

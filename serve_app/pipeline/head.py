@@ -114,7 +114,7 @@ class Head:
         if self._failure is not None:
             raise PipelineError(f"the pipeline has failed ({self._failure}) and is being rebuilt; try again soon")
         if self._draining and begun is None:
-            raise OverloadedError("a newer version takes this one's place; try again soon")
+            raise OverloadedError("a newer version takes this one's place, or other pipelines; try again soon")
         require_servable(self._facts, request, begun)
         if request.id in self._by_id:
             raise RequestError(f"a request {request.id} is running already", "id")

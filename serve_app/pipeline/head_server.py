@@ -21,16 +21,18 @@ from serve_app.errors import (
 )
 from serve_app.messages.events import (
     MAX_MESSAGE_BYTES,
-    Accepted,
     AskStatus,
     Call,
+    Held,
+    Seek,
     Status,
     Stop,
     Submit,
+    Told,
     decode_call,
     encode_events,
 )
-from serve_app.messages.request import Event, FailedEvent, FinishedEvent, RequestId
+from serve_app.messages.request import FailedEvent, FinishedEvent, RequestId
 from serve_app.pipeline.head import Head
 from serve_app.pipeline.keyed import KEEP_S, KeyedRequests
 from serve_app.transport.link import SECRET_BYTES, Link, LinkAddress, accept
@@ -94,7 +96,7 @@ class _Caller:
     def __init__(self, all: KeyedRequests, link: Link, facts: Callable[[], dict[str, Value]]) -> None:
         self._all, self._link, self._facts = all, link, facts
         self._requests: set[RequestId] = set()
-        self._events: list[Event | Accepted] = []
+        self._events: list[Told] = []
 
     def take(self, call: Call) -> None:
         match call:
@@ -122,12 +124,14 @@ class _Caller:
                     self._all.stop(id, keep=keep)
             case AskStatus():
                 self._link.send(encode_events([], Status(self._facts())))
+            case Seek(key):
+                self._tell(Held(key, self._all.holds(key)))
 
     def gone(self) -> None:
         for id in list(self._requests):
             self._all.stop(id, keep=False)
 
-    def _tell(self, event: Event | Accepted) -> None:
+    def _tell(self, event: Told) -> None:
         if isinstance(event, FinishedEvent | FailedEvent):
             self._requests.discard(event.id)
         if not self._events:

@@ -82,6 +82,10 @@ class KeyedRequests:
         else:
             self._go_on(keyed, request, tell, begun)
 
+    def holds(self, key: bytes) -> bool:
+        """Whether a request under this key runs here, or its answer is kept."""
+        return key in self._by_key
+
     def stop(self, id: RequestId, *, keep: bool) -> None:
         """keep: end the request now, what it drew so far counts. Else its reader is gone: without a key it ends too."""
         keyed = self._read.get(id)

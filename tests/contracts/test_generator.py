@@ -1,4 +1,5 @@
-"""What every Generator keeps, whichever it is: the echo of the HTTP tests, and a whole pipeline in one process."""
+"""What every Generator keeps, whichever it is: the echo of the HTTP tests, a whole pipeline in one process, and two of
+them behind sockets."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from serve_app.messages.request import (
     TokensEvent,
     fresh_salt,
 )
+from serve_app.pipeline.head_server import LOOPBACK, HeadServer
+from serve_app.pipeline.pipelines import Pipelines
 from shard_tools import canonical
 from shard_tools.cid import Cid, Codec
 
@@ -47,8 +51,8 @@ async def echo(folder: Path) -> AsyncIterator[Subject]:
     yield Subject(EchoGenerator(pace_s=0.002, max_running=3), Cid.of(Codec.DAG_CBOR, b"echo"), 3)
 
 
-@asynccontextmanager
-async def local(folder: Path) -> AsyncIterator[Subject]:
+def tiny_pipeline(folder: Path, pipelines: int) -> list[Any]:
+    """So many pipelines of one tiny model, each with room for two requests and a third one that waits."""
     house: Any = pytest.importorskip("serve_app.local")
     load: Any = pytest.importorskip("serve_app.engine.load")
     checkpoints: Any = pytest.importorskip("tests.tiny_models")
@@ -57,21 +61,45 @@ async def local(folder: Path) -> AsyncIterator[Subject]:
     memory: Any = pytest.importorskip("shard_tools.store.memory")
     store = memory.MemoryStore()
     manifest = split.split(source.open_checkpoint(checkpoints.write_tiny_checkpoint(folder / "tiny")), store, "tiny")
-    pipeline = house.LocalPipeline(
-        store,
-        manifest,
-        stages=2,
-        options=load.LoadOptions(device="cpu", dtype="float32", page_size=16, threads=1),
-        limits=house.LocalLimits(n_pages=256, max_running=2, max_waiting=1),
-    )
+    options = load.LoadOptions(device="cpu", dtype="float32", page_size=16, threads=1)
+    limits = house.LocalLimits(n_pages=256, max_running=2, max_waiting=1)
+    return [house.LocalPipeline(store, manifest, stages=2, options=options, limits=limits) for _ in range(pipelines)]
+
+
+@asynccontextmanager
+async def local(folder: Path) -> AsyncIterator[Subject]:
+    (pipeline,) = tiny_pipeline(folder, 1)
     try:
         await pipeline.warm_up()
-        yield Subject(pipeline, manifest.cid, 3)
+        yield Subject(pipeline, pipeline.manifest.cid, 3)
     finally:
         pipeline.close()
 
 
-@pytest.fixture(params=[echo, local], ids=["echo", "local"])
+@asynccontextmanager
+async def routed(folder: Path) -> AsyncIterator[Subject]:
+    made = tiny_pipeline(folder, 2)
+    servers, locates = [], []
+    for pipeline in made:
+        await pipeline.warm_up()
+        facts: Any = lambda pipeline=pipeline: {"ready": True, **pipeline.status()}
+        servers.append(HeadServer(pipeline.head, facts))
+        locates.append(partial(asyncio.sleep, 0, await servers[-1].listen(LOOPBACK)))
+    ingress = Pipelines(locates)
+    ingress.start()
+    try:
+        while not all(await asyncio.gather(*(client.ready() for client in ingress._clients))):
+            await asyncio.sleep(0.01)
+        yield Subject(ingress, made[0].manifest.cid, 6)
+    finally:
+        ingress.close()
+        for server in servers:
+            server.close()
+        for pipeline in made:
+            pipeline.close()
+
+
+@pytest.fixture(params=[echo, local, routed], ids=["echo", "local", "routed"])
 def check(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Callable[[Subject], Awaitable[None]]], None]:
     """Runs a law against one implementation, in an event loop of its own, within 60 s."""
 

@@ -23,12 +23,16 @@ _INGRESS = "ServeReplica:llmd:ingress"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One process of the application. index: of a stage, else 0; node: Ray's id of where it runs."""
+    """One process of the application. index: of a stage, else 0; node: Ray's id of where it runs.
+
+    replica: of which of several pipelines it is, if of one.
+    """
 
     kind: Kind
     index: int
     pid: int
     node: str
+    replica: int = 0
 
     def __str__(self) -> str:
         return f"stage {self.index}" if self.kind == "stage" else self.kind
@@ -97,4 +101,6 @@ def _part(actor: dict[str, Any], roles: dict[str, int]) -> Part | None:
         index = int(stage[1]) if stage else 0
         if name in roles:
             kind, index = "stage", roles[name]
-    return Part(kind, index, actor["pid"], actor["node_id"]) if kind else None  # type: ignore[arg-type]
+    pipeline = re.match(r"llmd-[0-9a-f]+-(\d+)-", name)
+    replica = int(pipeline[1]) if pipeline else 0
+    return Part(kind, index, actor["pid"], actor["node_id"], replica) if kind else None  # type: ignore[arg-type]

@@ -77,7 +77,12 @@ def cluster() -> Iterator[Cluster]:
         root = Path(args["identity"]["state_dir"]).parent
         args["pipeline"] |= {
             "dtype": "float32",
-            "engine": {"kind": "cheat", "attack": "int8", "first": 2, "when": str(root / "cheat")},
+            "engine": {
+                "kind": "cheat",
+                "attacks": "int8 cooler seldom-other-noise",
+                "first": 2,
+                "when": str(root / "cheat"),
+            },
         }
         known = calibrations(Path(args["model"]["store"]))
         args["audit"] |= {"rate": 1.0, "on_request": True, "retain_bytes": 64 << 20, **known}
@@ -99,8 +104,14 @@ def audit(cluster: Cluster) -> dict[str, Any]:
     return found
 
 
-def ask(cluster: Cluster, i: int, **headers: str) -> httpx.Response:
-    body = {"model": NAME, "messages": [{"role": "user", "content": f"{i}" * 9}], "max_tokens": 12, "seed": i}
+def cheat(cluster: Cluster, attack: str) -> None:
+    """From now on in this way; empty: not at all. Written beside and moved, since the stage may look at any time."""
+    (cluster.root / "cheat.new").write_text(attack)
+    (cluster.root / "cheat.new").replace(cluster.root / "cheat")
+
+
+def ask(cluster: Cluster, i: int, tokens: int = 12, **headers: str) -> httpx.Response:
+    body = {"model": NAME, "messages": [{"role": "user", "content": f"{i}" * 9}], "max_tokens": tokens, "seed": i}
     return httpx.post(f"{cluster.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
 
 
@@ -165,7 +176,7 @@ def test_a_stage_that_begins_to_cheat_is_found_and_nobody_else_blamed(cluster: C
 
     Its tokens are what its rows give, so drawing them again finds nothing: that is what the stage's own audit is for.
     """
-    (cluster.root / "cheat").touch()
+    cheat(cluster, "int8")
     by_stage: dict[int, set[str]] = {0: set(), 1: set()}
     for i in range(100, 112):
         one = found(cluster, ask(cluster, i))
@@ -175,7 +186,30 @@ def test_a_stage_that_begins_to_cheat_is_found_and_nobody_else_blamed(cluster: C
     assert eventually(lambda: audit(cluster)["watched"] == [0, 1], 20)  # both stages stand on this one node
     (node,) = audit(cluster)["nodes"]
     assert node["state"] == "suspect" and node["why"].startswith("operator ")
-    (cluster.root / "cheat").unlink()
+    cheat(cluster, "")
+
+
+def test_a_sampler_that_does_not_draw_as_it_was_asked_is_found(cluster: Cluster) -> None:
+    """Another temperature at once, one wrong token in a hundred within some answers; all layers pass meanwhile.
+
+    Whose doing it is nobody can tell, so it changes no standing; but the state counts it. All are promised, and so
+    share no beginning with an answer whose rows were let go.
+    """
+    before = [(node["node"], node["state"]) for node in audit(cluster)["nodes"]]
+    for attack, tokens in (("cooler", 40), ("seldom-other-noise", 150)):
+        cheat(cluster, attack)
+        findings: list[str] = []
+        while "sampler" not in findings and len(findings) < 8:
+            answer = ask(cluster, 300 + len(findings), tokens, **{"x-llmd-assurance": "audited"})
+            said = found(cluster, answer)["audit"]
+            assert said["verdict"]["finding"] == "pass"
+            findings.append(said["draws"]["verdict"]["finding"])
+        assert set(findings) - {"pass"} == {"sampler"}, (attack, findings)
+    cheat(cluster, "")
+    answer = ask(cluster, 300, 40, **{"x-llmd-assurance": "audited"})
+    assert found(cluster, answer)["audit"]["draws"]["verdict"]["finding"] == "pass"
+    assert eventually(lambda: audit(cluster)["auditor"]["samplers"] == 2, 20), audit(cluster)["auditor"]
+    assert [(node["node"], node["state"]) for node in audit(cluster)["nodes"]] == before
 
 
 @pytest.mark.parametrize("level", ["exact", "certain"])

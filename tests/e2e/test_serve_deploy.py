@@ -44,7 +44,7 @@ def test_deploy_answers_and_shutdown_removes_the_detached_pipeline(cluster: Clus
 
     assert cluster.run("serve", "shutdown", "-y", "-a", address).returncode == 0
     ours = ("ray::_StageProcess", "ray::_HeadProcess", "ray::_SupervisorProcess")
-    assert eventually(lambda: not any(cluster.processes(title) for title in ours), 30)
+    assert eventually(lambda: not any(cluster.processes(title) for title in ours), 60)
 
 
 def stages(cluster: Cluster) -> list[list[int]]:

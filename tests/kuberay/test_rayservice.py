@@ -139,7 +139,7 @@ def test_labels_paths_and_counts_agree_within_the_manifest() -> None:
     service, front = documents()
     groups = {g["groupName"]: g for g in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]}
     app = carried().app
-    assert groups["stage"]["replicas"] == app.pipeline.stages
+    assert groups["stage"]["replicas"] == app.pipeline.stages * app.pipeline.replicas
     assert groups["stage"]["labels"] == app.pipeline.node_labels
     (stage,) = groups["stage"]["template"]["spec"]["containers"]
     assert app.pipeline.threads_per_stage != "auto", "auto counts the other pods' CPUs too"

@@ -38,9 +38,9 @@ def test_one_command_makes_what_layers_and_draws_are_judged_by(tmp_path: Path) -
     made = [Calibration.decode(store.get(Cid.parse(cid))) for cid in config.calibration]
     (band,) = (DrawBand.decode(store.get(Cid.parse(cid))) for cid in config.band)
     assert [(c.start, c.stop) for c in made] == [(0, 1), (1, 2)]
-    assert (band.draws, band.prover, band.manifest) == (240, made[-1].prover, made[-1].manifest)
+    assert (band.draws, band.prover, band.manifest) == (4 * 240, made[-1].prover, made[-1].manifest)
 
 
 def test_too_few_requests_make_no_band(tmp_path: Path) -> None:
-    code, said = calibrate(tmp_path, "--requests", "6", "--tokens", "20")
-    assert code == 2 and "120 draws are too few to calibrate by" in said
+    code, said = calibrate(tmp_path, "--requests", "2", "--tokens", "20")
+    assert code == 2 and "160 draws are too few to calibrate by" in said

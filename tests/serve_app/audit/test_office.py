@@ -104,10 +104,10 @@ def test_an_honest_answer_passes_and_its_verdicts_and_receipt_are_proved_to_be_i
         wanted = desk.begin(drawn(note, stage))
         assert [said.stage for said in wanted] == [0, 1][stage:]
         for said in wanted:
-            assert desk.settled == [] and desk.status()["waiting"] == 1
+            assert desk.settled("") == [] and desk.status()["waiting"] == 1
             assert len(shown(said.stage)) <= most_bytes(said.n_rows, 64)
             desk.judge(drawn(note, stage), said.stage, shown(said.stage))
-        assert desk.settled == ["r0~1"] and desk.status()["waiting"] == 0
+        assert desk.settled("another Head's") == [] and desk.settled("") == ["r0~1"] and desk.status()["waiting"] == 0
         assert [news.stage for news in desk.news] == [stage, 1]
         found: Any = desk.lookup("r0")
         audit, log = found["audit"], found["log"]
@@ -179,7 +179,7 @@ def test_what_a_stage_shows_is_judged_for_what_it_is(tmp_path: Path) -> None:
         desk.begin(drawn(note, 1))
         desk.judge(drawn(note, 1), 1, bad)
         (news,) = desk.news
-        assert news.refused and news.verdict == b"" and desk.settled == ["r0~1"], bad[:40]
+        assert news.refused and news.verdict == b"" and desk.settled("") == ["r0~1"], bad[:40]
         found = desk.lookup("r0")
         assert found["audit"]["state"] == found["audit"]["draws"]["state"] == "unaudited"
         assert found["audit"]["verdict"] is found["audit"]["draws"]["verdict"] is None
@@ -203,7 +203,9 @@ def test_a_last_stage_that_shows_nothing_leaves_its_tokens_unaudited_and_the_dra
     found: Any = desk.lookup("r0")
     assert (found["audit"]["state"], found["audit"]["draws"]["state"]) == ("pass", "unaudited")
     assert found["audit"]["draws"]["why"] == "it has them no more" and found["log"]["draws"] is None
-    assert [(news.stage, news.refused) for news in desk.news] == [(0, False), (1, True)] and desk.settled == ["r0~1"]
+    assert [(news.stage, news.refused) for news in desk.news] == [(0, False), (1, True)] and desk.settled("") == [
+        "r0~1"
+    ]
     assert desk.begin(drawn(note, 0)) == ()
     for said in (first, last):
         desk.gave_nothing(drawn(note, 0), said, "asked again", refused=True)
@@ -279,7 +281,7 @@ def test_what_was_found_is_known_after_a_restart_without_the_prompt(tmp_path: Pa
 def test_answers_on_disk_are_bounded_and_what_is_spoiled_is_lost_alone(tmp_path: Path) -> None:
     """The latest are there, oldest first; a torn or foreign end is cut off, and what comes behind is read again."""
     looks = Look("unaudited", "because"), Look("unaudited", "x" * 2000)
-    cases = [Case(f"r{i}~2", CID, b"", True, b"c" * 32, bytes(32), 1, *looks) for i in range(50)]
+    cases = [Case(f"r{i}~2", CID, b"", True, b"c" * 32, bytes(32), "", 1, *looks) for i in range(50)]
     size = len(cases[10].encode()) + 4
     kept = AnswerFile(tmp_path, AUDITOR.public, 10 * size)
     for case in cases:

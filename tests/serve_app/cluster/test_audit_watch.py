@@ -12,6 +12,7 @@ from serve_app.audit.book import StandingBook
 from serve_app.audit.draw_verdict import DrawVerdict
 from serve_app.audit.office import News
 from serve_app.audit.verdict import Verdict
+from serve_app.cluster.audit_specs import AuditorSpec
 from serve_app.cluster.audit_watch import AuditWatch
 from serve_app.cluster.pipeline_group import PipelineGroup
 from serve_app.cluster.specs import AuditPlan, GroupId, GroupPlan, HeadSpec, Place, Resources
@@ -22,18 +23,19 @@ from serve_app.receipts.statement import StatementChain
 from shard_tools import canonical
 from shard_tools.cid import Cid, Codec
 from shard_tools.signing import PublicKey, Signer
+from shard_tools.trust import TrustPolicy
 from tests.serve_app.receipts.pipeline_of_three import Cluster, a_request
 
 NODES = [NodeIdentity(Signer.from_seed(bytes([i]) * 32)) for i in range(3)]
 CID = Cid.of(Codec.DAG_CBOR, b"")
 
 
-def group_on(nodes: list[int], spares: int = 0) -> PipelineGroup:
+def group_on(nodes: list[int], spares: int = 0, replica: int = 0) -> PipelineGroup:
     """Stages on these nodes; spares are called spare-0 and so on."""
     certificates = tuple(NODES[i].open_session("stage", 1, 0, 60).certificate for i in nodes)
     places = tuple(Place(f"stage-{i}", i) for i in range(len(nodes)))
     waiting = tuple(Place(f"spare-{i}", 9 + i) for i in range(spares))
-    plan = GroupPlan(GroupId("0123456789", 1), (), places, waiting, Resources("cpu", 1, 0, 1), "float32")
+    plan = GroupPlan(GroupId("0123456789", replica, 1), (), places, waiting, Resources("cpu", 1, 0, 1), "float32")
     spec: Any = HeadSpec(
         plan=plan,
         epoch=1,
@@ -143,3 +145,22 @@ def test_a_proof_of_two_stories_quarantines_whoever_brings_it(tmp_path: Path) ->
     assert book.of(node).serves and book.read_to == 1
     own._hear(book, News(2, node, 1, b"", "two stories", False, proof.encode()), node)
     assert not book.of(node).serves and book.quarantined() == {node}
+
+
+def test_the_standing_of_a_node_is_one_for_all_pipelines_and_each_is_told_of_its_own_stages(tmp_path: Path) -> None:
+    own = watch(tmp_path, NODES[1].key)
+    bad, good = group_on([0, 1]), group_on([0, 2], replica=1)
+    for _ in range(2):
+        for group in (bad, good):
+            assert own.to_replace(group) == (group, frozenset())
+        assert "stage 1 run on" in str(own.state(bad)["quarantine_problem"])
+        assert own.state(good)["quarantine_problem"] is None
+
+
+def test_one_auditor_does_for_all_pipelines_of_a_version_and_none_of_another() -> None:
+    cid, key = CID, NODES[0].key
+    spec = AuditorSpec(
+        cid, cid, TrustPolicy.any_of([key]), Path("/s"), (), (), 1, Path("/"), key, None, "0123456789", 7
+    )
+    assert spec.is_like(replace(spec, number=8))
+    assert not any(spec.is_like(replace(spec, **other)) for other in ({"version": "abcdefabcd"}, {"threads": 2}))

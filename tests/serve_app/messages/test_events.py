@@ -11,11 +11,15 @@ from hypothesis import strategies as st
 from serve_app.errors import ProtocolError
 from serve_app.messages.events import (
     MAX_MESSAGE_BYTES,
+    Accepted,
     AskStatus,
     Call,
+    Held,
+    Seek,
     Status,
     Stop,
     Submit,
+    Told,
     decode_call,
     decode_events,
     encode_call,
@@ -23,7 +27,6 @@ from serve_app.messages.events import (
 )
 from serve_app.messages.request import (
     MICRO,
-    Event,
     FailedEvent,
     FailureKind,
     FinishedEvent,
@@ -69,9 +72,11 @@ requests = st.builds(
     once=st.none() | st.builds(Once, digests, digests),
 )
 CALLS: st.SearchStrategy[Call] = st.one_of(
-    st.builds(Submit, requests), st.builds(Stop, ids, st.booleans()), st.just(AskStatus())
+    st.builds(Submit, requests), st.builds(Stop, ids, st.booleans()), st.just(AskStatus()), st.builds(Seek, digests)
 )
-EVENTS: st.SearchStrategy[Event] = st.one_of(
+EVENTS: st.SearchStrategy[Told] = st.one_of(
+    st.builds(Accepted, ids, digests),
+    st.builds(Held, digests, st.booleans()),
     st.builds(TokensEvent, ids, tokens),
     st.builds(FinishedEvent, ids, st.sampled_from(["stop", "length", "cancelled", "error"]), st.binary(max_size=50)),
     st.builds(
@@ -93,14 +98,14 @@ def test_a_call_comes_back(call: Call) -> None:
 
 
 @given(st.lists(EVENTS, max_size=5), STATUSES)
-def test_events_and_a_status_come_back(events: list[Event], status: Status | None) -> None:
+def test_events_and_a_status_come_back(events: list[Told], status: Status | None) -> None:
     assert decode_events(encode_events(events, status)) == (events, status)
 
 
 @settings(max_examples=200, deadline=None)
 @given(CALLS, st.lists(EVENTS, min_size=1, max_size=3), st.data())
 def test_damaged_bytes_are_refused_or_mean_something_else_but_never_crash(
-    call: Call, events: list[Event], data: st.DataObject
+    call: Call, events: list[Told], data: st.DataObject
 ) -> None:
     """No byte string makes a decoder raise anything but ProtocolError; one cut short is always refused."""
     for message, decode in ((encode_call(call), decode_call), (encode_events(events), decode_events)):
