@@ -171,16 +171,27 @@ def test_a_door_that_is_stopped_is_replaced_and_what_was_sent_to_it_is_answered(
     assert eventually(lambda: doors(server) == 2, 60)
     asked = question(server, 5)
 
-    async def over_a_stop() -> list[httpx.Response]:
+    async def over_a_stop() -> list[tuple[int, float]]:
         async with httpx.AsyncClient(base_url=server.url, timeout=ANSWER_S) as client:
             door = await asyncio.to_thread(server.parts().one, "ingress")
             assert door.hear(signal.SIGSTOP)
+
+            async def ask() -> tuple[int, float]:
+                began = time.monotonic()
+                answer = await client.post(asked.path, json=asked.body)
+                while (
+                    answer.status_code == 429 and time.monotonic() - began < ANSWER_S
+                ):  # as any client of OpenAI's does
+                    await asyncio.sleep(float(answer.headers["retry-after"]))
+                    answer = await client.post(asked.path, json=asked.body)
+                return answer.status_code, time.monotonic() - began
+
             sent = []
             for _ in range(40):  # over the 9 s and more
-                sent.append(asyncio.create_task(client.post(asked.path, json=asked.body)))
+                sent.append(asyncio.create_task(ask()))
                 await asyncio.sleep(0.5)
             return await asyncio.gather(*sent)
 
     answers = asyncio.run(over_a_stop())
-    assert {answer.status_code for answer in answers} == {200}
-    assert max(answer.elapsed.total_seconds() for answer in answers) < 30
+    assert {status for status, _ in answers} == {200}
+    assert max(seconds for _, seconds in answers) < 30

@@ -18,7 +18,7 @@ from tests.e2e.cluster import eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
-ANSWER_S = 100.0
+ANSWER_S = 150.0
 
 
 @pytest.fixture
