@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,11 +44,13 @@ if TYPE_CHECKING:
     from serve_app.audit.exact import ExactReplay
     from serve_app.audit.redraw import Redrawer
     from serve_app.engine.load import LoadOptions
+    from serve_app.engine.output_head import OutputHead
 
 _log = logging.getLogger(__name__)
 _NICE = 10  # it competes with stages for the same cores
 _FETCH_S = 20.0  # for a piece of 8 MiB from a stage on a loaded machine
 _MAX_QUEUED = 1024  # a verdict that waits behind so many comes too late anyway
+_KEPT_HEAD_BYTES = 256 << 20  # an output layer that stays in memory between answers
 _PAGE_SIZE = 16  # of a replay's cache; nobody else sees it
 
 
@@ -140,11 +143,14 @@ class _AuditorProcess:
         from serve_app.engine.load import load_head
 
         bands = [DrawBand.decode(data) for data in self._blocks(self._spec.bands, MAX_BAND_BYTES)]
-        # Loaded for each answer, as a stage's layers are: 2 GB of a large vocabulary are not kept between them.
-        options = self._options()
+        options, size = self._options(), 4 * self._manifest.vocab_size * self._manifest.hidden_size
+
+        def load() -> OutputHead:
+            return load_head(self._store, self._manifest, options)
+
         return Redrawer(
             self._manifest,
-            lambda: load_head(self._store, self._manifest, options),
+            cache(load) if size <= _KEPT_HEAD_BYTES else load,  # 2 GB of a large vocabulary are loaded for each answer
             bands,
             self._signer,
             None if self._exact is None else self._exact.head(),
