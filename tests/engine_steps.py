@@ -101,3 +101,13 @@ REFUSED: dict[str, Step] = {
     "behind rows without a page for its own": (plan_of([(8, 4, 1, [0], 1)], {8: GREEDY}, cached=(4,)), ids(5)),
     "behind rows of no such page": (plan_of([(8, 4, 1, [N_PAGES, 1], 1)], {8: GREEDY}, cached=(4,)), ids(5)),
 }
+
+
+def numpy_is_even() -> bool:
+    """Whether a row's product has the same bits wherever in a matrix it stands: on some hosts it has not.
+
+    Triton's interpreter, which runs the GPU's kernels where there is none, multiplies by numpy.
+    """
+    rows = np.random.default_rng(0).standard_normal((64, 100)).astype("<f4")
+    weight = np.ascontiguousarray(rows.T)
+    return np.array_equal(np.roll(np.roll(rows, 3, axis=0) @ weight, -3, axis=0), rows @ weight)
