@@ -19,6 +19,7 @@ Equal bits are promised for equal libraries, processor and number of threads; th
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,8 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
     The hash, because a hypervisor can hide what the name promises.
     """
+    if not cpuinfo.exists():  # not Linux: the name alone, which must do
+        return platform.processor()[:_MAX_PROCESSOR] or "unknown processor"
     facts: dict[str, str] = {}
     for line in cpuinfo.read_text().splitlines():
         name, _, value = line.partition(":")
