@@ -29,7 +29,7 @@ def cluster() -> Iterator[Cluster]:
         args["pipeline"] |= {
             "deterministic": True,
             "dtype": "float32",
-            "engine": {"kind": "cheat", "attack": "faint-kv", "first": 2, "when": str(root / "cheat")},
+            "engine": {"kind": "cheat", "attacks": "faint-kv", "first": 2, "when": str(root / "cheat")},
         }
         args["audit"] |= {"on_request": True, "retain_bytes": 64 << 20}
 
@@ -49,7 +49,7 @@ def test_equal_bits_are_promised_and_a_poison_too_faint_for_any_limit_is_found(c
     operator = read_public_key(cluster.root / "state" / "operator.pub")
     for cheat, expected in ((False, {0: {"equal"}, 1: {"equal"}}), (True, {0: {"equal"}, 1: {"unequal"}})):
         if cheat:
-            (cluster.root / "cheat").touch()
+            (cluster.root / "cheat").write_text("faint-kv")
         by_stage: dict[int, set[str]] = {}
         for i in range(40):
             answer = ask(cluster, i, **EXACT)
