@@ -16,7 +16,7 @@ from shard_tools.canonical import Value
 # No step is overdue before. A loaded host may not let one run for so long; on a GPU a kernel may be compiled first.
 FLOOR_S = 5.0
 GPU_FLOOR_S = 30.0
-_TIMES = 10.0  # the slowest step of its size so far: a long context makes the same rows cost several times as much
+_TIMES = 20.0  # the slowest step of its size so far: in a long context the same rows cost up to ten times as much
 _FADES = 0.98  # what one slow step still says after each that is not
 
 
@@ -98,4 +98,4 @@ def hanging(stages: Sequence[Value]) -> tuple[int, str] | None:
     if not late:
         return None
     step, stage, waited_ms = min(late)
-    return stage, f"stage {stage} answers, but is at step {step} since {waited_ms} ms, where none like it took a tenth"
+    return stage, f"stage {stage} answers, but is at step {step} since {waited_ms} ms, far longer than any like it"

@@ -34,7 +34,7 @@ def test_nothing_is_overdue_that_cannot_be_compared_or_does_not_run() -> None:
     assert learned((1, 1e-6)).overdue() is None
 
 
-def test_a_step_is_overdue_past_ten_times_what_its_like_took_and_never_before_the_floor() -> None:
+def test_a_step_is_overdue_past_twenty_times_what_its_like_took_and_never_before_the_floor() -> None:
     quick = learned((1, 1e-6))
     assert not overdue_after(quick, 1, FLOOR_S / 5)
     assert overdue_after(quick, 1, FLOOR_S * 1.5)
