@@ -61,9 +61,11 @@ def test_equal_bits_are_promised_and_a_poison_too_faint_for_any_limit_is_found(c
             verdict = Verdict.open(signed, frozenset((parse_key(one["audit"]["auditor"]),)))
             assert one["assurance"] == "exact" and verdict.stage == one["audit"]["stage"]
             by_stage.setdefault(verdict.stage, set()).add(verdict.finding)
-            if i >= 5 and len(by_stage) == 2:
+            if i >= 5 and all(findings <= by_stage.get(stage, set()) for stage, findings in expected.items()):
                 break
-        assert by_stage == expected
+        # So faint is the poison that an answer may come out with the same bits.
+        extra = {1: {"equal"}} if cheat else {}
+        assert {stage: findings - extra.get(stage, set()) for stage, findings in by_stage.items()} == expected, by_stage
     (node,) = audit(cluster)["nodes"]
     # Stage 0 stands on the same host: where its answer was looked at last, what had been gathered is the reason.
     assert node["state"] == "suspect" and ("other bits" in node["why"] or "evidence" in node["why"])
