@@ -15,10 +15,10 @@ from functools import cached_property, partial
 import numpy as np
 
 from serve_app.audit.redraw import ExactHead
-from serve_app.audit.replay import REPLAY_PAGE, opened, whole_pass
+from serve_app.audit.replay import REPLAY_PAGE, opened, through_layer
 from serve_app.engine.load import LoadOptions, load_head, load_layers
 from serve_app.engine.output_head import head_profile
-from serve_app.errors import AuditError, ProtocolError
+from serve_app.errors import AuditError
 from serve_app.messages.record import StageRecord
 from serve_app.receipts.statement import StageStatement
 from shard_tools.manifest import Manifest
@@ -79,12 +79,7 @@ def computed(
     rows, profiles = list(received), set[str]()
     for layer in range(start, stop):
         engine = load_layers(store, manifest, layer, layer + 1, replace(options, page_size=REPLAY_PAGE))
-        size = 4 if layer == 0 else manifest.hidden_size * (4 if options.dtype == "float32" else 2)
-        engine.reserve(max(-(-len(r) // size // REPLAY_PAGE) for r in rows), 1)
-        try:
-            rows = [bytes(engine.run(whole_pass(len(r) // size), memoryview(r)).hidden) for r in rows]
-        except ProtocolError as e:
-            raise AuditError(f"the rows that were received cannot be computed from: {e}") from e
+        rows = through_layer(engine, layer, rows)
         profiles.add(engine.profile.description)
     if len(profiles) > 1:
         raise AuditError(f"layers [{start}, {stop}) are not computed alike here: {' and '.join(sorted(profiles))}")

@@ -115,18 +115,27 @@ def replay(
     profile, n = "", len(rows)
     for layer in range(start, stop):
         engine = layers.engine(layer)
-        size = 4 if layer == 0 else manifest.hidden_size * (4 if options.dtype == "float32" else 2)
-        engine.reserve(max(-(-len(r) // size // REPLAY_PAGE) for r in rows), 1)
         if nudge and layer:
             rows = rows[:n] + [_nudged(r, dtype, options.dtype) for r in rows[-n:]]
-        try:
-            rows = [bytes(engine.run(whole_pass(len(r) // size), memoryview(r)).hidden) for r in rows]
-        except ProtocolError as e:
-            raise AuditError(f"the rows that were received cannot be computed from: {e}") from e
+        rows = through_layer(engine, layer, rows)
         profile = engine.profile.description
     found = [floats_of(r, options.dtype, manifest.hidden_size) for r in rows]
     nudged: Sequence[Rows | None] = found[n:] if len(found) > n else [None] * n
     return [Replayed(own, profile, other) for own, other in zip(found[:n], nudged, strict=True)]
+
+
+def through_layer(engine: TorchEngine, layer: int, rows: Sequence[bytes]) -> list[bytes]:
+    """What this one layer makes of each record's rows, each from position 0 on. Raises AuditError for what are no rows.
+
+    rows: ids for layer 0, else of the engine's dtype, as what is returned.
+    """
+    profile = engine.profile
+    size = 4 if layer == 0 else profile.hidden_size * (4 if profile.dtype == "float32" else 2)
+    engine.reserve(max(-(-len(r) // size // REPLAY_PAGE) for r in rows), 1)
+    try:
+        return [bytes(engine.run(whole_pass(len(r) // size), memoryview(r)).hidden) for r in rows]
+    except ProtocolError as e:
+        raise AuditError(f"the rows that were received cannot be computed from: {e}") from e
 
 
 def _nudged(rows: bytes, dtype: ActivationDtype, computed_in: ActivationDtype) -> bytes:

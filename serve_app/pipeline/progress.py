@@ -63,13 +63,13 @@ class Progress:
 
     def overdue(self) -> Overdue | None:
         """The oldest step that takes far longer than any before it; None while nothing is known to compare it with."""
-        now, found = time.perf_counter(), None
+        now = time.perf_counter()
         with self._lock:
             for step, rows, began in sorted(self._now.values()):
                 limit = self._limit(rows)
                 if limit is not None and now - began > limit:
-                    found = found or Overdue(step, now - began, limit)
-        return found
+                    return Overdue(step, now - began, limit)
+        return None
 
     def _limit(self, rows: int) -> float | None:
         """Seconds that so many rows may take. Larger steps than any so far cost in proportion to their rows."""
