@@ -107,17 +107,18 @@ def readmit(
 
 
 def proof(
-    file: Annotated[Path, typer.Argument(help="A file of state_dir/audit/equivocations, or a copy of one.")],
+    file: Annotated[Path, typer.Argument(help="A file of state_dir/audit/proofs, or a copy of one.")],
 ) -> None:
-    """Check a proof that a node signed two stories: it needs nothing but the file, and no trust in whoever shows it."""
-    from serve_app.receipts.equivocation import MAX_EQUIVOCATION_BYTES, Equivocation
+    """Check that a node's own signatures contradict each other: nothing but the file is needed, and no trust."""
+    from serve_app.receipts.misquote import MAX_MISQUOTE_BYTES, Misquote, decode_proof
+    from serve_app.receipts.receipt import Receipt
     from serve_app.receipts.statement import StageStatement
     from shard_tools.signing import key_text
 
     try:
         with file.open("rb") as f:
-            data = f.read(MAX_EQUIVOCATION_BYTES + 1)
-        found = Equivocation.decode(data)
+            data = f.read(MAX_MISQUOTE_BYTES + 1)
+        found = decode_proof(data)
         node = found.convicted()
     except OSError as e:
         typer.echo(f"llmd: cannot read {file}: {e.strerror}", err=True)
@@ -125,6 +126,10 @@ def proof(
     except LlmdError as e:
         typer.echo(f"llmd: {file} proves nothing: {e}", err=True)
         raise typer.Exit(1) from e
+    if isinstance(found, Misquote):
+        receipt = Receipt.decode(found.receipt.payload)
+        typer.echo(f"{key_text(node)}: {found.what}, of request {receipt.request_hash.hex()}")
+        return
     one, other = (StageStatement.decode(e.payload) for e in (found.first, found.second))
     typer.echo(f"{key_text(node)} signed two stories: statements number {one.seq} and {other.seq} of one session")
     for said in (one, other):

@@ -24,7 +24,7 @@ from serve_app.audit.calibration import Calibration, calibrate
 from serve_app.audit.error import Floats, Rows, floats_of
 from serve_app.audit.margin import margin
 from serve_app.audit.redraw import Redrawer, Redrawn
-from serve_app.audit.standing import Standing, State, after_verdict
+from serve_app.audit.standing import Standing, State, after_draws, after_verdict
 from serve_app.audit.tail import PICO
 from serve_app.demo import demo_model
 from serve_app.engine.dishonest import DISHONEST
@@ -133,7 +133,7 @@ def _plain_margins(one: Rehearsed, rows: Rows, plain: OutputHead, head: OutputHe
 def run_demo(cheat: str, stage: int, requests: int) -> int:
     """Tell each step as it is done. Returns 0 if what cheats was found and nobody else was even suspected.
 
-    A stage that computes something else is quarantined; of a sampler, which no node signs for, its tokens tell.
+    Whether its rows or its tokens are wrong: it signed for both, and is quarantined by two owners' auditors.
     """
     if cheat not in DISHONEST and cheat not in DISHONEST_SAMPLERS:
         raise InputError(f"no such way to cheat: {cheat!r}. There are: {', '.join((*DISHONEST, *DISHONEST_SAMPLERS))}")
@@ -172,12 +172,13 @@ def run_demo(cheat: str, stage: int, requests: int) -> int:
         _step("Auditing every stage, by two auditors of different owners")
         standings = _audited(answered, auditors)
         _step("Drawing its tokens again, from the rows that the last stage signed for")
-        redrawer = Redrawer(manifest, lambda: load_head(store, manifest, auditor), (band,), Signer.fresh())
-        redrawn = redrawer.audit(answered.receipt, answered.records[-1], _now_ms())
-        print(f"  {_draws_text(redrawn)}")
-    wrong = [
-        f"stage {i}" for i, s in enumerate(standings) if (s.state is State.QUARANTINED) != (i == stage and not samples)
-    ]
+        head = load_head(store, manifest, auditor)
+        for owner in _OWNERS:
+            redrawer = Redrawer(manifest, lambda: head, (band,), Signer.fresh())
+            redrawn = redrawer.audit(answered.receipt, answered.records[-1], _now_ms())
+            standings[-1] = after_draws(standings[-1], redrawn.verdict, owner)
+            print(f"  {owner}: {_draws_text(redrawn)}; stage {STAGES - 1} is {standings[-1].state.value}")
+    wrong = [f"stage {i}" for i, s in enumerate(standings) if (s.state is State.QUARANTINED) != (i == stage)]
     if (redrawn.verdict.finding == "sampler") != samples:
         wrong.append("its tokens")
     _step("Caught, and nobody else blamed" if not wrong else f"NOT as it should be: {', '.join(wrong)}")

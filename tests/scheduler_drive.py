@@ -202,12 +202,12 @@ class Drive:
                 self.attempts[seq] = self.attempts.get(seq, 0) + 1
             del self.ran[seq], self.pages[seq]
         self.check_pages()
-        self.saw(plan, resolved)
+        self.saw(plan, resolved, drawn)
         assert len(self.ran) <= 5 + self.flights
         return tuple(drawn)
 
-    def saw(self, plan: StepPlan, rows: list[int]) -> None:
-        """The step has run; rows: the ids of its rows. For whoever watches."""
+    def saw(self, plan: StepPlan, rows: list[int], drawn: list[int]) -> None:
+        """The step has run; rows: the ids of its rows; drawn: its tokens. For whoever watches."""
 
     def check_pages(self) -> None:
         """A page of several sequences holds rows of all of them; nobody runs a row into it any more."""

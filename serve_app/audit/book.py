@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from serve_app.audit.draw_verdict import DrawVerdict
 from serve_app.audit.standing import (
     Standing,
     State,
+    after_draws,
     after_proof,
     after_refusal,
     after_verdict,
@@ -54,6 +56,10 @@ class StandingBook:
             what = f"stage {verdict.stage} showed rows that it did not sign for, by its own signatures"
             return self.proven(verdict.node, what)
         return self._change(verdict.node, lambda now: after_verdict(now, verdict, owner))
+
+    def drew(self, verdict: DrawVerdict, owner: str) -> Standing:
+        """As `judged`, of the tokens that it signed for drawing."""
+        return self._change(verdict.node, lambda now: after_draws(now, verdict, owner))
 
     def refused(self, node: PublicKey, what: str) -> Standing:
         """It did not show rows that it was bound to keep."""

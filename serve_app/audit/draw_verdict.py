@@ -1,5 +1,7 @@
 """What an auditor says of the draws of one answer. How it comes to it: redraw.py, band.py. Bytes: PROTOCOL.md.
 
+It is about one node, the last stage's, which signed for having drawn these tokens from these rows by this sampling.
+
 Needs no torch: whoever reads verdicts imports this.
 """
 
@@ -18,7 +20,7 @@ from shard_tools.cid import Cid
 from shard_tools.errors import FormatError
 from shard_tools.signing import KEY_BYTES, Envelope, PublicKey, Signer, key_text
 
-DRAW_VERDICT_TYPE = "application/vnd.llmd.draw-verdict.v1+dag-cbor"
+DRAW_VERDICT_TYPE = "application/vnd.llmd.draw-verdict.v2+dag-cbor"
 MAX_DRAW_VERDICT_BYTES = 1 << 10
 _FINDINGS = ("pass", "suspect", "sampler", "uncalibrated", "equal", "unequal")
 _WITHOUT_BAND = ("uncalibrated", "equal", "unequal")
@@ -31,7 +33,7 @@ class DrawVerdict:
     receipt: Cid  # of the bundle
     statement: Cid  # the last stage's
     request_hash: bytes
-    nodes: tuple[PublicKey, PublicKey]  # the last stage's, the Head's: one of them, where a sampler is found
+    node: PublicKey  # the last stage's
     finding: DrawFinding | Literal["uncalibrated", "equal", "unequal"]
     evidence_micro: int
     tokens: int
@@ -51,24 +53,22 @@ class DrawVerdict:
 
     @property
     def summary(self) -> str:
-        """What was seen, and who could have done it, in words."""
-        stage, head = map(key_text, self.nodes)
+        """What was seen, and who drew it, in words."""
         margin, limit, evidence = self.margin_pico / PICO, self.limit_pico / PICO, self.evidence_micro / MICRO
         return (
             f"{self.finding}: token {self.worst + 1} of {self.tokens} is {margin:.3g} logits from being drawn, where "
-            f"{limit:.3g} decide, and the evidence of all is {evidence:.3g}. Last stage: {stage}, Head: {head}"
+            f"{limit:.3g} decide, and the evidence of all is {evidence:.3g}. Drawn by {key_text(self.node)}"
         )
 
     def encode(self) -> bytes:
         """The payload that is signed."""
         return canonical.encode(
             {
-                "v": 1,
+                "v": 2,
                 "receipt": self.receipt,
                 "statement": self.statement,
                 "request": self.request_hash,
-                "stage_node": self.nodes[0],
-                "head_node": self.nodes[1],
+                "node": self.node,
                 "finding": self.finding,
                 "evidence_micro": self.evidence_micro,
                 "tokens": self.tokens,
@@ -87,7 +87,7 @@ class DrawVerdict:
     def decode(cls, payload: bytes) -> DrawVerdict:
         """Read a payload; whoever calls has checked its signature, or will. Raises FormatError."""
         with Fields(canonical.decode(payload, max_bytes=MAX_DRAW_VERDICT_BYTES), "draw verdict") as f:
-            f.integer("v", 1, 1)
+            f.integer("v", 2, 2)
             finding, band = f.text("finding", 20), f.any("band")
             if finding not in _FINDINGS:
                 raise FormatError(f"draw verdict.finding: {finding!r} is none of {', '.join(_FINDINGS)}")
@@ -97,7 +97,7 @@ class DrawVerdict:
                 f.link("receipt"),
                 f.link("statement"),
                 f.data("request", HASH_BYTES, HASH_BYTES),
-                (_key(f, "stage_node"), _key(f, "head_node")),
+                _key(f, "node"),
                 cast(DrawFinding, finding),  # or one without a band
                 f.integer("evidence_micro", 0, MAX_PICO),
                 f.integer("tokens", 1, MAX_ROWS),

@@ -27,7 +27,9 @@ from serve_app.audit.verdict import Verdict
 from serve_app.errors import ForgedRecordError, ReceiptError
 from serve_app.receipts.bundle import Bundle
 from serve_app.receipts.check import CheckedReceipt, check
+from serve_app.receipts.identity import Registry
 from serve_app.receipts.log_file import LogFile
+from serve_app.receipts.receipt import Receipt
 from serve_app.receipts.statement import StageStatement, envelope_cid
 from shard_tools import canonical
 from shard_tools.canonical import Value
@@ -52,8 +54,8 @@ _LENGTH = struct.Struct("<I")
 class News:
     """What came of rows that a stage was to show, for whoever keeps standings.
 
-    verdict: of either kind, sealed and encoded; empty: there is none. equivocation: two statements of one session of
-    the node that contradict each other, encoded; such news has nothing to do with rows.
+    verdict: of either kind, sealed and encoded; empty: there is none. proof: what convicts the node by its
+    own signatures, encoded (receipts/misquote.py); such news has nothing to do with rows, nor its stage any meaning.
     """
 
     number: int
@@ -62,7 +64,7 @@ class News:
     verdict: bytes
     why: str
     refused: bool  # the stage was bound to have the rows, and did not show them
-    equivocation: bytes = b""
+    proof: bytes = b""
 
 
 class AuditOffice:
@@ -207,7 +209,7 @@ class AuditOffice:
     def status(self) -> dict[str, Value]:
         """For people. samplers: answers whose tokens are not what their rows and their sampling give.
 
-        convicted: sessions that signed two stories.
+        convicted: sessions whose signatures contradict each other.
         """
         return {
             "log_entries": len(self._log.log),
@@ -225,13 +227,14 @@ class AuditOffice:
         self._log.close()
 
     def _listen(self, note: Note) -> None:
-        """Whether some session has told another story in an earlier receipt. What proves it is kept, and news."""
+        """Whether a receipt contradicts itself or an earlier one. What proves it is kept, and news."""
         try:
             bundle = Bundle.decode(note.receipt)
             proofs = self._stories.heard(bundle)
             if not proofs:
                 return
-            names = check(bundle, self._operator, now_s=int(time.time())).registry
+            issued_ms = Receipt.decode(bundle.receipt.payload).issued_ms
+            names = Registry.open(bundle.registry, self._operator, issued_ms // 1000)
         except LlmdError as e:
             _log.warning("the receipt of %s says nothing of its sessions: %s", note.id, e)
             return
@@ -239,9 +242,9 @@ class AuditOffice:
             node = proof.convicted()
             if names.name_of(node) is None:
                 continue
-            _log.error("a session of node %s signed two stories: %s", key_text(node), proof.cid)
+            _log.error("node %s: %s: %s", key_text(node), proof.what, proof.cid)
             try:
-                folder = self._folder / "equivocations"
+                folder = self._folder / "proofs"
                 folder.mkdir(exist_ok=True)
                 (folder / str(proof.cid)).write_bytes(proof.encode())
             except OSError as e:  # who keeps standings is told all the same
@@ -249,8 +252,7 @@ class AuditOffice:
             with self._lock:
                 self._append([proof.cid])
             self._convicted += 1
-            stage = StageStatement.decode(proof.second.payload).stage
-            self._tell(node, stage, b"", "its session signed two stories", refused=False, equivocation=proof.encode())
+            self._tell(node, 0, b"", proof.what, refused=False, proof=proof.encode())
 
     def _compute_again(
         self, case: Case, checked: CheckedReceipt, envelope: Envelope, opened: Shown, shown: bytes
@@ -314,11 +316,11 @@ class AuditOffice:
             self._answers.add(case)
 
     def _tell(
-        self, node: PublicKey, stage: int, verdict: bytes, why: str, *, refused: bool, equivocation: bytes = b""
+        self, node: PublicKey, stage: int, verdict: bytes, why: str, *, refused: bool, proof: bytes = b""
     ) -> None:
         with self._lock:
             self._numbers += 1
-            self.news.append(News(self._numbers, node, stage, verdict, why, refused, equivocation))
+            self.news.append(News(self._numbers, node, stage, verdict, why, refused, proof))
             del self.news[:-MAX_NEWS]
 
     def _case(self, drawn: Drawn) -> Case:

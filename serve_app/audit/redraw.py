@@ -5,8 +5,9 @@ and its tokens, the opening the prompt and the client's part of the noise's key.
 that are not what the layers give are found by the stage's own audit (auditor.py), and an answer whose tokens come of
 another model passes there and fails here.
 
-Two nodes could have put another token in the answer: the last stage, which draws, and the Head, which passes that on
-and signs the receipt. Stages do not sign their draws, so the verdict names both, and no standing follows from it.
+The last stage signed for these very tokens and for the sampling that they were drawn by (receipts/drawn.py), or the
+receipt would not verify: so what is found is its doing. A Head that says other tokens than it was told has signed a
+receipt that contradicts the statement it names (receipts/misquote.py), and no audit is needed.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ class Redrawer:
             checked.cid,
             receipt.statements[-1],
             receipt.request_hash,
-            (checked.statements[-1].node, receipt.node),
+            checked.statements[-1].node,
             "uncalibrated" if found is None else found.finding,
             0 if found is None else scaled(found.evidence, MICRO),
             len(receipt.out_ids),

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from serve_app.audit.draw_verdict import DrawVerdict
 from serve_app.audit.tail import MICRO
 from serve_app.audit.verdict import Verdict
 
@@ -72,6 +73,16 @@ def after_verdict(standing: Standing, verdict: Verdict, owner: str) -> Standing:
     if verdict.finding == "suspect":
         return replace(now, passes=0)
     return _passed(now, owner)
+
+
+def after_draws(standing: Standing, verdict: DrawVerdict, owner: str) -> Standing:
+    """The standing once an auditor of `owner` has drawn again what the node signed for drawing.
+
+    Tokens that its rows do not give are a fault. That they are right clears nobody: layers may be wrong all the same.
+    """
+    if not standing.serves or not verdict.accuses:
+        return standing
+    return _accused(replace(standing, strikes=0), owner, f"{owner} found tokens that its rows do not give")
 
 
 def after_proof(standing: Standing, what: str) -> Standing:

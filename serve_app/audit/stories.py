@@ -1,6 +1,7 @@
 """Remembers what every session has signed lately, so that one that tells two stories shows, whoever heard them.
 
 Statements come as receipts bring them, their signatures unchecked: that they contradict is rare, and is checked then.
+So is that a receipt contradicts the statement it names.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import OrderedDict
 from serve_app.receipts.bundle import Bundle
 from serve_app.receipts.equivocation import Equivocation
 from serve_app.receipts.identity import Certificate
+from serve_app.receipts.misquote import Misquote
 from serve_app.receipts.statement import STATEMENT_TYPE, StageStatement
 from shard_tools.errors import LlmdError
 from shard_tools.signing import Envelope, PublicKey
@@ -28,13 +30,17 @@ class Stories:
         self._convicted: OrderedDict[PublicKey, None] = OrderedDict()
         self.bytes = 0
 
-    def heard(self, bundle: Bundle) -> list[Equivocation]:
+    def heard(self, bundle: Bundle) -> list[Equivocation | Misquote]:
         """Take in the statements of a receipt; what they and those before them prove, of each session the first proof.
 
         Raises LlmdError for nonsense.
         """
+        found: list[Equivocation | Misquote] = []
+        misquote = Misquote.of(bundle) if bundle.receipt.key not in self._convicted else None
+        if misquote is not None and _convicts(misquote):
+            found.append(misquote)
+            self._convict(bundle.receipt.key)
         certificates = {Certificate.decode(c.payload).session: c for c in bundle.certificates}
-        found = []
         for envelope in bundle.statements:
             certificate = certificates.get(envelope.key)
             if certificate is None or envelope.payload_type != STATEMENT_TYPE or envelope.key in self._convicted:
@@ -46,10 +52,13 @@ class Stories:
                 self._remember((envelope.key, seq), envelope)
                 continue
             found.append(proof)
-            self._convicted[envelope.key] = None
-            if len(self._convicted) > _MAX_CONVICTED:
-                self._convicted.popitem(last=False)
+            self._convict(envelope.key)
         return found
+
+    def _convict(self, session: PublicKey) -> None:
+        self._convicted[session] = None
+        if len(self._convicted) > _MAX_CONVICTED:
+            self._convicted.popitem(last=False)
 
     def _against(self, certificate: Envelope, envelope: Envelope, seq: int) -> Equivocation | None:
         """What it proves together with statement number seq of its session, if that is here."""
@@ -57,9 +66,7 @@ class Stories:
         proof = None if known is None else Equivocation.of(certificate, known, envelope)
         if known is None or proof is None:
             return None
-        try:
-            proof.convicted()
-        except LlmdError:
+        if not _convicts(proof):
             # One of them is nobody's word. If it is the one that was here, it must not keep a true one out.
             if not _signed(known):
                 self._forget((envelope.key, seq))
@@ -78,6 +85,14 @@ class Stories:
         gone = self._by_number.pop(key, None)
         if gone is not None:
             self.bytes -= len(gone.payload) + _ENTRY_BYTES
+
+
+def _convicts(proof: Equivocation | Misquote) -> bool:
+    try:
+        proof.convicted()
+    except LlmdError:
+        return False
+    return True
 
 
 def _signed(envelope: Envelope) -> bool:

@@ -26,7 +26,7 @@ from serve_app.cluster.named_actors import cause_of, find_actor, kill_actor
 from serve_app.cluster.pipeline_group import PipelineGroup
 from serve_app.config import AppConfig
 from serve_app.errors import PipelineError
-from serve_app.receipts.equivocation import Equivocation
+from serve_app.receipts.misquote import decode_proof
 from shard_tools import canonical
 from shard_tools.canonical import Value
 from shard_tools.errors import LlmdError
@@ -168,16 +168,16 @@ class AuditWatch:
             said = DrawVerdict.open(sealed, frozenset((auditor,)))
             if said.accuses:
                 _log.error("tokens of request %s, drawn again: %s", said.request_hash.hex(), said.summary)
-            after = before  # it was one of two nodes, and nothing says which
+            after = book.drew(said, OWNER)
         elif sealed is not None:
             verdict = Verdict.open(sealed, frozenset((auditor,)))
             after = book.judged(verdict, OWNER)
             if verdict.finding not in HARMLESS:
                 _log.warning("an audit of stage %d on %s: %s", news.stage, key_text(news.node), verdict.finding)
-        elif news.equivocation:
+        elif news.proof:
             after = before
             try:  # not the auditor's word, but the node's own: checked here too
-                after = book.proven(Equivocation.decode(news.equivocation).convicted(), news.why)
+                after = book.proven(decode_proof(news.proof).convicted(), news.why)
             except LlmdError as e:
                 _log.error("what the auditor calls a proof against %s is none: %s", key_text(news.node), e)
         elif news.refused:

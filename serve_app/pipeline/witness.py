@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from serve_app.engine.engine import StepOutput
 from serve_app.messages.step import ABANDON, MAX_GUESSES, SEAL, Fault, Reply, Roots, Signed, StepPlan
+from serve_app.pipeline.drawn_ids import DrawnIds, add_draws, opened
 from serve_app.pipeline.retention import Retention
 from serve_app.receipts import rows_native
 from serve_app.receipts.rows import PAGE_ROWS, Boundary, RowTree, ids_boundary, leaves_of, page_roots
@@ -53,6 +54,11 @@ class StageSpan:
     inlet: Boundary
     outlet: Boundary
 
+    @property
+    def draws(self) -> bool:
+        """Whether it is the last, which draws."""
+        return self.stage == self.n_stages - 1
+
     @classmethod
     def inlet_of(cls, manifest: Cid, start: int, outlet: Boundary) -> Boundary:
         """Where rows enter: token ids for the first stage, else hidden rows like those that leave."""
@@ -72,6 +78,7 @@ class _Trees:
     reused: int = 0  # rows that ran for an earlier sequence
     lost: bool = False  # a step of it failed: what came before that counts, what comes after does not
     ended_ms: int = 0
+    drawn: DrawnIds | None = None  # of the last stage
 
 
 class Witness:
@@ -144,18 +151,22 @@ class Witness:
                 self._reply(Fault(plan.epoch, self._span.stage, plan.step, f"hashing or signing failed: {e}"))
 
     def _hash(self, plan: StepPlan, output: StepOutput) -> None:
+        draws = opened(self._span.manifest, plan) if self._span.draws else {}
         for item in plan.opens:
             inlet, outlet = RowTree(self._span.inlet), RowTree(self._span.outlet)
             slot = self._free.pop() if self._free else self._lengthen()
             self._seen[slot] = 0
-            self._open[int(item["seq"])] = _Trees(
-                item["request"].tobytes(), int(item["attempt"]), _now_ms(), inlet, outlet, slot
+            seq = int(item["seq"])
+            self._open[seq] = _Trees(
+                item["request"].tobytes(), int(item["attempt"]), _now_ms(), inlet, outlet, slot, drawn=draws.get(seq)
             )
         if plan.rows == 0:
             return
         seqs = plan.spans["seq"].tolist()
         trees = [own if (own := self._open.get(seq)) and not own.lost else None for seq in seqs]
         self._take_pages(plan, trees)
+        if self._span.draws:
+            add_draws(plan, [own.drawn if own else None for own in trees], output.tokens)
         leaves_in, leaves_out = self._leaves(plan, output)
         starts, counts = plan.spans["start"].astype(np.int64), plan.spans["count"].astype(np.int64)
         first = np.cumsum(counts) - counts
@@ -345,6 +356,7 @@ class Witness:
             n_rows=len(trees.inlet),
             started_ms=trees.started_ms,
             ended_ms=trees.ended_ms,
+            drawn=None if trees.drawn is None else trees.drawn.sealed(span.manifest, len(trees.inlet)),
         )
         envelope = self._chain.sign(statement)
         self._reply(Signed(epoch, span.stage, seq, canonical.encode(envelope.to_value())))

@@ -10,7 +10,8 @@ from itertools import pairwise
 
 from serve_app.errors import ReceiptError
 from serve_app.receipts.bundle import Opening
-from serve_app.receipts.commitment import bind, commitment, freshness_of
+from serve_app.receipts.commitment import bind, commitment, freshness_of, noise_key
+from serve_app.receipts.drawn import asked_hash
 from serve_app.receipts.identity import CLOCK_SKEW_S
 from serve_app.receipts.receipt import Receipt
 from serve_app.receipts.rows import ids_root
@@ -26,6 +27,7 @@ def require_whole(receipt: Receipt, statements: Sequence[StageStatement], openin
     _require_outcome(receipt)
     _require_tiling(receipt, statements)
     _require_roots(receipt, statements, opening)
+    _require_draws(receipt, statements, opening)
 
 
 def _require_opening(receipt: Receipt, opening: Opening) -> None:
@@ -108,6 +110,29 @@ def _require_roots(receipt: Receipt, statements: Sequence[StageStatement], openi
                 f"statement {receiver.stage}: its in_root {_short(receiver.in_root)} is not the out_root "
                 f"{_short(sender.out_root)} of stage {sender.stage}: the bytes changed between the two"
             )
+
+
+def _require_draws(receipt: Receipt, statements: Sequence[StageStatement], opening: Opening) -> None:
+    """The last stage signed for these tokens, drawn by what this receipt says was asked for; nobody else drew any."""
+    *others, last = statements
+    early, drawn, n_prompt = next((s for s in others if s.drawn is not None), None), last.drawn, receipt.n_prompt
+    if early is not None:
+        raise ReceiptError(f"statement {early.stage}: it says that it drew, which the last stage alone does")
+    if drawn is None:
+        raise ReceiptError(f"statement {last.stage}: the last stage does not say what it drew")
+    end = n_prompt + len(receipt.out_ids)
+    # Only what was begun anew goes on behind tokens that somebody drew before; all of them if but its receipt lacked.
+    if not n_prompt <= drawn.first <= (end if receipt.attempt else n_prompt):
+        raise ReceiptError(
+            f"statement {last.stage}: it drew from position {drawn.first} on, where attempt {receipt.attempt} at "
+            f"positions [{n_prompt}, {end}) cannot have begun"
+        )
+    if drawn.root != ids_root(receipt.manifest, receipt.out_ids[drawn.first - n_prompt :], drawn.first):
+        raise ReceiptError("receipt.out_ids: they are not those that the last stage signed for drawing")
+    known = (*opening.prompt_ids, *receipt.out_ids[: drawn.first - n_prompt])
+    key = noise_key(receipt.sampling, opening.client_nonce, receipt.node_nonce)
+    if drawn.asked != asked_hash(receipt.manifest, key, receipt.sampling, known, n_prompt):
+        raise ReceiptError("receipt.sampling: the last stage signed for drawing by another one, or by another nonce")
 
 
 def _short(value: object) -> str:

@@ -36,6 +36,11 @@ class Equivocation:
         return cls(certificate, first, second) if _contradict(first, second) else None
 
     @property
+    def what(self) -> str:
+        """Of what it convicts."""
+        return "its session signed two stories"
+
+    @property
     def cid(self) -> Cid:
         """Its name in a log."""
         return Cid.of(Codec.DAG_CBOR, self.encode())

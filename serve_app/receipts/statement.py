@@ -1,7 +1,8 @@
 """What one stage says it did for one request, signed by its session.
 
 Covers: these layers of this model, loaded from these shards, took rows with this root and gave rows with that
-one. Says nothing of whether the rows are right; that is what an auditor's replay is for. A session's statements
+one, and of the last stage what it drew from them (drawn.py). Says nothing of whether the rows and draws are right; that
+is what an auditor's replay is for. A session's statements
 form a chain (seq, prev), so that taking one back, or telling two stories, shows.
 Law: `StageStatement.decode(s.encode()) == s`. Bytes: PROTOCOL.md.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 
+from serve_app.receipts.drawn import Drawn
 from serve_app.receipts.identity import MAX_EPOCH, MAX_TIME, Session
 from shard_tools import canonical
 from shard_tools.canonical import Fields
@@ -18,7 +20,7 @@ from shard_tools.cid import Cid, Codec
 from shard_tools.errors import FormatError
 from shard_tools.signing import KEY_BYTES, Envelope, PublicKey
 
-STATEMENT_TYPE = "application/vnd.llmd.statement.v1+dag-cbor"
+STATEMENT_TYPE = "application/vnd.llmd.statement.v2+dag-cbor"
 
 HASH_BYTES = 32
 NO_PREVIOUS = bytes(HASH_BYTES)  # `prev` of a session's first statement
@@ -50,6 +52,7 @@ class StageStatement:
     n_rows: int
     started_ms: int  # since 1970
     ended_ms: int
+    drawn: Drawn | None = None  # of the last stage, and of no other
     node: PublicKey = _NOBODY
     epoch: int = 0
     seq: int = 0
@@ -59,7 +62,7 @@ class StageStatement:
         """The payload that is signed."""
         return canonical.encode(
             {
-                "v": 1,
+                "v": 2,
                 "request": self.request_hash,
                 "attempt": self.attempt,
                 "stage": self.stage,
@@ -74,6 +77,7 @@ class StageStatement:
                 "n_rows": self.n_rows,
                 "started_ms": self.started_ms,
                 "ended_ms": self.ended_ms,
+                "drawn": None if self.drawn is None else self.drawn.to_value(),
                 "node": self.node,
                 "epoch": self.epoch,
                 "seq": self.seq,
@@ -85,7 +89,7 @@ class StageStatement:
     def decode(cls, payload: bytes) -> StageStatement:
         """Read a payload; whoever calls has checked its signature, or will. Raises FormatError."""
         with Fields(canonical.decode(payload, max_bytes=MAX_STATEMENT_BYTES), "statement") as f:
-            f.integer("v", 1, 1)
+            f.integer("v", 2, 2)
             return cls(
                 request_hash=f.data("request", HASH_BYTES, HASH_BYTES),
                 attempt=f.integer("attempt", 0, MAX_ATTEMPTS),
@@ -101,6 +105,7 @@ class StageStatement:
                 n_rows=f.integer("n_rows", 1, MAX_ROWS),
                 started_ms=f.integer("started_ms", 0, MAX_TIME),
                 ended_ms=f.integer("ended_ms", 0, MAX_TIME),
+                drawn=None if (drawn := f.any("drawn")) is None else Drawn.from_value(drawn),
                 node=PublicKey(f.data("node", KEY_BYTES, KEY_BYTES)),
                 epoch=f.integer("epoch", 0, MAX_EPOCH),
                 seq=f.integer("seq", 0, MAX_TIME),

@@ -20,7 +20,7 @@ from serve_app.audit.auditor import Audited
 from serve_app.audit.draw import draw, secret_commitment
 from serve_app.audit.error import floats_of
 from serve_app.audit.replay import Layers, replay
-from serve_app.audit.standing import Standing, State, after_proof, after_refusal, after_verdict
+from serve_app.audit.standing import Standing, State, after_draws, after_proof, after_refusal, after_verdict
 from serve_app.audit.stories import Stories
 from serve_app.audit.verdict import commit, revealed
 from serve_app.engine.dishonest_sampler import DISHONEST_SAMPLERS
@@ -28,7 +28,9 @@ from serve_app.errors import AuditError, ReceiptError
 from serve_app.messages.record import StageRecord
 from serve_app.messages.request import Sampling
 from serve_app.receipts.check import Expected, check, check_against_manifest
+from serve_app.receipts.drawn import Drawn
 from serve_app.receipts.log import require_grown
+from serve_app.receipts.misquote import Misquote
 from serve_app.receipts.receipt import RECEIPT_TYPE, Receipt
 from serve_app.receipts.rows import Boundary, RowTree, ids_bytes, ids_root
 from serve_app.receipts.statement import StatementChain
@@ -58,8 +60,6 @@ from tests.serve_app.receipts.test_log import HEADS, LOG, log_of
 NOT_BUILT = {
     7: "FAULT of the sender or receiver: delivery signatures; today the request ends and nobody is named",
     8: "FAULT of the receiver: delivery signatures; the same",
-    11: "blaming one node: stages do not sign what they drew, so the verdict names the last stage and the Head",
-    12: "the same",
     17: "copying a replica's output: there are no replicated requests yet; copying a verdict is refused",
     20: "sketches: there are none to forge",
     21: "deletion of rows that nobody promised: counted, not blamed; promised ones and wrong bytes are judged",
@@ -173,10 +173,16 @@ def test_10_a_short_memory_or_somebody_elses() -> None:
 
 @pytest.mark.parametrize("cheat", sorted(DISHONEST_SAMPLERS))
 def test_11_a_sampler_that_does_not_draw_as_it_was_asked(cheat: str) -> None:
-    """Every row is right and passes; the draws are not those of the request's noise."""
-    found = asked(Sampling(top_p_micro=700_000), cheat, 24 if cheat.startswith("s") else 3)
-    assert "sampler" in {redrawn(one).verdict.finding for one in found}
-    assert [finding(found[0], stage) for stage in range(2)] == ["pass", "pass"]
+    """Every row is right and passes; the draws are not those of the request's noise, and the last stage signed them."""
+    answers = asked(Sampling(top_p_micro=700_000), cheat, 24 if cheat.startswith("s") else 3)
+    one = next(one for one in answers if redrawn(one).verdict.finding == "sampler")
+    assert [finding(answers[0], stage) for stage in range(2)] == ["pass", "pass"]
+    last, receipt, verdict = one.receipt.statements[-1], one.receipt.receipt, redrawn(one).verdict
+    assert last.drawn is not None and last.drawn.root == receipt.out_root and verdict.node == last.node
+    node: Any = Standing()
+    for owner, state in (("A", State.SUSPECT), ("A", State.SUSPECT), ("B", State.QUARANTINED)):
+        node = after_draws(node, verdict, owner)
+        assert node.state is state
 
 
 def test_11_any_token_for_a_greedy_one() -> None:
@@ -189,6 +195,40 @@ def test_11_any_token_for_a_greedy_one() -> None:
     turned = (*receipt.out_ids[:-1], receipt.out_ids[-1] ^ 1)
     lie = dataclasses.replace(one.receipt, receipt=dataclasses.replace(receipt, out_ids=turned))
     assert redrawn(dataclasses.replace(one, receipt=lie)).verdict.finding == "sampler"
+
+
+@pytest.mark.parametrize("out_ids", [(40, 41, 3), (41, 41, 2), (40, 41)])
+def test_11_a_head_that_says_other_tokens_than_were_drawn(out_ids: tuple[int, ...]) -> None:
+    """Refused, the last token too, which no row binds; and its receipt and the statement it names convict the Head."""
+    bundle, root = CLUSTER.bundle(a_request(stop_ids=())), ids_root(a_request().manifest, out_ids, 4)
+    lie = resign(bundle, out_ids=out_ids, out_root=root)
+    refused(lie, "receipt.out_ids: they are not those that the last stage signed|statement 0: ")
+    proof = Misquote.of(lie)
+    assert proof is not None and Misquote.of(bundle) is None
+    assert proof.convicted() == CLUSTER.head.node != CLUSTER.stages[-1].node
+    assert [found.convicted() for found in Stories().heard(lie)] == [CLUSTER.head.node]
+    assert Stories().heard(dataclasses.replace(lie, receipt=bundle.receipt)) == []
+
+
+def test_11_a_head_that_has_another_sampling_drawn_than_it_says() -> None:
+    """The last stage draws as it is told, and signs by what: so its tokens are not held against it."""
+    said = Drawn(4, ids_root(a_request().manifest, (40, 41, 2), 4), bytes(32))
+    refused(with_statements(changed(2, drawn=said)), "receipt.sampling: the last stage signed for drawing by another")
+    refused(resign(HONEST, node_nonce=b"m" * 32), "receipt.sampling: the last stage signed for drawing by another")
+
+
+def test_11_a_last_stage_that_signs_for_other_tokens_than_it_told() -> None:
+    """The Head has no receipt to give then; nor for one that signs for none, or from elsewhere on."""
+    true = Drawn(4, ids_root(a_request().manifest, (40, 41, 2), 4), bytes(32))
+    for lie, match in (
+        (dataclasses.replace(true, root=bytes(32)), "receipt.out_ids: they are not those"),
+        (dataclasses.replace(true, first=5, root=ids_root(a_request().manifest, (41, 2), 5)), "from position 5 on"),
+        (None, "does not say what it drew"),
+    ):
+        with pytest.raises(ReceiptError, match=match):
+            Cluster().bundle(alter=changed(2, drawn=lie))
+    with pytest.raises(ReceiptError, match="statement 1: it says that it drew"):
+        Cluster().bundle(alter=changed(1, drawn=true))
 
 
 def test_12_another_models_tokens_with_true_activations() -> None:
@@ -211,6 +251,8 @@ def test_12_another_models_tokens_with_true_activations() -> None:
     forged = Rehearsed(dataclasses.replace(checked, statements=tuple(said)), small.statements, tuple(records))
     found = redrawn(forged)
     assert found.verdict.finding == "sampler" and found.judgement.margin > 2 * found.judgement.limit
+    last = forged.receipt.statements[-1]
+    assert last.drawn is not None and last.drawn.root == checked.receipt.out_root and found.verdict.node == last.node
 
 
 @pytest.mark.parametrize("out_ids", [(40, 41), (41, 40, 2), (40, 41, 2, 2), (40, 43, 2)])

@@ -192,10 +192,9 @@ def test_a_stage_that_begins_to_cheat_is_found_and_nobody_else_blamed(cluster: C
 def test_a_sampler_that_does_not_draw_as_it_was_asked_is_found(cluster: Cluster) -> None:
     """Another temperature at once, one wrong token in a hundred within some answers; all layers pass meanwhile.
 
-    Whose doing it is nobody can tell, so it changes no standing; but the state counts it. All are promised, and so
-    share no beginning with an answer whose rows were let go.
+    It is the last stage's doing, which signed for these tokens: its node stays a suspect, for this reason now. All are
+    promised, and so share no beginning with an answer whose rows were let go.
     """
-    before = [(node["node"], node["state"]) for node in audit(cluster)["nodes"]]
     for attack, tokens in (("cooler", 40), ("seldom-other-noise", 150)):
         cheat(cluster, attack)
         findings: list[str] = []
@@ -209,7 +208,8 @@ def test_a_sampler_that_does_not_draw_as_it_was_asked_is_found(cluster: Cluster)
     answer = ask(cluster, 300, 40, **{"x-llmd-assurance": "audited"})
     assert found(cluster, answer)["audit"]["draws"]["verdict"]["finding"] == "pass"
     assert eventually(lambda: audit(cluster)["auditor"]["samplers"] == 2, 20), audit(cluster)["auditor"]
-    assert [(node["node"], node["state"]) for node in audit(cluster)["nodes"]] == before
+    assert eventually(lambda: ["tokens" in node["why"] for node in audit(cluster)["nodes"]] == [True], 20)
+    assert [node["state"] for node in audit(cluster)["nodes"]] == ["suspect"]
 
 
 @pytest.mark.parametrize(("level", "why"), [("exact", "pipeline.deterministic"), ("certain", "llmd.assurance")])

@@ -120,7 +120,7 @@ def test_an_honest_answer_passes_and_its_verdicts_and_receipt_are_proved_to_be_i
         head = TreeHead.open(envelope(log["head"]), AUDITOR.public)
         keys = frozenset((AUDITOR.public,))
         signed, draws = envelope(audit["verdict"]["signed"]), envelope(audit["draws"]["verdict"]["signed"])
-        assert Verdict.open(signed, keys).node == DrawVerdict.open(draws, keys).nodes[0] == whole_house().node
+        assert Verdict.open(signed, keys).node == DrawVerdict.open(draws, keys).node == whole_house().node
         for what, cid in (("receipt", note.cid), ("verdict", envelope_cid(signed)), ("draws", envelope_cid(draws))):
             require_included(bytes(cid), log[what]["index"], head, log[what]["path"])
         assert desk.lookup("r1") is None
@@ -131,7 +131,7 @@ def test_an_honest_answer_passes_and_its_verdicts_and_receipt_are_proved_to_be_i
 def test_a_sampler_that_does_not_draw_as_asked_is_found_whichever_stage_is_drawn(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its rows pass; the verdict of draws names last stage and Head, is loud and counted, and costs nobody standing."""
+    """Its rows pass; the verdict of draws names the last stage, which signed for them, is loud and counted."""
     house = whole_house(1, Sampling(seed=5), "other-seed")
     desk = office(tmp_path, house=house)
     for stage in (0, 1):
@@ -140,7 +140,7 @@ def test_a_sampler_that_does_not_draw_as_asked_is_found_whichever_stage_is_drawn
         found = audited(desk, note, stage, house)
         assert (found["audit"]["state"], found["audit"]["draws"]["state"]) == ("pass", "sampler")
         verdict = DrawVerdict.open(envelope(found["audit"]["draws"]["verdict"]["signed"]), frozenset((AUDITOR.public,)))
-        assert verdict.nodes == (house.node, house.node) and verdict.margin_pico > verdict.limit_pico
+        assert verdict.node == house.node and verdict.margin_pico > verdict.limit_pico
         assert [r.levelname for r in caplog.records if "drawn again: sampler" in r.message] == ["ERROR"]
     assert (desk.status()["samplers"], desk.status()["last_sampler"]) == (2, "r0")
     desk.close()
@@ -376,13 +376,13 @@ def test_a_session_that_signed_two_stories_is_told_of_once_with_the_proof(tmp_pa
     note(1)
     note(2)
     (news,) = desk.news
-    proof = Equivocation.decode(news.equivocation)
+    proof = Equivocation.decode(news.proof)
     assert news.node == proof.convicted() == cluster.nodes[1].key and desk.status()["convicted"] == 1
-    (kept,) = (tmp_path / "equivocations").iterdir()
-    assert kept.read_bytes() == news.equivocation and kept.name == str(proof.cid)
+    (kept,) = (tmp_path / "proofs").iterdir()
+    assert kept.read_bytes() == news.proof and kept.name == str(proof.cid)
     shown = CliRunner().invoke(app, ["audit", "proof", str(kept)])
     assert shown.exit_code == 0 and key_text(news.node) in shown.output
-    kept.write_bytes(news.equivocation[:-1] + b"x")
+    kept.write_bytes(news.proof[:-1] + b"x")
     assert CliRunner().invoke(app, ["audit", "proof", str(kept)]).exit_code == 1
     assert CliRunner().invoke(app, ["audit", "proof", str(tmp_path / "none")]).exit_code == 2
     desk.close()

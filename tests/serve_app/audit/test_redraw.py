@@ -119,7 +119,7 @@ def test_another_seed_in_the_receipt_is_found() -> None:
 
 
 def test_the_last_token_is_looked_at_too() -> None:
-    """No row is made of it, so nothing but the Head's word and this binds it."""
+    """No row is made of it, so nothing but two signatures and this bind it."""
     (one,) = answered()
     receipt = one.receipt.receipt
     turned = (*receipt.out_ids[:-1], (receipt.out_ids[-1] + 1) % 500)
@@ -258,11 +258,11 @@ def test_a_band_round_trips_and_bad_ones_are_refused() -> None:
 
 
 def test_a_verdict_of_draws_round_trips_and_speaks_for_its_signer_alone() -> None:
-    """open(seal(v)) == v; it names both who could have done it."""
+    """open(seal(v)) == v; it names who signed for the draws."""
     found = redrawn(honest()[0])
     verdict, keys = found.verdict, frozenset((AUDITOR.public, OTHER.public))
     assert DrawVerdict.open(found.envelope, keys) == verdict
-    assert verdict.nodes == (honest()[0].receipt.statements[-1].node, honest()[0].receipt.receipt.node)
+    assert verdict.node == honest()[0].receipt.statements[-1].node
     with pytest.raises(SignatureError):
         DrawVerdict.open(found.envelope, frozenset((OTHER.public,)))
     with pytest.raises(FormatError, match="another key"):

@@ -110,23 +110,26 @@ def test_where_no_spare_is_elsewhere_it_is_said_and_nothing_is_torn_down(
     assert own.state(group)["watched"] == [0, 1]  # on probation
 
 
-def test_a_sampler_that_was_found_is_loud_and_costs_nobody_standing(
+def test_a_sampler_that_was_found_is_loud_and_makes_the_last_stages_node_a_suspect(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It was the last stage or the Head, and nothing says which. What is uncalibrated says nothing."""
+    """It signed for these draws. All other findings say nothing for it or against it; one owner never quarantines."""
     own, auditor = watch(tmp_path, None), Signer.from_seed(b"a" * 32)
     book = own._book
     assert book is not None
     node = NODES[0].key
-    for i, finding in enumerate(("sampler", "suspect", "pass", "uncalibrated")):
-        known = None if finding == "uncalibrated" else CID
+    for i, finding in enumerate(("suspect", "pass", "uncalibrated", "equal", "sampler", "unequal")):
+        known = None if finding in ("uncalibrated", "equal", "unequal") else CID
         numbers: Any = (10**15, 14, 3, 13, 10**13, 10**12, known, auditor.public, 1, 1)
-        verdict = DrawVerdict(CID, CID, bytes(32), (node, NODES[1].key), finding, *numbers)  # type: ignore[arg-type]
+        verdict = DrawVerdict(CID, CID, bytes(32), node, finding, *numbers)  # type: ignore[arg-type]
         sealed = canonical.encode(verdict.seal(auditor).to_value())
         caplog.clear()
+        assert book.state() == [] or i == 5
         own._hear(book, News(i + 1, node, 0, sealed, "", False), auditor.public)
-        assert [r.levelname for r in caplog.records] == ["ERROR"] * (finding == "sampler")
-    assert book.state() == [] and book.read_to == 4
+        assert any(r.levelname == "ERROR" and "drawn again" in r.message for r in caplog.records) == (i >= 4)
+    (said,) = book.state()
+    assert isinstance(said, dict) and said["state"] == "suspect" and "tokens" in str(said["why"])
+    assert book.read_to == 6 and book.of(NODES[1].key).passes == 0
 
 
 def test_a_proof_of_two_stories_quarantines_whoever_brings_it(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from serve_app.messages.request import GenerationRequest, RequestId, Sampling
 from serve_app.receipts.bundle import Bundle
-from serve_app.receipts.commitment import request_hash
+from serve_app.receipts.commitment import request_hash, sampling_key
+from serve_app.receipts.drawn import Drawn, asked_hash
 from serve_app.receipts.identity import NodeIdentity, RegisteredNode, Registry, Session
 from serve_app.receipts.issue import issue
 from serve_app.receipts.rows import Boundary, RowTree, ids_root
@@ -77,6 +78,12 @@ class Cluster:
             for position, token in enumerate(fed):
                 tree.append(position, hashlib.sha256(b"%d %d" % (stop, token)).digest())
             roots.append(tree.root())
+        prompt, key = request.prompt_ids, sampling_key(request, NODE_NONCE)
+        drawn = Drawn(
+            len(prompt),
+            ids_root(request.manifest, out_ids, len(prompt)),
+            asked_hash(request.manifest, key, request.sampling, prompt, len(prompt)),
+        )
         return [
             StageStatement(
                 request_hash=request_hash(request),
@@ -93,6 +100,7 @@ class Cluster:
                 n_rows=len(fed),
                 started_ms=self.now_s * 1000 + 100,
                 ended_ms=self.now_s * 1000 + 900,
+                drawn=drawn if i == len(self.spans) - 1 else None,
             )
             for i, (start, stop) in enumerate(self.spans)
         ]

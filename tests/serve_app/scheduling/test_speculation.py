@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 
 from serve_app.engine.engine import StepOutput
 from serve_app.messages.request import Sampling
-from serve_app.messages.step import DRAW_EACH, DRAW_NEXT, MAX_GUESSES, Reply, Roots, StepPlan, StepResult
+from serve_app.messages.step import DRAW_EACH, DRAW_NEXT, MAX_GUESSES, Reply, Roots, Signed, StepPlan, StepResult
 from serve_app.pipeline.witness import StageSpan, Witness
+from serve_app.receipts.drawn import asked_hash
 from serve_app.receipts.identity import NodeIdentity
 from serve_app.receipts.rows import PAGE_ROWS, Boundary, RowTree, ids_boundary, ids_bytes, ids_root
-from serve_app.receipts.statement import StatementChain
+from serve_app.receipts.statement import StageStatement, StatementChain
 from serve_app.scheduling.scheduler import Scheduler
 from serve_app.scheduling.speculation import MAX_GUESSED_ROWS, Guesser, room_for_guesses
+from shard_tools import canonical
 from shard_tools.cid import Cid, Codec
-from shard_tools.signing import Signer
+from shard_tools.signing import Envelope, Signer
 from tests.scheduler_drive import COURSES, STOP, Course, Drive, follow, repeating, scheduler, ticket
 
 MANIFEST = Cid.of(Codec.DAG_CBOR, b"a model")
@@ -197,25 +199,43 @@ class Witnessed(Drive):
         chain = StatementChain(node.open_session("stage", 1, 1, 100))
         self.witness = Witness(span, chain, self.replies.put, page_size=self.page_size)
 
-    def saw(self, plan: StepPlan, rows: list[int]) -> None:
+    def saw(self, plan: StepPlan, rows: list[int], drawn: list[int]) -> None:
         self.n_rows += plan.rows
-        self.witness.saw(plan, StepOutput(memoryview(ids_bytes(rows)), left(rows), ()))
+        self.witness.saw(plan, StepOutput(memoryview(ids_bytes(rows)), left(rows), tuple(drawn)))
 
     def check_roots(self) -> None:
         """All that is told is over the tokens that count, each once, whatever else ran in between."""
+        answered = {seq for seq, why in self.ended.items() if why in ("stop", "length") and self.tokens[seq]}
         while (plan := self.scheduler.plan()) is not None:  # the last closes
+            self.check(plan)
+        for seq in answered:
+            self.scheduler.sign(seq)
+        while (plan := self.scheduler.plan()) is not None:
             self.check(plan)
         self.witness.close()
         told = [self.replies.get() for _ in range(self.replies.qsize())]
-        assert {r.seq for r in told if isinstance(r, Roots)} == {
-            seq for seq, why in self.ended.items() if why in ("stop", "length") and self.tokens[seq]
-        }
+        assert {r.seq for r in told if isinstance(r, Roots)} == answered
+        self.check_draws([r for r in told if isinstance(r, Signed)], answered)
         for roots in told:
+            if isinstance(roots, Signed):
+                continue
             assert isinstance(roots, Roots), roots
             fed = [*self.tickets[roots.seq].prompt_ids, *self.tokens[roots.seq]][:-1]
             out = RowTree(self.outlet)
             out.append(0, left(fed))
             assert (roots.rows, roots.in_root, roots.out_root) == (len(fed), ids_root(MANIFEST, fed), out.root())
+
+    def check_draws(self, signed: list[Signed], answered: set[int]) -> None:
+        """What is signed for drawing is the answer; of one begun anew, what was drawn since."""
+        assert {one.seq for one in signed} == answered
+        for one in signed:
+            sealed = Envelope.from_value(canonical.decode(one.statement, max_bytes=1 << 16), "statement", 1 << 16)
+            said, n_prompt = StageStatement.decode(sealed.payload), len(self.tickets[one.seq].prompt_ids)
+            assert said.drawn is not None and said.n_rows + 1 >= said.drawn.first >= n_prompt
+            assert said.attempt or said.drawn.first == n_prompt
+            tokens = self.tokens[one.seq][said.drawn.first - n_prompt :]
+            assert said.drawn.root == ids_root(MANIFEST, tokens, said.drawn.first)
+            assert said.drawn.asked == asked_hash(MANIFEST, bytes(8), Sampling(0), (), 0)
 
 
 def left(ids: list[int]) -> memoryview:
