@@ -25,7 +25,7 @@ from serve_app.pipeline.retention import Retention
 from serve_app.pipeline.stage import Stage
 from serve_app.pipeline.warm_up import warm_up_request
 from serve_app.pipeline.witness import StageSpan
-from serve_app.receipts.identity import NodeIdentity, RegisteredNode, Registry
+from serve_app.receipts.identity import NodeIdentity, RegisteredNode, Registry, Session
 from serve_app.receipts.rows import Boundary
 from serve_app.receipts.statement import StatementChain
 from serve_app.scheduling.flights import lookahead, max_flights
@@ -34,7 +34,7 @@ from serve_app.transport.edge import LocalEdge
 from shard_tools.canonical import Value
 from shard_tools.manifest import Manifest
 from shard_tools.placement.even import plan as plan_evenly
-from shard_tools.signing import Signer
+from shard_tools.signing import Envelope, Signer
 from shard_tools.store.block_store import BlockStore
 
 _EPOCH = 1
@@ -55,6 +55,23 @@ class LocalLimits:
     retain_bytes: int = 0  # of rows that each stage keeps for audits
 
 
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """As whom a pipeline of this process signs, where it is not a node of its own."""
+
+    head: Session
+    chains: tuple[StatementChain, ...]  # of the stages' sessions; one that goes on in another pipeline tells one story
+    registry: Envelope
+
+    @classmethod
+    def of(cls, operator: Signer, node: NodeIdentity, stages: int, now_s: int) -> Membership:
+        """A node that this operator lists, alone."""
+        registry = Registry.of([RegisteredNode(node.key, "this process")], 1, now_s, _LIFETIME_S)
+        sessions = [node.open_session("stage", _EPOCH, now_s, _LIFETIME_S) for _ in range(stages)]
+        head = node.open_session("head", _EPOCH, now_s, _LIFETIME_S)
+        return cls(head, tuple(map(StatementChain, sessions)), registry.seal(operator))
+
+
 class LocalPipeline:
     """A pipeline of threads; implements api/generator.py's Generator. Made and used in one event loop."""
 
@@ -68,17 +85,19 @@ class LocalPipeline:
         limits: LocalLimits = LocalLimits(),
         operator: Signer | None = None,
         load: Callable[[BlockStore, Manifest, int, int, LoadOptions], Engine] = load_engine,
+        membership: Membership | None = None,
     ) -> None:
         """Load every stage's layers from the store. operator: signs the registry; a fresh key if not given.
 
-        load: makes each stage's engine, the last stage's first.
+        load: makes each stage's engine, the last stage's first. membership: a fresh node's if not given; who gives it
+        knows the operator.
         """
         self.operator = operator or Signer.fresh()
         self.manifest = manifest
-        self.node = node = NodeIdentity(Signer.fresh())
+        self.node = NodeIdentity(Signer.fresh())  # signs, unless the pipeline does so as somebody else
         now_s = int(time.time())
-        registry = Registry.of([RegisteredNode(node.key, "this process")], 1, now_s, _LIFETIME_S)
-        sessions = [node.open_session("stage", _EPOCH, now_s, _LIFETIME_S) for _ in range(stages)]
+        self.membership = membership = membership or Membership.of(self.operator, self.node, stages, now_s)
+        epoch = membership.head.epoch
         loop = asyncio.get_running_loop()
         to_head = LocalEdge(lambda reply: _hand_over(loop, self.head, reply))
 
@@ -99,7 +118,7 @@ class LocalPipeline:
                 outlet=outlet,
             )
             after = LocalEdge(self.stages[0].deliver) if self.stages else None
-            chain = StatementChain(sessions[i])
+            chain = membership.chains[i]
             stage = Stage(
                 engine,
                 span,
@@ -107,13 +126,13 @@ class LocalPipeline:
                 page_size=options.page_size,
                 next=after,
                 head=to_head,
-                epoch=_EPOCH,
+                epoch=epoch,
                 retention=Retention(limits.retain_bytes) if limits.retain_bytes else None,
             )
             self.stages.insert(0, stage)
 
         scheduler = Scheduler(
-            epoch=_EPOCH,
+            epoch=epoch,
             n_pages=limits.n_pages,
             page_size=options.page_size,
             max_step_tokens=limits.max_step_tokens,
@@ -125,19 +144,18 @@ class LocalPipeline:
             speculate=limits.speculate,
         )
         facts = PipelineFacts(
-            epoch=_EPOCH,
+            epoch=epoch,
             manifest=manifest.cid,
             n_stages=stages,
             context_length=manifest.context_length,
             vocab_size=manifest.vocab_size,
             max_flights=max_flights(stages, limits.take_turns),
             step_timeout_s=60.0,
-            certificates=tuple(session.certificate for session in sessions),
-            registry=registry.seal(self.operator),
+            certificates=tuple(chain.session.certificate for chain in membership.chains),
+            registry=membership.registry,
             expires_s=now_s + _LIFETIME_S,
         )
-        head_session = node.open_session("head", _EPOCH, now_s, _LIFETIME_S)
-        self.head = Head(facts, scheduler, LocalEdge(self.stages[0].deliver), head_session)
+        self.head = Head(facts, scheduler, LocalEdge(self.stages[0].deliver), membership.head)
         self._ready = False
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:

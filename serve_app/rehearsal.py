@@ -16,7 +16,7 @@ from serve_app.engine.engine import Engine
 from serve_app.engine.host_rows import HostRows
 from serve_app.engine.load import LoadOptions, load_engine
 from serve_app.errors import PipelineError
-from serve_app.local import LocalLimits, LocalPipeline
+from serve_app.local import LocalLimits, LocalPipeline, Membership
 from serve_app.messages.record import StageRecord
 from serve_app.messages.request import FinishedEvent, GenerationRequest, RequestId, Sampling, fresh_salt
 from serve_app.receipts.bundle import Bundle
@@ -37,6 +37,7 @@ class Rehearsed:
     receipt: CheckedReceipt
     statements: tuple[Envelope, ...]
     records: tuple[StageRecord, ...]
+    bundle: bytes = b""  # the receipt as a client gets it
 
 
 def rehearse(
@@ -50,13 +51,15 @@ def rehearse(
     at_once: int = 8,
     cheats: Mapping[int, str] | None = None,
     samplings: Sequence[Sampling] = (Sampling(),),
+    membership: Membership | None = None,
 ) -> list[Rehearsed]:
     """The prompts, answered with `tokens` tokens each, `at_once` of them at a time, in their order.
 
     cheats: by stage, one of dishonest.DISHONEST, or for the last one of DISHONEST_SAMPLERS. samplings: the prompts take
-    turns with them; the seed is the number of the prompt, whatever they say. Raises PipelineError if an answer fails.
+    turns with them; the seed is the number of the prompt, whatever they say. membership: as whom all is signed (of
+    canaries, audit/canary.py); a fresh node, if not given. Raises PipelineError if an answer fails.
     """
-    run = _Rehearsal(store, manifest, stages, options, at_once, cheats or {})
+    run = _Rehearsal(store, manifest, stages, options, at_once, cheats or {}, membership)
     return asyncio.run(run.answers(prompts, tokens, samplings))
 
 
@@ -98,7 +101,9 @@ class _Rehearsal:
         options: LoadOptions,
         at_once: int,
         cheats: Mapping[int, str],
+        membership: Membership | None,
     ) -> None:
+        self._membership = membership
         self._store, self._manifest, self._stages, self._options = store, manifest, stages, options
         self._at_once, self._cheats = at_once, cheats
 
@@ -119,6 +124,7 @@ class _Rehearsal:
             options=self._options,
             limits=limits,
             load=loader(self._stages, self._cheats),
+            membership=self._membership,
         )
         try:
             turn = asyncio.Semaphore(self._at_once)
@@ -154,7 +160,7 @@ def with_rows(pipeline: LocalPipeline, receipt: bytes, *, keep: bool = False) ->
     keep: they go on doing so, for those whose beginning these rows are too; else they let go of them.
     """
     bundle = Bundle.decode(receipt)
-    checked = check(bundle, pipeline.operator.public, now_s=int(time.time()))
+    checked = check(bundle, pipeline.membership.registry.key, now_s=int(time.time()))
     records = []
     for said in checked.statements:
         retention = pipeline.stages[said.stage].retention
@@ -164,4 +170,4 @@ def with_rows(pipeline: LocalPipeline, receipt: bytes, *, keep: bool = False) ->
         if not keep:
             retention.release(said.request_hash, said.attempt)
         records.append(record)
-    return Rehearsed(checked, bundle.statements, tuple(records))
+    return Rehearsed(checked, bundle.statements, tuple(records), receipt)

@@ -206,6 +206,13 @@ class AuditOffice:
             "log": proofs,
         }
 
+    def prove(self, entries: Sequence[Cid]) -> dict[str, Value]:
+        """Where these stand in the log, with proofs, under its head: what is not there has none."""
+        with self._lock:
+            sealed = self._log.sealed
+            head = b"" if sealed is None else canonical.encode(sealed.to_value())
+            return {"head": head, "size": len(self._log.log), "proofs": [self._proof(cid) for cid in entries]}
+
     def status(self) -> dict[str, Value]:
         """For people. samplers: answers whose tokens are not what their rows and their sampling give.
 

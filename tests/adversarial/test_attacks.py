@@ -11,12 +11,14 @@ import hashlib
 import inspect
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from serve_app.audit.auditor import Audited
+from serve_app.audit.canaries import MISSES, Trust, after_miss
 from serve_app.audit.draw import draw, secret_commitment
 from serve_app.audit.error import floats_of
 from serve_app.audit.replay import Layers, replay
@@ -52,6 +54,7 @@ from tests.serve_app.audit.rehearsed import (
     honest,
     model,
 )
+from tests.serve_app.audit.test_canary import bench, planted
 from tests.serve_app.receipts.pipeline_of_three import NONCE, NOW_S, Cluster, a_request
 from tests.serve_app.receipts.test_check import CLUSTER, HONEST, LATER_S, changed, refused, resign, with_statements
 from tests.serve_app.receipts.test_log import HEADS, LOG, log_of
@@ -63,7 +66,6 @@ NOT_BUILT = {
     17: "copying a replica's output: there are no replicated requests yet; copying a verdict is refused",
     20: "sketches: there are none to forge",
     21: "deletion of rows that nobody promised: counted, not blamed; promised ones and wrong bytes are judged",
-    24: "canaries for lazy auditors",
 }
 GAPS = {29, 32}  # 29: by tolerance; closed where bits are held to
 
@@ -384,6 +386,21 @@ def test_24_one_malicious_auditor_accuses() -> None:
     for _ in range(1000):
         node = after_verdict(node, verdict, "mallory")
     assert node.state is State.SUSPECT
+
+
+@pytest.mark.parametrize("says", ["pass", "fault"])
+def test_24_a_lazy_auditor_signs_the_same_of_everything(tmp_path: Path, says: str) -> None:
+    """It cannot tell canaries from people's answers; its own log and its own verdicts prove each that it missed."""
+    honest_one, lazy = bench(tmp_path / "honest"), bench(tmp_path / "lazy", says)
+    for own in (honest_one, lazy):
+        own.run(planted(), "A")
+    assert (honest_one.misses, honest_one.maker.standing.trust) == ([], Trust.TRUSTED)
+    assert {miss.convicted() for miss in lazy.misses} == {AUDITOR.public} and len(lazy.misses) > MISSES
+    standing = lazy.maker.standing
+    assert standing.trust is Trust.DOUBTED  # one maker may lie about outcomes: a second owner's put it out
+    for miss in lazy.misses:
+        standing = after_miss(standing, miss, "B")
+    assert standing.trust is Trust.OUT
 
 
 def test_25_neighbours_that_collude() -> None:
