@@ -37,6 +37,9 @@ _Device = Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="What 
 _Engine = Annotated[str, typer.Option("--engine", help="As pipeline.engine: auto, or one by name.")]
 _Threads = Annotated[int, typer.Option("--threads", min=1, max=1024, help="That compute.")]
 _KvMemory = Annotated[int, typer.Option("--kv-memory-bytes", min=1 << 20, help="For keys and values; not on cuda.")]
+_Retain = Annotated[
+    int, typer.Option("--retain-bytes", min=0, help="For rows that auditors may ask for, if the pipeline is audited.")
+]
 _EdgePort = Annotated[int, typer.Option("--edge-port", min=0, max=65535, help="Of TCP edges, for firewalls; 0: any.")]
 
 
@@ -56,6 +59,7 @@ def stage(
     engine: _Engine = "auto",
     threads: _Threads = 1,
     kv_memory_bytes: _KvMemory = 1 << 30,
+    retain_bytes: _Retain = 1 << 30,
     edge_port: _EdgePort = 0,
 ) -> None:
     """Serve layers of a model as a stage of another operator's pipeline, until Ctrl-C.
@@ -103,6 +107,7 @@ def stage(
             device=device,
             threads=threads,
             kv_memory_bytes=kv_memory_bytes,
+            retain_bytes=retain_bytes,
             layers=_span(layers),
             edge_port=edge_port,
         )

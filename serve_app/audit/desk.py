@@ -114,8 +114,10 @@ class AuditDesk:
     _current: bytes = b""  # commitment that the auditor has logged, under which answers are noted
     _proposed: bytes = b""  # commitment that it is to log next
     _decided: int = 0
+    _wanted_bytes: int = 0  # that each stage is to keep
 
     def __post_init__(self) -> None:
+        self._wanted_bytes = self.terms.retain_bytes
         self._propose()
 
     def admit(self, request: GenerationRequest, *, resumed: bool) -> None:
@@ -203,8 +205,11 @@ class AuditDesk:
         silent = [s["stage"] for s in stages if isinstance(s, dict) and s.get("retains") is False]
         problem = None
         if silent:
-            problem = f"stage {silent[0]!r} keeps no rows: its GPU hashes them, or it is another operator's"
-        self.terms = replace(self.terms, problem=problem)
+            problem = f"stage {silent[0]!r} keeps no rows: its GPU hashes them, or its own operator gives them no room"
+        # One of another operator may keep fewer than was wanted, and what is promised must fit into every stage.
+        room = [s["retain_bytes"] for s in stages if isinstance(s, dict) and isinstance(s.get("retain_bytes"), int)]
+        kept = min([self._wanted_bytes, *(n for n in room if isinstance(n, int))])
+        self.terms = replace(self.terms, problem=problem, retain_bytes=kept)
         self.exactness = exactness(stages, audits)
         watched = audits.get("watched")
         self.watched = frozenset(i for i in watched if isinstance(i, int)) if isinstance(watched, list) else frozenset()

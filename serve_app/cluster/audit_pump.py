@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 from serve_app.audit.desk import MAX_BATCH, AuditDesk, Drawn
 from serve_app.cluster.audit_specs import AUDITOR
 from serve_app.cluster.named_actors import cause_of, find_actor
-from serve_app.cluster.specs import HeadSpec
+from serve_app.cluster.specs import HeadSpec, Outsider
 from serve_app.errors import PipelineError
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class AuditPump:
         self._desk, self._spec = desk, spec
         self._name = uuid.uuid4().hex  # among the desks of all pipelines
         self._auditor: Any | None = None
-        self._drawn: list[tuple[Drawn, tuple[str, ...]]] = []  # with the names of the stages' actors
+        self._drawn: list[tuple[Drawn, tuple[str | Outsider, ...]]] = []  # with the names of the stages' actors
 
     async def run(self) -> None:
         """Never ends."""
@@ -55,8 +55,8 @@ class AuditPump:
         outgoing = self._desk.outgoing()
         async with asyncio.timeout(_CALL_S):
             root, settled = await self._auditor.note.remote(outgoing, self._name)
-        actors = tuple(place.actor for place in self._spec().plan.places)
-        self._drawn += [(one, actors) for one in self._desk.said(outgoing, root, settled)]
+        stages = tuple(place.outside or place.actor for place in self._spec().plan.places)
+        self._drawn += [(one, stages) for one in self._desk.said(outgoing, root, settled)]
         del self._drawn[:-_MAX_DRAWN]
         if self._drawn:
             drawn = list(self._drawn)

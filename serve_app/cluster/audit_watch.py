@@ -23,6 +23,7 @@ from serve_app.audit.verdict import HARMLESS, MAX_VERDICT_BYTES, Verdict
 from serve_app.cluster.audit_specs import AUDITOR, FOLDER, OWNER, AuditorSpec, auditor_spec, nodes_of
 from serve_app.cluster.auditor_actor import make_auditor
 from serve_app.cluster.named_actors import cause_of, find_actor, kill_actor
+from serve_app.cluster.outside import OutsideStage
 from serve_app.cluster.pipeline_group import PipelineGroup
 from serve_app.config import AppConfig
 from serve_app.errors import PipelineError
@@ -107,9 +108,13 @@ class AuditWatch:
         for place, actor in waiting:
             if (place, actor) not in clean:
                 kill_actor(None if actor is None else actor.actor)
+        replaced = frozenset(stages[: len(clean)])
+        for i, stage in enumerate(group.stages):
+            if f"stage {i}" in replaced and isinstance(stage, OutsideStage):
+                stage.dismiss()  # else it would be asked whether it lives, and keep its place
         spec = replace(group.spec, plan=replace(plan, spares=tuple(place for place, _ in clean)))
         left = replace(group, spec=spec, spares=tuple(actor for _, actor in clean))
-        return left, frozenset(stages[: len(clean)])
+        return left, replaced
 
     async def _work(self, config: AppConfig, groups: Sequence[PipelineGroup]) -> None:
         try:

@@ -25,12 +25,16 @@ from serve_app.audit.calibration import MAX_CALIBRATION_BYTES, Calibration
 from serve_app.audit.desk import Drawn, Outgoing
 from serve_app.audit.exactness import PROFILE
 from serve_app.audit.office import AuditOffice, News
-from serve_app.audit.showing import PIECE_BYTES, most_bytes
+from serve_app.audit.showing import most_bytes
 from serve_app.choices import store_of
 from serve_app.cluster.audit_specs import AUDITOR, FOLDER, AuditorSpec
 from serve_app.cluster.named_actors import find_actor
-from serve_app.cluster.specs import NAMESPACE
+from serve_app.cluster.outside import OutsideStage
+from serve_app.cluster.row_holder import OutsideRows, RayRows, RowHolder
+from serve_app.cluster.specs import NAMESPACE, Outsider
+from serve_app.cluster.stage_host import node_key_path
 from serve_app.errors import AuditError, PipelineError
+from serve_app.receipts.identity import NodeIdentity
 from serve_app.receipts.statement import StageStatement
 from shard_tools.canonical import Value
 from shard_tools.catalog import open_record
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
     from serve_app.engine.load import LoadOptions
     from serve_app.engine.output_head import OutputHead
 
+Stages = tuple[str | Outsider, ...]  # of one pipeline: names of actors, and who is none
 _log = logging.getLogger(__name__)
 _NICE = 10  # it competes with stages for the same cores
 _FETCH_S = 20.0  # for a piece of 8 MiB from a stage on a loaded machine
@@ -67,11 +72,10 @@ class _AuditorProcess:
         self._office = AuditOffice(
             spec.state_dir / FOLDER, self._signer, spec.operator, self._make, self._make_redrawer
         )
-        self._queue: asyncio.Queue[tuple[Drawn, tuple[str, ...], tuple[StageStatement, ...]]] = asyncio.Queue(
-            _MAX_QUEUED
-        )
+        self._queue: asyncio.Queue[tuple[Drawn, Stages, tuple[StageStatement, ...]]] = asyncio.Queue(_MAX_QUEUED)
         self._replays = ThreadPoolExecutor(1, "replay")
         self._logs = ThreadPoolExecutor(1, "log")  # a disk must not hold up who asks
+        self._outside: dict[Outsider, OutsideRows] = {}
         self._work: asyncio.Task[None] | None = None
         self._exact: ExactReplay | None = None
         self._exact_profile = ""  # until it is known; promises of exact answers wait for it
@@ -89,9 +93,9 @@ class _AuditorProcess:
         root = await self._aside(self._logs, note, outgoing.notes, outgoing.commitment, outgoing.told, desk)
         return root, self._office.settled(desk)
 
-    async def audit(self, drawn: list[tuple[Drawn, tuple[str, ...]]]) -> None:
-        """These are to be audited; rows are asked to be kept at once. With each, the names of all stages' actors."""
-        for one, actors in drawn:
+    async def audit(self, drawn: list[tuple[Drawn, Stages]]) -> None:
+        """These are to be audited; rows are asked to be kept at once. With each, who all its stages are."""
+        for one, stages in drawn:
             try:
                 wanted = self._office.begin(one)
             except LlmdError as e:
@@ -101,11 +105,11 @@ class _AuditorProcess:
                 for said in wanted:
                     self._give_up(one, said, f"{_MAX_QUEUED} audits wait before it")
             elif wanted:
-                self._queue.put_nowait((one, actors, wanted))  # first, since it is begun once whatever comes now
+                self._queue.put_nowait((one, stages, wanted))  # first, since it is begun once whatever comes now
                 for said in wanted:
-                    stage = await self._find(actors, said)
+                    stage = await self._find(stages, said)
                     if stage is not None:
-                        stage.hold.remote(said.request_hash, said.attempt, one.certain)
+                        stage.hold(said.request_hash, said.attempt, one.certain)
 
     async def news(self, after: int) -> tuple[PublicKey, list[News], dict[str, Value]]:
         """Its key, what came of audits since news number `after`, and how it does."""
@@ -171,16 +175,16 @@ class _AuditorProcess:
 
     async def _audit_all(self) -> None:
         while True:
-            one, actors, wanted = await self._queue.get()
+            one, stages, wanted = await self._queue.get()
             for said in wanted:  # one after another: the rows of one stage at a time are in memory
                 try:
-                    await self._audit(one, actors, said)
+                    await self._audit(one, stages, said)
                 except Exception as e:
                     _log.exception("an audit ended in an error")
                     self._give_up(one, said, f"{type(e).__name__}: {e}")
 
-    async def _audit(self, one: Drawn, actors: tuple[str, ...], said: StageStatement) -> None:
-        stage = await self._find(actors, said)
+    async def _audit(self, one: Drawn, stages: Stages, said: StageStatement) -> None:
+        stage = await self._find(stages, said)
         if stage is None:
             self._give_up(one, said, "the stage's process is gone")
             return
@@ -194,27 +198,35 @@ class _AuditorProcess:
             return
         if shown is None:
             # Rows of what was promised are set aside, so that there is no excuse; others may have made room.
-            self._office.gave_nothing(one, said, "the stage does not have its rows any more", refused=one.certain)
+            self._office.gave_nothing(
+                one, said, "the stage does not show its rows, or has them no more", refused=one.certain
+            )
             return
         await self._aside(self._replays, self._office.judge, one, said.stage, shown)
-        stage.release.remote(said.request_hash, said.attempt, one.certain)
+        stage.release(said.request_hash, said.attempt, one.certain)
 
-    async def _find(self, actors: tuple[str, ...], said: StageStatement) -> Any | None:
-        """The actor of this stage, as far as it is known; None if it is gone."""
-        name = actors[said.stage] if said.stage < len(actors) else None
-        return None if name is None else await self._aside(self._logs, find_actor, name)
+    async def _find(self, stages: Stages, said: StageStatement) -> RowHolder | None:
+        """This stage, as far as it is known; None if it is gone."""
+        who = stages[said.stage] if said.stage < len(stages) else ""
+        if isinstance(who, Outsider):
+            if who not in self._outside:
+                identity = NodeIdentity.load_or_create(node_key_path(self._spec.state_dir))
+                self._outside[who] = OutsideRows(OutsideStage(who, said.stage, identity))
+            return self._outside[who]
+        actor = await self._aside(self._logs, find_actor, who) if who else None
+        return None if actor is None else RayRows(actor)
 
-    async def _fetch(self, stage: Any, said: StageStatement) -> bytes | None:
+    async def _fetch(self, stage: RowHolder, said: StageStatement) -> bytes | None:
         data, most = bytearray(), most_bytes(said.n_rows, self._manifest.hidden_size)
         while True:
             async with asyncio.timeout(_FETCH_S):
-                piece = await stage.show.remote(said.request_hash, said.attempt, len(data))
+                piece = await stage.show(said.request_hash, said.attempt, len(data))
             if piece is None:
                 return None
-            if not isinstance(piece, bytes) or len(piece) > PIECE_BYTES or len(data) + len(piece) > most:
+            if not isinstance(piece, bytes) or len(piece) > stage.piece_bytes or len(data) + len(piece) > most:
                 raise PipelineError(f"the stage shows more than the {most} bytes that its rows can be")
             data += piece
-            if len(piece) < PIECE_BYTES:
+            if len(piece) < stage.piece_bytes:
                 return bytes(data)
 
     def _give_up(self, one: Drawn, said: StageStatement, why: str) -> None:

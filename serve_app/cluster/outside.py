@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
+from serve_app.cluster.row_orders import PIECE_BYTES, HoldRows, ReleaseRows, ShowRows, read_piece
 from serve_app.cluster.specs import Outsider, StageReport, StageSpec, Trouble
 from serve_app.cluster.stage_handle import StageHandle
 from serve_app.cluster.stage_host import node_key_path
 from serve_app.cluster.stage_orders import (
+    MAX_BYTES,
     STAGE_ITSELF,
     ComputesFastIn,
     Connect,
@@ -89,15 +91,19 @@ class OutsideStage:
         self.who, self._stage, self._identity = who, stage, identity
         self._name = f"stage {stage} (at {who.host}:{who.port}, of another operator)"
         self._epoch = 0  # of none, until it takes a place
-        self._has_left = False
+        self._has_left = self._dismissed = False
+
+    def dismiss(self) -> None:
+        """It is not to come back, though it answers."""
+        self._dismissed = True
 
     @property
     def actor(self) -> None:
         return None
 
     async def comes_back(self) -> bool:
-        """Whether it answers within its grace. One that has said that it leaves is not waited for."""
-        if self._has_left and self.who.stand_in:
+        """Whether it answers within its grace. One that leaves, or was dismissed, is not waited for."""
+        if self._dismissed or (self._has_left and self.who.stand_in):
             return False
         until, told = time.monotonic() + self.who.grace_s, False
         while True:
@@ -187,17 +193,24 @@ class OutsideStage:
             "outside": f"{self.who.host}:{self.who.port}",
             "node": self.who.key.hex()[:16],
             "past_host": [],
-            "retains": False,  # nobody may ask it for rows yet
         }
         return facts and facts | ours
 
-    async def _ask(self, order: Order, read: Callable[[Value], T]) -> T:
+    async def show_rows(self, request: bytes, attempt: int, start: int) -> bytes | None:
+        """A piece of the rows that it kept; None if they are not there."""
+        return await self._ask(ShowRows(request, attempt, start), read_piece, PIECE_BYTES + MAX_BYTES)
+
+    async def tell_rows(self, order: HoldRows | ReleaseRows) -> None:
+        """They are to be held, or not needed any more."""
+        await self._ask(order, read_nothing)
+
+    async def _ask(self, order: Order, read: Callable[[Value], T], longest: int = MAX_BYTES) -> T:
         credentials = self._identity.certify_tls(int(time.time()), _CREDENTIALS_S)
         try:
-            data = await ask(self.who.host, self.who.port, self.who.key, credentials, encode_order(order))
+            data = await ask(self.who.host, self.who.port, self.who.key, credentials, encode_order(order), longest)
         except PipelineError as e:
             raise PipelineError(f"{self._name}: {e}. This node is {key_text(self._identity.key)}") from e
         try:
-            return read(read_answer(data, "it"))
+            return read(read_answer(data, "it", longest))
         except LlmdError as e:
             raise PipelineError(f"{self._name}: {e}") from e

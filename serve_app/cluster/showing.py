@@ -17,8 +17,10 @@ class Showing:
         self._lock = threading.Lock()
         self._last: tuple[tuple[bytes, int], bytes] | None = None  # what is being read; it is made once
 
-    def piece(self, request: bytes, attempt: int, start: int, stage: int, session: Session) -> bytes | None:
-        """PIECE_BYTES of it from `start` on, or what is left; None if its rows are not here."""
+    def piece(
+        self, request: bytes, attempt: int, start: int, stage: int, session: Session, size: int = PIECE_BYTES
+    ) -> bytes | None:
+        """So many bytes of it from `start` on, or what is left; None if its rows are not here."""
         key = request, attempt
         with self._lock:
             if self._last is None or self._last[0] != key:
@@ -26,7 +28,7 @@ class Showing:
                 if record is None:
                     return None
                 self._last = key, shown_bytes(request, attempt, stage, record, session)
-            return self._last[1][start : start + PIECE_BYTES]
+            return self._last[1][start : start + size]
 
     def release(self, request: bytes, attempt: int, *, promised: bool) -> None:
         """It was read. What was not promised stays while there is room: others may share its beginning."""

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from serve_app.audit.showing import PIECE_BYTES
 from serve_app.choices import store_of
 from serve_app.cluster.showing import Showing
 from serve_app.cluster.specs import StageReport, StageSpec, Trouble
@@ -132,11 +133,11 @@ class StageHost:
         """Of the node it runs on."""
         return self._identity.key
 
-    def show(self, request: bytes, attempt: int, start: int) -> bytes | None:
+    def show(self, request: bytes, attempt: int, start: int, size: int = PIECE_BYTES) -> bytes | None:
         """As Showing.piece; None where no rows are kept."""
         if self.showing is None or self._spec is None:
             return None
-        return self.showing.piece(request, attempt, start, self._spec.stage, self._session)
+        return self.showing.piece(request, attempt, start, self._spec.stage, self._session, size)
 
     def take(self, spec: StageSpec, dtype: ActivationDtype) -> StageReport:
         """Be this stage, in a new epoch: every request and neighbour is forgotten, layers that are here already stay.
@@ -149,6 +150,8 @@ class StageHost:
         self._spec, self._dtype = spec, dtype
         if spec.retain_bytes and self.showing is None:
             self.showing = Showing(Retention(spec.retain_bytes))
+        elif not spec.retain_bytes:
+            self.showing = None
         self._session = self._identity.open_session("stage", spec.epoch, int(time.time()), spec.session_lifetime_s)
         self._edges = EdgeSet(self._identity, spec.epoch, spec.session_lifetime_s, self._take_in, self._neighbour_lost)
         return StageReport(
@@ -335,6 +338,7 @@ class StageHost:
             "rows_reused": stage.witness.rows_reused if stage else 0,
             "rows_abandoned": stage.witness.rows_abandoned if stage else 0,
             "retains": stage is not None and stage.retention is not None,
+            "retain_bytes": spec.retain_bytes,
             "retained_bytes": self.showing.retention.bytes if self.showing else 0,
             "unauditable": self.showing.retention.unauditable if self.showing else 0,
         }

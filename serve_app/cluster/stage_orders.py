@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar, get_args
 
+from serve_app.cluster.row_orders import HoldRows, ReleaseRows, RowOrder, ShowRows, row_fields, row_order
 from serve_app.cluster.specs import StageSpec
 from serve_app.cluster.wiring import Awaited, Joint
 from serve_app.engine.engine import ActivationDtype, EngineProfile, KvDtype
@@ -33,9 +34,11 @@ _MAX_GONE = 3
 STAGE_ITSELF = "itself"  # among the neighbours that are gone: the stage that answers leaves for good
 _MAX_TEXT = 1000  # characters of a reason
 _MAX_NAME = 100
+_MAX_PROFILE = 200  # as in statements
 _MAX_HOST = 255
 _MAX_BYTES_THERE = 1 << 50
 _COUNTS = ["steps", "busy_ms", "load_ms", "parameter_bytes", "rows_hashed", "rows_reused", "rows_abandoned"]
+_COUNTS += ["retain_bytes", "retained_bytes", "unauditable"]
 _TEXTS = ["host", "device", "dtype"]
 
 T = TypeVar("T")
@@ -74,6 +77,7 @@ class Take:
     deterministic: bool
     kv_dtype: KvDtype
     lifetime_s: int  # of its session key
+    retain_bytes: int  # of rows, that are wanted to be kept for audits; 0: none
 
     @classmethod
     def of(cls, spec: StageSpec, dtype: ActivationDtype) -> Take:
@@ -91,6 +95,7 @@ class Take:
             spec.deterministic,
             spec.kv_dtype,
             spec.session_lifetime_s,
+            spec.retain_bytes,
         )
 
 
@@ -120,7 +125,7 @@ class TellTrouble:
     epoch: int
 
 
-Order: TypeAlias = Ready | Ping | ComputesFastIn | Take | Listen | Connect | TellTrouble
+Order: TypeAlias = Ready | Ping | ComputesFastIn | Take | Listen | Connect | TellTrouble | RowOrder
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +202,8 @@ def encode_order(order: Order) -> bytes:
             }
         case TellTrouble():
             fields = {"do": "trouble", "epoch": order.epoch}
+        case HoldRows() | ShowRows() | ReleaseRows():
+            fields = row_fields(order)
     return canonical.encode({"v": 1, **fields})
 
 
@@ -238,6 +245,9 @@ def _order(f: Fields) -> Order:
             )
         case "trouble":
             return TellTrouble(_epoch(f))
+    about_rows = row_order(what, f)
+    if about_rows is not None:
+        return about_rows
     raise ProtocolError(f"nothing is known here that is called {what!r}")
 
 
@@ -255,6 +265,7 @@ def _take(f: Fields) -> Take:
         deterministic=f.boolean("deterministic"),
         kv_dtype=_one_of(get_args(KvDtype), f, "kv_dtype"),
         lifetime_s=f.integer("lifetime_s", _MIN_LIFETIME_S, _MAX_LIFETIME_S),
+        retain_bytes=f.integer("retain_bytes", 0, _MAX_BYTES_THERE),
     )
     if take.stage >= take.n_stages or take.start >= take.stop:
         raise ProtocolError(
@@ -273,10 +284,13 @@ def refusal(why: str) -> bytes:
     return canonical.encode({"v": 1, "no": why.encode("utf-8", "replace").decode()[:_MAX_TEXT]})
 
 
-def read_answer(data: bytes, who: str) -> Value:
-    """What came back. Raises PipelineError with the words of a refusal, ProtocolError for what is no answer."""
+def read_answer(data: bytes, who: str, longest: int = MAX_BYTES) -> Value:
+    """What came back, in so many bytes at most.
+
+    Raises PipelineError with the words of a refusal, ProtocolError for what is no answer.
+    """
     try:
-        with Fields(canonical.decode(data, max_bytes=MAX_BYTES), "answer") as f:
+        with Fields(canonical.decode(data, max_bytes=longest), "answer") as f:
             f.integer("v", 1, 1)
             if f.has("no"):
                 raise PipelineError(f"{who} refuses: {f.text('no', _MAX_TEXT)}")
@@ -292,12 +306,13 @@ def read_facts(value: Value) -> dict[str, Value]:
     with Fields(value, "facts") as f:
         facts: dict[str, Value] = {name: f.integer(name, 0, _MAX_BYTES_THERE) for name in _COUNTS}
         layers: list[Value] = [*f.integers("layers", 2, 0, _MAX_LAYERS)]
-        return facts | {name: f.text(name, _MAX_NAME) for name in _TEXTS} | {"layers": layers}
+        facts |= {"layers": layers, "profile": f.text("profile", _MAX_PROFILE), "retains": f.boolean("retains")}
+        return facts | {name: f.text(name, _MAX_NAME) for name in _TEXTS}
 
 
 def facts_value(facts: dict[str, Value]) -> Value:
     """Of StageHost.facts, what read_facts reads."""
-    return {name: facts[name] for name in (*_COUNTS, *_TEXTS, "layers")} if facts else {}
+    return {name: facts[name] for name in (*_COUNTS, *_TEXTS, "layers", "profile", "retains")} if facts else {}
 
 
 def read_gone(value: Value) -> frozenset[str]:

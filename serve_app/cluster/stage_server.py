@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve_app.choices import store_of
+from serve_app.cluster.row_orders import PIECE_BYTES, HoldRows, ReleaseRows, RowOrder, ShowRows, piece_value
 from serve_app.cluster.specs import GPU_KV_SHARE, StageSpec
 from serve_app.cluster.stage_host import Site, StageHost, node_key_path
 from serve_app.cluster.stage_orders import (
@@ -67,6 +68,7 @@ class StagePolicy:
     device: DeviceName
     threads: int
     kv_memory_bytes: int  # not on cuda
+    retain_bytes: int  # of rows, at most, where its controller wants them kept for audits
     layers: tuple[int, int] | None  # that it may be asked for; None: any
     edge_port: int  # 0: any
 
@@ -131,6 +133,8 @@ class StageServer:
                 return facts_value(self._host.facts()) if self._held is not None else {}
             case ComputesFastIn():
                 return {"fast": await asyncio.to_thread(self._computes_fast_in, order)}
+            case HoldRows() | ShowRows() | ReleaseRows():
+                return await asyncio.to_thread(self._about_rows, order)
             case TellTrouble():
                 return gone_value(await self._trouble(order.epoch) if self._is_of(order.epoch) else ())
         # A load cannot be cancelled, and nothing must begin beside it when its caller has left.
@@ -160,6 +164,18 @@ class StageServer:
         finally:
             lost.cancel()
             parts.cancel()
+
+    def _about_rows(self, order: RowOrder) -> Value:
+        """Of rows that it has signed for, in whatever epoch: what was answered may be asked for after it left one."""
+        showing = self._host.showing
+        match order:
+            case ShowRows():
+                return piece_value(self._host.show(order.request, order.attempt, order.start, PIECE_BYTES))
+            case HoldRows() if showing is not None:
+                showing.retention.hold(order.request, order.attempt, promised=order.promised)
+            case ReleaseRows() if showing is not None:
+                showing.release(order.request, order.attempt, promised=order.promised)
+        return {}
 
     def _computes_fast_in(self, order: ComputesFastIn) -> bool:
         from serve_app.engine.load import computes_fast_in  # torch: seconds
@@ -200,6 +216,7 @@ class StageServer:
             threads=policy.threads,
             state_dir=policy.state_dir,
             session_lifetime_s=order.lifetime_s,
+            retain_bytes=min(order.retain_bytes, policy.retain_bytes),
         )
         self._newest = order.epoch
         self._obeyed.clear()

@@ -34,11 +34,13 @@ _DEAD_MS = 8_000
 Answer = Callable[[PublicKey, bytes], Awaitable[bytes]]
 
 
-async def ask(host: str, port: int, key: PublicKey, credentials: bytes, question: bytes) -> bytes:
+async def ask(
+    host: str, port: int, key: PublicKey, credentials: bytes, question: bytes, longest: int = MAX_FRAME_BYTES
+) -> bytes:
     """What the node of this key answers. Waits for as long as its host lives.
 
-    credentials: as tls_context takes them. Raises PipelineError if it cannot be reached, is another node, does not
-    expect this one, or says nothing that is an answer.
+    credentials: as tls_context takes them. longest: bytes of the answer. Raises PipelineError if it cannot be
+    reached, is another node, does not expect this one, or says nothing that is an answer.
     """
     where = f"{host}:{port}"
     try:
@@ -54,7 +56,7 @@ async def ask(host: str, port: int, key: PublicKey, credentials: bytes, question
         _keep_alive(writer.get_extra_info("socket"))
         peer_of(writer.get_extra_info("ssl_object"), frozenset((key,)))
         writer.write(_LENGTH.pack(len(question)) + question)
-        return await _read(reader)
+        return await _read(reader, longest)
     except ssl.SSLError as e:
         raise PipelineError(f"{where} takes no orders from this node: {reason(e)}") from e
     except (OSError, asyncio.IncompleteReadError) as e:
@@ -175,10 +177,10 @@ async def _end(waiting: list[asyncio.Future[bytes]]) -> None:
     await asyncio.gather(*waiting, return_exceptions=True)
 
 
-async def _read(reader: asyncio.StreamReader) -> bytes:
+async def _read(reader: asyncio.StreamReader, longest: int = MAX_FRAME_BYTES) -> bytes:
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    if length > MAX_FRAME_BYTES:
-        raise ProtocolError(f"a frame of {length} bytes where at most {MAX_FRAME_BYTES} are accepted")
+    if length > longest:
+        raise ProtocolError(f"a frame of {length} bytes where at most {longest} are accepted")
     return await reader.readexactly(length)
 
 

@@ -20,6 +20,7 @@ from serve_app.receipts.check import check
 from shard_tools.signing import parse_key, read_public_key
 from tests.e2e.cluster import NAME, Cluster, eventually, free_port
 from tests.e2e.far_host import FarHost
+from tests.e2e.test_audit import ask, audit, found
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -42,6 +43,7 @@ class Outside:
         self.key = _node_key(root / "theirs")
         entry = {"stage": 1, "address": f"{self.far.address}:{self.port}", "key": self.key, "grace_s": GRACE_S}
         document["applications"][0]["args"]["pipeline"]["outside"] = [entry]
+        document["applications"][0]["args"]["audit"] |= {"on_request": True, "retain_bytes": 64 << 20}
 
     def start(self) -> None:
         """Its own layers fetched to a store of its own; then both sides."""
@@ -72,6 +74,7 @@ class Outside:
         words = ["--listen", f"{self.far.address}:{self.port}", "--controller", _node_key(root / "state")]
         words += ["--store", str(root / "far-store"), "--trust", str(root / "publisher.pub"), "--layers", "2:4"]
         words += ["--state-dir", str(root / "theirs"), "--kv-memory-bytes", str(16 << 20)]
+        words += ["--retain-bytes", str(64 << 20)]
         with (root / "stage-log").open("ab") as log:
             self.stage = subprocess.Popen(
                 [*self.far.prefix, str(Path(sys.executable).parent / "llmd"), "stage", *words],
@@ -135,6 +138,26 @@ def test_it_serves_and_signs_with_its_own_key(outside: Outside) -> None:
     assert [statement.node for statement in seen.statements] == [ours, theirs]
     assert len(outside.cluster.processes("ray::_StageProcess")) == 1
     assert outside.stages()[1]["outside"] == f"{outside.far.address}:{outside.port}"
+
+
+def test_it_is_audited_like_any_other(outside: Outside) -> None:
+    """It shows its rows to the cluster's auditor: those of its layers where it is drawn, those of its draws always."""
+    assert eventually(lambda: audit(outside.cluster)["problem"] is None, 60), audit(outside.cluster)
+    for i in range(24):  # either stage is drawn as often as the other
+        answers: list[httpx.Response] = []
+
+        def answered(number: int = i, answers: list[httpx.Response] = answers) -> bool:
+            answers.append(ask(outside.cluster, number, **{"x-llmd-assurance": "audited"}))
+            return answers[-1].status_code == 200  # 429: the auditor was slow to answer just then
+
+        assert eventually(answered, 60), answers[-1].text
+        said = found(outside.cluster, answers[-1])["audit"]
+        assert (said["draws"]["verdict"]["node"], said["draws"]["verdict"]["finding"]) == (outside.key, "uncalibrated")
+        if said["stage"] == 1:
+            break
+    assert said["stage"] == 1 and said["verdict"]["node"] == outside.key
+    assert said["verdict"]["finding"] == "uncalibrated" and said["verdict"]["rows"] > 12  # they open what it signed
+    assert [node for node in audit(outside.cluster)["nodes"] if node["strikes"]] == []
 
 
 def test_a_link_that_is_cut_for_ten_seconds_is_a_pause(outside: Outside, undisturbed: str) -> None:

@@ -50,6 +50,18 @@ def test_a_level_that_can_never_be_given_is_refused_for_good_and_one_that_cannot
         desk.admit(request(), resumed=False)
 
 
+def test_a_stage_that_keeps_less_than_was_wanted_bounds_what_is_promised() -> None:
+    """One of another operator says how much; when it says more again, it is as was wanted."""
+    desk, _ = working()
+    for told, room in ((1000, 600), (100, 0), (10**9, 1600)):
+        stages: Any = [{"stage": 0, "retains": True, "retain_bytes": 2000}, {"stage": 1, "retain_bytes": told}]
+        desk.learn(stages, {})
+        assert desk.status()["room_bytes"] == room
+    desk.learn([{"stage": 1, "retains": False, "retain_bytes": 0}], {})
+    with pytest.raises(RequestError, match="keeps no rows"):
+        desk.admit(request(), resumed=False)
+
+
 def test_exact_answers_are_promised_by_what_stages_and_auditor_say_they_compute_by() -> None:
     """And kept to for one that another Head had promised, of which the auditor then says what is so."""
     stages: Any = [{"stage": 0, "retains": True, "profile": "p"}, {"stage": 1, "retains": True, "profile": "p"}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from serve_app.audit.office import News
 from serve_app.audit.verdict import Verdict
 from serve_app.cluster.audit_specs import AuditorSpec
 from serve_app.cluster.audit_watch import AuditWatch
+from serve_app.cluster.outside import OutsideStage, returned
 from serve_app.cluster.pipeline_group import PipelineGroup
-from serve_app.cluster.specs import AuditPlan, GroupId, GroupPlan, HeadSpec, Place, Resources
+from serve_app.cluster.specs import AuditPlan, GroupId, GroupPlan, HeadSpec, Outsider, Place, Resources
 from serve_app.cluster.stage_handle import RayStage
 from serve_app.receipts.equivocation import Equivocation
 from serve_app.receipts.identity import NodeIdentity
@@ -92,6 +94,16 @@ def test_a_quarantined_nodes_stages_go_to_spares_of_other_nodes_alone(tmp_path: 
     left, names = own.to_replace(group)
     assert names == {"stage 0"} and [place.actor for place in left.spec.plan.spares] == ["spare-1"]
     assert left.spares == (group.spares[1],) and left.stages == group.stages
+
+
+def test_a_quarantined_stage_of_another_operator_is_not_asked_to_come_back(tmp_path: Path) -> None:
+    """It would answer, and keep its place."""
+    own, group = watch(tmp_path, NODES[1].key, spare_0=2), group_on([0, 1], 1)
+    outside = OutsideStage(Outsider("127.0.0.1", 1, NODES[1].key, 60, False), 1, NODES[0])
+    group = replace(group, stages=(group.stages[0], outside))
+    left, names = own.to_replace(group)
+    assert names == {"stage 1"} and left.stages == group.stages
+    assert asyncio.run(returned(left.stages, names)) == frozenset()
 
 
 @pytest.mark.parametrize("spares", [{}, {"spare_0": 1}])

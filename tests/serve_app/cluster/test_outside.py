@@ -21,11 +21,15 @@ from pathlib import Path
 import pytest
 
 from serve_app.cluster.outside import OutsideStage
+from serve_app.cluster.row_holder import OutsideRows
+from serve_app.cluster.row_orders import PIECE_BYTES
 from serve_app.cluster.specs import Outsider, StageSpec
 from serve_app.cluster.stage_orders import Connect, TellTrouble, answer, decode_order, encode_order, read_answer
 from serve_app.cluster.stage_server import StagePolicy, StageServer
 from serve_app.cluster.wiring import Awaited, Joint
+from serve_app.engine.engine import StepOutput
 from serve_app.errors import PipelineError
+from serve_app.messages.step import SEAL
 from serve_app.receipts.identity import NodeIdentity
 from serve_app.transport.call import CallListener, ask
 from serve_app.transport.handshake import EdgeAddress, Outlet, Peer
@@ -39,11 +43,13 @@ from shard_tools.publish import publish
 from shard_tools.signing import PublicKey, Signer, key_text
 from shard_tools.store.directory import DirectoryStore
 from shard_tools.trust import TrustPolicy
+from tests.serve_app.pipeline.test_retention import PAGE, step
 from tests.tiny_models import write_tiny_checkpoint
 
 CONTROLLER, OTHER, STRANGER, PUBLISHER = (Signer.from_seed(bytes([i]) * 32) for i in range(4))
 HOST = "127.0.0.1"
 MAX_PAGES_BYTES = 1 << 20
+MAX_RETAINED_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ def policy(model: Model, tmp_path: Path) -> StagePolicy:
         device="cpu",
         threads=1,
         kv_memory_bytes=MAX_PAGES_BYTES,
+        retain_bytes=MAX_RETAINED_BYTES,
         layers=None,
         edge_port=0,
     )
@@ -105,9 +112,11 @@ def spec(model: Model, tmp_path: Path) -> StageSpec:
 
 
 @asynccontextmanager
-async def serving(policy: StagePolicy, give_up_s: float = 5.0) -> AsyncIterator[Callable[[Signer], OutsideStage]]:
+async def serving(
+    policy: StagePolicy, give_up_s: float = 5.0, server: StageServer | None = None
+) -> AsyncIterator[Callable[[Signer], OutsideStage]]:
     """A stage on loopback; gives what makes a controller's view of it."""
-    server, door = StageServer(policy, HOST, give_up_s), socket.create_server((HOST, 0))
+    server, door = server or StageServer(policy, HOST, give_up_s), socket.create_server((HOST, 0))
     who = Outsider(HOST, door.getsockname()[1], server.key, 1, True)
     task = asyncio.create_task(server.serve(door))
     try:
@@ -138,6 +147,50 @@ def test_it_takes_a_place_with_its_own_layers_and_key(policy: StagePolicy, spec:
                 await stage.take(replace(spec, epoch=101), "float32")
 
     asyncio.run(main())
+
+
+def test_it_shows_the_rows_that_it_kept_to_its_controllers_alone(policy: StagePolicy, spec: StageSpec) -> None:
+    """In pieces, within its own bound; what was promised goes when it was read. Silence shows nothing."""
+
+    async def main() -> None:
+        server = StageServer(policy, HOST)
+        async with serving(policy, server=server) as seen_by:
+            stage, request = seen_by(CONTROLLER), bytes([1]) * 32
+            rows, stranger = OutsideRows(stage), OutsideRows(seen_by(STRANGER))
+            assert await rows.show(request, 0, 0) is None
+            await stage.take(replace(spec, retain_bytes=1 << 40), "float32")
+            assert (await stage.ping())["retain_bytes"] == MAX_RETAINED_BYTES
+            assert server._host.showing is not None
+            retention = server._host.showing.retention
+            retention.begin(1, PAGE)
+            plan, size = step([(1, 0, 8, [0, 1])], {1: 0}, [(1, 8, SEAL)]), 8 << 17
+            retention.saw(plan, StepOutput(memoryview(b"i" * size), memoryview(b"o" * size), ()))
+            rows.hold(request, 0, True)
+            assert await soon(lambda: retention._closed[request, 0].held_until_s > 0)
+            shown = b""
+            while piece := await rows.show(request, 0, len(shown)):
+                shown += piece
+                if len(piece) < PIECE_BYTES:
+                    break
+            assert len(shown) > 2 * PIECE_BYTES and shown.endswith(b"i" * size + b"o" * size)
+            assert await stranger.show(request, 0, 0) is None
+            rows.release(request, 0, True)
+            assert await soon(lambda: (request, 0) not in retention._closed)
+            assert await rows.show(request, 0, 0) is None
+            await stage.take(replace(spec, epoch=101), "float32")  # of a pipeline that audits nothing
+            assert server._host.showing is None
+        assert await rows.show(request, 0, 0) is None  # it is gone
+
+    asyncio.run(main())
+
+
+async def soon(so: Callable[[], bool]) -> bool:
+    """Whether it is so within some seconds."""
+    for _ in range(1000):
+        if so():
+            return True
+        await asyncio.sleep(0.02)
+    return False
 
 
 def test_a_node_it_was_not_told_of_is_cut_off(policy: StagePolicy) -> None:

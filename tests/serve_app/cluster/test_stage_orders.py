@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from serve_app.cluster.row_orders import PIECE_BYTES, HoldRows, ReleaseRows, ShowRows, piece_value, read_piece
 from serve_app.cluster.stage_orders import (
     MAX_BYTES,
     ComputesFastIn,
@@ -38,7 +39,7 @@ from shard_tools.signing import Signer
 
 KEY = Signer.from_seed(bytes(32)).public
 MODEL, SIGNATURE = (Cid.of(Codec.DAG_CBOR, word) for word in (b"model", b"signature"))
-TAKE = Take(7, 1, 2, 2, 4, MODEL, SIGNATURE, "float32", 16, False, "auto", 3600)
+TAKE = Take(7, 1, 2, 2, 4, MODEL, SIGNATURE, "float32", 16, False, "auto", 3600, 1 << 20)
 HEAD = Joint("stage 1 > the head (7)", "tcp", Peer("the head", KEY, 0), EdgeAddress(None, "10.0.0.1", 4000), None)
 ORDERS: list[Order] = [
     Ready(),
@@ -49,6 +50,9 @@ ORDERS: list[Order] = [
     Connect(7, HEAD, None, 100, 64),
     Connect(7, HEAD, HEAD, 100, 64),
     TellTrouble(7),
+    HoldRows(b"r" * 32, 3, True),
+    ShowRows(b"r" * 32, 0, 1 << 20),
+    ReleaseRows(b"r" * 32, 0, False),
 ]
 
 
@@ -102,6 +106,11 @@ def test_an_answer_comes_back_or_says_why_not() -> None:
         read_answer(refusal("x" * 100_000), "it")
     with pytest.raises(ProtocolError):
         read_answer(b"\x80\x04.", "it")
+    longest, piece = PIECE_BYTES + MAX_BYTES, bytes(PIECE_BYTES)
+    assert read_piece(read_answer(answer(piece_value(piece)), "it", longest)) == piece
+    assert read_piece(read_answer(answer(piece_value(None)), "it")) is None
+    with pytest.raises(ProtocolError):
+        read_answer(answer(piece_value(piece)), "it")  # an order's usual answer is shorter
 
 
 @pytest.mark.parametrize(
@@ -112,6 +121,9 @@ def test_an_answer_comes_back_or_says_why_not() -> None:
         (read_port, {}),
         (read_gone, {"gone": ["a", "a"]}),
         (read_gone, {"gone": [1]}),
+        (read_piece, {"piece": "text"}),
+        (read_piece, {"piece": bytes(PIECE_BYTES + 1)}),
+        (read_piece, {}),
         (read_gone, {"gone": ["a"] * 1000}),
         (read_gone, {"gone": ["x" * 1000]}),
         (read_facts, {"pid": 1}),
