@@ -18,7 +18,10 @@ import numpy as np
 import pytest
 
 from serve_app.audit.auditor import Audited
+from serve_app.audit.book import StandingBook
 from serve_app.audit.canaries import MISSES, Trust, after_miss
+from serve_app.audit.desk import Drawn as DrawnStage
+from serve_app.audit.desk import Note
 from serve_app.audit.draw import draw, secret_commitment
 from serve_app.audit.error import floats_of
 from serve_app.audit.replay import Layers, replay
@@ -26,9 +29,12 @@ from serve_app.audit.standing import Standing, State, after_draws, after_proof, 
 from serve_app.audit.stories import Stories
 from serve_app.audit.verdict import commit, revealed
 from serve_app.engine.dishonest_sampler import DISHONEST_SAMPLERS
+from serve_app.engine.engine import StepOutput
 from serve_app.errors import AuditError, ReceiptError
 from serve_app.messages.record import StageRecord
 from serve_app.messages.request import Sampling
+from serve_app.messages.step import SEAL, StepPlan
+from serve_app.pipeline.retention import Retention
 from serve_app.receipts.check import Expected, check, check_against_manifest
 from serve_app.receipts.drawn import Drawn
 from serve_app.receipts.log import require_grown
@@ -55,6 +61,7 @@ from tests.serve_app.audit.rehearsed import (
     model,
 )
 from tests.serve_app.audit.test_canary import bench, planted
+from tests.serve_app.pipeline.test_retention import step
 from tests.serve_app.receipts.pipeline_of_three import NONCE, NOW_S, Cluster, a_request
 from tests.serve_app.receipts.test_check import CLUSTER, HONEST, LATER_S, changed, refused, resign, with_statements
 from tests.serve_app.receipts.test_log import HEADS, LOG, log_of
@@ -63,9 +70,8 @@ from tests.serve_app.receipts.test_log import HEADS, LOG, log_of
 NOT_BUILT = {
     7: "FAULT of the sender or receiver: delivery signatures; today the request ends and nobody is named",
     8: "FAULT of the receiver: delivery signatures; the same",
-    17: "copying a replica's output: there are no replicated requests yet; copying a verdict is refused",
+    17: "copying a replica's rows: there are no replicated requests; who copies a root or a verdict is found",
     20: "sketches: there are none to forge",
-    21: "deletion of rows that nobody promised: counted, not blamed; promised ones and wrong bytes are judged",
 }
 GAPS = {29, 32}  # 29: by tolerance; closed where bits are held to
 
@@ -301,6 +307,15 @@ def test_17_a_copied_verdict() -> None:
     assert not revealed(commit(verdict, salt), dataclasses.replace(verdict, auditor=OTHER.public), salt)
 
 
+def test_17_a_root_copied_from_who_computed_it() -> None:
+    """Roots name no node, so an equal answer has equal ones. Who signs another's without its rows cannot open it."""
+    (one,) = answered()
+    said = dataclasses.replace(one.receipt.statements[1], node=OTHER.public)
+    copied = Envelope("", said.encode(), said.node, bytes(64))
+    record = StageRecord(one.records[1].received, one.records[1].received)  # what it has: what came in
+    assert auditor().audit(copied, record, OTHER.public, 0).verdict.finding == "forged"
+
+
 def test_18_signatures_stripped_swapped_small_or_of_another_type() -> None:
     envelope = HONEST.receipt
     for changes, match in (
@@ -353,6 +368,45 @@ def test_21_openings_that_do_not_hash_or_do_not_come() -> None:
     for _ in range(3):
         node = after_refusal(node, "no answer")
     assert node.state is State.SUSPECT
+
+
+def test_21_rows_that_are_deleted(tmp_path: Path) -> None:
+    """Promised ones: a refusal each, and three make a suspect. Others: counted, and nobody is blamed.
+
+    That is right, since nobody set room aside for them: an honest stage that is busy lets them go too, oldest first,
+    and to blame it would convict the busiest. Who wants certainty asks for a promise (level `audited`); who deletes to
+    hide shows in the count, and still cannot know before it signs which answers are promised or drawn.
+    """
+    (one,) = answered()
+    said = one.receipt.statements[0]
+    for promised, state in ((False, State.ACTIVE), (True, State.SUSPECT)):
+        own, book = bench(tmp_path / str(promised)).office, StandingBook(tmp_path / f"standing-{promised}")
+        for i in range(3):
+            note = Note(f"r{i}", planted()[3].one.bundle, promised, b"c" * 32)
+            own.note([note], b"", ())
+            drawn = DrawnStage(note.id, note.cid, 0, promised)
+            wanted = own.begin(drawn)[0]
+            own.gave_nothing(drawn, wanted, "its rows are gone", refused=promised)
+            assert own.news[-1].refused == promised and own.news[-1].node == wanted.node
+            if own.news[-1].refused:
+                book.refused(wanted.node, own.news[-1].why)
+            lookup: Any = own.lookup(f"r{i}")
+            assert (lookup["audit"]["state"], lookup["audit"]["why"]) == ("unaudited", "its rows are gone")
+        assert book.of(wanted.node).state is state
+    room = Retention(4 * said.n_rows)  # bytes: too few for the next answer beside this one
+    room.begin(0, 1)
+    for seq in (1, 2):
+        room.saw(
+            rows_of(seq, said.n_rows),
+            StepOutput(memoryview(bytes(2 * said.n_rows)), memoryview(bytes(2 * said.n_rows)), ()),
+        )
+    assert (room.read(bytes([1]) * 32, 0), room.unauditable) == (None, 1)
+
+
+def rows_of(seq: int, n_rows: int) -> StepPlan:
+    """A step in which request number `seq` runs so many rows, each in a page of its own, and ends."""
+    pages = list(range(seq * n_rows, (seq + 1) * n_rows))
+    return step([(seq, 0, n_rows, pages)], {seq: 0}, [(seq, n_rows, SEAL)])
 
 
 def test_22_a_draw_that_somebody_would_choose() -> None:
