@@ -138,6 +138,7 @@ def verdict_value(sealed: Envelope | None) -> Value:
         d = DrawVerdict.decode(sealed.payload)
         return {
             "finding": d.finding,
+            "first": d.first,
             "tokens": d.tokens,
             "differing": d.differing,
             "worst": d.worst,

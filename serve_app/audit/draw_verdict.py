@@ -36,9 +36,10 @@ class DrawVerdict:
     node: PublicKey  # the last stage's
     finding: DrawFinding | Literal["uncalibrated", "equal", "unequal"]
     evidence_micro: int
-    tokens: int
+    first: int  # index in the answer of the first token judged: those before were drawn in an attempt given up
+    tokens: int  # so many from there on
     differing: int
-    worst: int  # index of the token with the largest margin
+    worst: int  # index in the answer of the token with the largest margin
     margin_pico: int
     limit_pico: int
     band: Cid | None  # None: nothing was judged, or each token is the very one that is drawn ("equal"), or not
@@ -56,8 +57,9 @@ class DrawVerdict:
         """What was seen, and who drew it, in words."""
         margin, limit, evidence = self.margin_pico / PICO, self.limit_pico / PICO, self.evidence_micro / MICRO
         return (
-            f"{self.finding}: token {self.worst + 1} of {self.tokens} is {margin:.3g} logits from being drawn, where "
-            f"{limit:.3g} decide, and the evidence of all is {evidence:.3g}. Drawn by {key_text(self.node)}"
+            f"{self.finding}: token {self.worst + 1} of {self.first + self.tokens} is {margin:.3g} logits from being "
+            f"drawn, where {limit:.3g} decide, and the evidence of all is {evidence:.3g}. "
+            f"Drawn by {key_text(self.node)}"
         )
 
     def encode(self) -> bytes:
@@ -71,6 +73,7 @@ class DrawVerdict:
                 "node": self.node,
                 "finding": self.finding,
                 "evidence_micro": self.evidence_micro,
+                "first": self.first,
                 "tokens": self.tokens,
                 "differing": self.differing,
                 "worst": self.worst,
@@ -100,6 +103,7 @@ class DrawVerdict:
                 _key(f, "node"),
                 cast(DrawFinding, finding),  # or one without a band
                 f.integer("evidence_micro", 0, MAX_PICO),
+                f.integer("first", 0, MAX_ROWS),
                 f.integer("tokens", 1, MAX_ROWS),
                 f.integer("differing", 0, MAX_ROWS),
                 f.integer("worst", 0, MAX_ROWS),

@@ -53,8 +53,8 @@ class Head(Protocol):
         """[vocab] of each row in turn."""
 
 
-def margins_of(receipt: Receipt, opening: Opening, rows: Rows, head: Head) -> Floats:
-    """[out]: the margin of each token of the answer. rows: all that the last stage sent, widened.
+def margins_of(receipt: Receipt, opening: Opening, rows: Rows, head: Head, first: int = 0) -> Floats:
+    """[out - first]: the margin of each token of the answer from that index on. rows: all that the last stage sent.
 
     Infinite where nothing could be drawn: a token of no vocabulary, logits that are no numbers (every honest sampler
     refuses those). Raises AuditError if there are other rows than tokens, or what was asked is none of this vocabulary.
@@ -62,16 +62,19 @@ def margins_of(receipt: Receipt, opening: Opening, rows: Rows, head: Head) -> Fl
     n_prompt, out, s = receipt.n_prompt, receipt.out_ids, receipt.sampling
     if len(rows) != n_prompt + len(out) - 1 or len(opening.prompt_ids) != n_prompt or not out:
         raise AuditError(f"{len(rows)} rows, where {n_prompt} ids and {len(out)} drawn have one less")
-    if max(*opening.prompt_ids, *(id for id, _ in s.logit_bias), 0) >= head.vocab_size:
+    if max(*opening.prompt_ids, *out[:first], *(id for id, _ in s.logit_bias), 0) >= head.vocab_size:
         raise AuditError(f"a token id of the request is none of a vocabulary of {head.vocab_size}")
     key = noise_key(s, opening.client_nonce, receipt.node_nonce)
     draw = Draw(s.temperature_micro, s.top_k, s.top_p_micro, key, s.min_p_micro)
-    controls = list(Controls.of([(0, s, opening.prompt_ids, n_prompt)]))
+    controls = list(Controls.of([(0, s, (*opening.prompt_ids, *out[:first]), n_prompt)]))
     penalties = Penalties(controls[0], head.vocab_size) if s.penalises or s.logit_bias else None
     # A repetition penalty makes more of a difference between logits, at most so many times as much.
     steep = max(s.repetition_micro / MICRO, MICRO / s.repetition_micro)
     margins = []
-    for i, (logits, token) in enumerate(zip(head.logits(rows[n_prompt - 1 :]), out, strict=True)):
+    drawn_from = rows[n_prompt - 1 + first :]
+    for position, (logits, token) in enumerate(
+        zip(head.logits(drawn_from), out[first:], strict=True), n_prompt + first
+    ):
         known, drawable = token < head.vocab_size, bool(np.isfinite(logits).all())
         if drawable and penalties is not None:
             try:
@@ -80,7 +83,7 @@ def margins_of(receipt: Receipt, opening: Opening, rows: Rows, head: Head) -> Fl
                 drawable = False
         if known and penalties is not None:
             penalties.add(token)  # what was said, whoever drew it: each token is judged by what came before it
-        margins.append(margin(draw, logits, n_prompt + i, token) / steep if known and drawable else np.inf)
+        margins.append(margin(draw, logits, position, token) / steep if known and drawable else np.inf)
     return np.array(margins)
 
 
@@ -122,23 +125,26 @@ class Redrawer:
         self._bands = tuple(band for band in bands if band.manifest == manifest.cid)
 
     def margins(self, checked: CheckedReceipt, record: StageRecord) -> Floats:
-        """[out]: the margin of each token. record: of the last stage.
+        """[tokens]: the margin of each that it drew in the attempt it signed for. record: of the last stage.
 
         Raises ForgedRecordError for rows that it did not sign for, AuditError for an answer that cannot be drawn again;
         as loading a head does.
         """
-        return margins_of(checked.receipt, checked.opening, self._rows(checked, record), self._head())
+        rows, first = self._rows(checked, record), _first(checked)
+        return margins_of(checked.receipt, checked.opening, rows, self._head(), first)
 
     def audit(self, checked: CheckedReceipt, record: StageRecord, now_ms: int) -> Redrawn:
         """The verdict about the tokens of this answer: "uncalibrated" where no band is of both profiles.
 
-        Raises as `margins` does, and AuditError where bits were promised and cannot be repeated.
+        Of one that was begun anew, about those that were drawn since: earlier ones came of rows of other batches, which
+        differ from these by more than a head does, and maybe of another stage. Raises as `margins` does, and AuditError
+        where bits were promised and cannot be repeated.
         """
-        said, rows = checked.statements[-1], self._rows(checked, record)
+        said, rows, first = checked.statements[-1], self._rows(checked, record), _first(checked)
         if self._exact is not None and self._exact.stage == said.profile:
             exact = self._exact.load()
             if exact.profile == self._exact.profile:
-                return self._exactly(checked, margins_of(checked.receipt, checked.opening, rows, exact), now_ms)
+                return self._exactly(checked, margins_of(checked.receipt, checked.opening, rows, exact, first), now_ms)
         if checked.receipt.assurance == "exact":
             raise AuditError(f"bits were promised, and logits of {said.profile!r} are not known here to the bit")
         known = [band for band in self._bands if band.prover == said.profile]
@@ -146,15 +152,16 @@ class Redrawer:
         band = next((band for band in known if head and band.auditor == head.profile), None)
         if band is None or head is None:
             return self._verdict(checked, None, None, now_ms)
-        found = judge_draws(margins_of(checked.receipt, checked.opening, rows, head), band)
+        found = judge_draws(margins_of(checked.receipt, checked.opening, rows, head, first), band)
         return self._verdict(checked, band, found, now_ms)
 
     def _rows(self, checked: CheckedReceipt, record: StageRecord) -> Rows:
         receipt, last = checked.receipt, checked.statements[-1]
-        if receipt.attempt:
-            # What it drew before, it drew from rows of other batches; they differ from these by more than a head does.
+        first = _first(checked)
+        if first >= len(receipt.out_ids) > 0 or (first and receipt.assurance == "exact"):
             raise AuditError(
-                f"it was begun anew (attempt {receipt.attempt}): nobody signed for all rows it is drawn of"
+                f"it was begun anew (attempt {receipt.attempt}) behind {first} of its {len(receipt.out_ids)} tokens: "
+                f"nobody signed for all rows that they are drawn of"
             )
         if last.stop != self._manifest.n_layers:  # as check_against_manifest has it; not every client asks for that
             raise AuditError(
@@ -167,10 +174,14 @@ class Redrawer:
         """By equality: `worst` is the first token that is not the one that is drawn."""
         other = np.flatnonzero(margins)
         finding: Literal["equal", "unequal"] = "unequal" if len(other) else "equal"
-        first = int(other[0]) if len(other) else 0
+        worst = int(other[0]) if len(other) else 0
         blank = self._unsigned(checked, None, None, now_ms)
         verdict = replace(
-            blank, finding=finding, differing=len(other), worst=first, margin_pico=scaled(float(margins[first]), PICO)
+            blank,
+            finding=finding,
+            differing=len(other),
+            worst=blank.first + worst,
+            margin_pico=scaled(float(margins[worst]), PICO),
         )
         return Redrawn(verdict, verdict.seal(self._signer), None)
 
@@ -183,7 +194,7 @@ class Redrawer:
     def _unsigned(
         self, checked: CheckedReceipt, band: DrawBand | None, found: DrawJudgement | None, now_ms: int
     ) -> DrawVerdict:
-        receipt = checked.receipt
+        receipt, first = checked.receipt, _first(checked)
         return DrawVerdict(
             checked.cid,
             receipt.statements[-1],
@@ -191,9 +202,10 @@ class Redrawer:
             checked.statements[-1].node,
             "uncalibrated" if found is None else found.finding,
             0 if found is None else scaled(found.evidence, MICRO),
-            len(receipt.out_ids),
+            first,
+            len(receipt.out_ids) - first,
             0 if found is None else found.differing,
-            0 if found is None else found.worst,
+            first + (0 if found is None else found.worst),
             0 if found is None else scaled(found.margin, PICO),
             0 if found is None else scaled(found.limit, PICO),
             None if band is None else band.cid,
@@ -201,3 +213,9 @@ class Redrawer:
             receipt.epoch,
             now_ms,
         )
+
+
+def _first(checked: CheckedReceipt) -> int:
+    """Index of the first token that the last stage drew in the attempt it signed for."""
+    drawn = checked.statements[-1].drawn
+    return 0 if drawn is None else drawn.first - checked.receipt.n_prompt

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -19,15 +20,27 @@ from serve_app.engine.output_head import OutputHead
 from serve_app.engine.penalties import Penalties
 from serve_app.engine.sampler import Draw, SequenceDraw
 from serve_app.errors import AuditError, ForgedRecordError
+from serve_app.local import LocalLimits, LocalPipeline
 from serve_app.messages.controls import Controls
-from serve_app.messages.request import MICRO, Sampling
+from serve_app.messages.request import MICRO, FinishedEvent, GenerationRequest, RequestId, Sampling, fresh_salt
 from serve_app.receipts.commitment import noise_key
+from serve_app.rehearsal import Rehearsed, loader, with_rows
 from shard_tools import canonical
 from shard_tools.cid import Cid, Codec
 from shard_tools.errors import FormatError, SignatureError
 from shard_tools.signing import Envelope
 from tests.serve_app.audit.redrawn import NOW_MS, asked, band, head, redrawer_of, redrawn
-from tests.serve_app.audit.rehearsed import AUDITOR, OTHER, answered, honest, model, sharing_house
+from tests.serve_app.audit.rehearsed import (
+    AUDITOR,
+    OPTIONS,
+    OTHER,
+    STAGES,
+    answered,
+    honest,
+    model,
+    prompts,
+    sharing_house,
+)
 
 KEY = bytes(range(8))
 RNG = np.random.default_rng
@@ -128,8 +141,54 @@ def test_the_last_token_is_looked_at_too() -> None:
     assert (found.verdict.finding, found.verdict.worst, found.verdict.differing) == ("sampler", 13, 1)
 
 
+def begun_anew(cheat: str | None) -> list[Rehearsed]:
+    """Answers that had too few pages: all that were preempted and went on, which one at least must."""
+
+    async def answers() -> list[Rehearsed]:
+        limits = LocalLimits(n_pages=8, retain_bytes=1 << 24)
+        load = loader(STAGES, {} if cheat is None else {STAGES - 1: cheat})
+        pipeline = LocalPipeline(*model(), stages=STAGES, options=OPTIONS, limits=limits, load=load)
+
+        async def one(i: int, prompt: Sequence[int]) -> Rehearsed:
+            sampling = Sampling(seed=i, frequency_micro=500_000)
+            id, salt = RequestId(f"p{i}"), fresh_salt()
+            request = GenerationRequest(id, model()[1].cid, tuple(prompt), 14, sampling, (), b"", salt)
+            (*_, last) = [event async for event in pipeline.generate(request)]
+            assert isinstance(last, FinishedEvent)
+            return with_rows(pipeline, last.receipt)
+
+        try:
+            return list(await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(prompts(90, 3)))))
+        finally:
+            pipeline.close()
+
+    found = [one for one in asyncio.run(answers()) if one.receipt.receipt.attempt]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize(("cheat", "finding"), [(None, "pass"), ("other-seed", "sampler")])
+def test_of_an_answer_that_was_begun_anew_what_was_drawn_since_is_drawn_again(cheat: str | None, finding: str) -> None:
+    """The last stage signs from where on it drew; with penalties, which count what was drawn before as well."""
+    judged = 0
+    for one in begun_anew(cheat):
+        drawn, n_out = one.receipt.statements[-1].drawn, len(one.receipt.receipt.out_ids)
+        assert drawn is not None
+        first = drawn.first - one.receipt.receipt.n_prompt
+        if first == n_out:
+            with pytest.raises(AuditError, match="begun anew"):
+                redrawn(one)
+            continue
+        verdict = redrawn(one).verdict
+        assert (verdict.first, verdict.tokens) == (first, n_out - first)
+        judged += first > 0
+        assert verdict.finding == finding or (cheat and verdict.tokens < 3)  # two tokens may be what they would be
+        assert verdict.worst >= first
+    assert judged
+
+
 def test_what_cannot_be_drawn_again_gets_no_verdict() -> None:
-    """Forged rows, stages that end early, an answer begun anew, rows that are none of its tokens: nothing is said."""
+    """Forged rows, stages that end early, rows that are none of its tokens: nothing is said."""
     (one,) = answered()
     record, checked = one.records[-1], one.receipt
     with pytest.raises(ForgedRecordError):
@@ -140,7 +199,6 @@ def test_what_cannot_be_drawn_again_gets_no_verdict() -> None:
     for changes, match in (
         ({"out_ids": (1, 2)}, "one less"),
         ({"out_ids": ()}, "one less"),
-        ({"attempt": 1}, "begun anew"),
         ({"sampling": Sampling(logit_bias=((1 << 20, MICRO),))}, "vocabulary"),
     ):
         lie = dataclasses.replace(checked, receipt=dataclasses.replace(checked.receipt, **changes))  # type: ignore[arg-type]

@@ -132,7 +132,7 @@ def test_a_sampler_that_was_found_is_loud_and_makes_the_last_stages_node_a_suspe
     node = NODES[0].key
     for i, finding in enumerate(("suspect", "pass", "uncalibrated", "equal", "sampler", "unequal")):
         known = None if finding in ("uncalibrated", "equal", "unequal") else CID
-        numbers: Any = (10**15, 14, 3, 13, 10**13, 10**12, known, auditor.public, 1, 1)
+        numbers: Any = (10**15, 0, 14, 3, 13, 10**13, 10**12, known, auditor.public, 1, 1)
         verdict = DrawVerdict(CID, CID, bytes(32), node, finding, *numbers)  # type: ignore[arg-type]
         sealed = canonical.encode(verdict.seal(auditor).to_value())
         caplog.clear()
