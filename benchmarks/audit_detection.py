@@ -28,7 +28,7 @@ from benchmarks.report import Result, save
 from serve_app.api.text import TextCodec
 from serve_app.audit.auditor import Auditor
 from serve_app.audit.error import Floats, Rows, channel_sizes, eased, floats_of, whitened_errors, window_means
-from serve_app.audit.replay import REPLAY_PAGE, Replayed, whole_pass
+from serve_app.audit.replay import REPLAY_PAGE, Replayed, through_layer
 from serve_app.audit.tail import MIN_SAMPLES, fit
 from serve_app.audit.verdict import FAULT_P, GUARD
 from serve_app.demo import demo_model
@@ -103,12 +103,8 @@ def main() -> int:
                 )
                 if attack is not None:
                     spoil(engine, attack)
-                n = len(replays_test[0].rows)
-                engine.reserve(-(-n // REPLAY_PAGE), 1)
-                return [
-                    floats_of(engine.run(whole_pass(n), memoryview(r.received)).hidden, dtype, manifest.hidden_size)
-                    for r in records[1]
-                ]
+                sent = through_layer(engine, span[0], [r.received for r in records[1]])
+                return [floats_of(rows, dtype, manifest.hidden_size) for rows in sent]
 
             sources: dict[str, Callable[[], list[Rows]]] = {
                 "honest: the pipeline": lambda: sent_test,
