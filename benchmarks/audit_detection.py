@@ -53,7 +53,7 @@ from shard_tools.signing import Signer
 from shard_tools.store.directory import DirectoryStore
 
 REPLAYED_AT_ONCE = 2000  # answers: their rows, replays and nudged replays are in memory together
-_CHUNK = 1000  # answers of one pipeline, whose rows it keeps
+_CHUNK = 10_000  # answers of one pipeline, whose rows are in memory until they end
 
 
 @dataclass(frozen=True, slots=True)
