@@ -16,7 +16,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 
-from serve_app.engine.engine import Engine, Launched, Lent
+from serve_app.engine.engine import Engine, KeepsRows, Launched, Lent
 from serve_app.errors import PipelineError
 from serve_app.messages.step import NO_STEP, Fault, Reply, StepPlan, StepResult, encode_reply, forgetting_plan
 from serve_app.pipeline.progress import FLOOR_S, GPU_FLOOR_S, Progress
@@ -58,7 +58,7 @@ class Stage:
     ) -> None:
         """hashed: what engine.hash_rows has said to a Stage before this one. None: it is asked now.
 
-        retention: keeps the rows, unless the engine hashes them itself: then they never come to the host.
+        retention: keeps the rows, unless the engine hashes them itself and cannot bring them to the host as well.
         """
         self._engine, self._span, self._next, self._head, self._epoch = engine, span, next, head, epoch
         self._head_lock = threading.Lock()  # the witness and the collector speak to the Head too
@@ -66,7 +66,12 @@ class Stage:
             hashed = engine.hash_rows(span.inlet.leaf_prefix, span.outlet.leaf_prefix, hand_on=next is not None)
         self.hashed = hashed
         self._open: set[int] = set()  # sequences that the engine knows
-        self.retention = None if hashed else retention
+        if hashed and isinstance(engine, KeepsRows):
+            if retention is not None:
+                engine.keep_rows()
+        elif hashed:
+            retention = None
+        self.retention = retention
         if self.retention is not None:
             self.retention.begin(span.stage, page_size)
         self.witness = Witness(span, chain, self._reply, page_size=page_size, hashed=hashed, retention=self.retention)
