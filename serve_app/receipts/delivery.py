@@ -116,10 +116,14 @@ class Vouched:
         Whether that node is the one to expect, the caller asks. Raises SignatureError, FormatError, ReceiptError.
         """
         terms = certified(self.certificate)
+        return terms, self.said(terms)
+
+    def said(self, terms: Certificate) -> Delivery:
+        """The delivery, if the session of these terms signed it. Raises SignatureError, FormatError, ReceiptError."""
         said = Delivery.decode(self.delivery.open(DELIVERY_TYPE, frozenset((terms.session,)), "the certified session"))
         if said.epoch != terms.epoch:
             raise ReceiptError(f"delivery: of epoch {said.epoch}, by a session of epoch {terms.epoch}")
-        return terms, said
+        return said
 
     def fields(self) -> dict[str, Value]:
         """As a part of a map."""
