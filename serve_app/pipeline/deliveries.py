@@ -128,6 +128,7 @@ class Deliveries:
         self._terms, self._manifest, self._stage, self._session = terms, manifest, stage, session
         self._reply, self._hand_on = reply, hand_on
         self._signed = -1  # the last step
+        self.signed = self.checked = 0  # steps, for `llmd status`
         self._inbox: deque[bytes] = deque(maxlen=_MAX_EARLY)
         self._sender: tuple[Envelope, Certificate] | None = None  # its session, once that was looked at
         self._early: OrderedDict[int, DeliveryNote] = OrderedDict()
@@ -182,7 +183,7 @@ class Deliveries:
         # Two of one step, or of one sequence in a step, would convict this stage, whoever had it sign them.
         if step <= self._signed or len({one.seq for one in covered}) < len(covered):
             raise ProtocolError(f"step {step} behind step {self._signed}, or with a sequence twice, is not signed for")
-        self._signed = step
+        self._signed, self.signed = step, self.signed + 1
         parts = [one.part(one.out_root) for one in covered]
         note = DeliveryNote.of(self._session, self._manifest, self._stage, step, parts)
         try:
@@ -232,6 +233,7 @@ class Deliveries:
         return self._sender[1]
 
     def _compare(self, awaited: _Awaited, note: DeliveryNote) -> None:
+        self.checked += 1
         places = {part: i for i, part in enumerate(note.parts)}
         for one in awaited.covered:
             part = one.part(one.in_root)

@@ -74,9 +74,9 @@ class Stage:
         self.retention = None if hashed else retention
         if self.retention is not None:
             self.retention.begin(span.stage, page_size)
-        self._deliveries: Deliveries | None = None
+        self.deliveries: Deliveries | None = None
         if deliveries is not None and deliveries.any:
-            self._deliveries = Deliveries(
+            self.deliveries = Deliveries(
                 deliveries, span.manifest, span.stage, chain.session, self._reply, self._send_note
             )
         self.witness = Witness(
@@ -86,7 +86,7 @@ class Stage:
             page_size=page_size,
             hashed=hashed,
             retention=self.retention,
-            deliveries=self._deliveries,
+            deliveries=self.deliveries,
         )
         self._inbox: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUED)
         self._flights: queue.Queue[_Flight | None] = queue.Queue(MAX_LAUNCHED)
@@ -170,9 +170,9 @@ class Stage:
         self._flights.put(flight)
 
     def _deliver_note(self, note: bytes) -> None:
-        if self._deliveries is None:
+        if self.deliveries is None:
             raise ProtocolError("a delivery note came, where no rows are signed for on their way")
-        self._deliveries.heard(note)
+        self.deliveries.heard(note)
         self.witness.look()
 
     def _hand_on_early(self, flight: _Flight) -> _Flight:

@@ -10,6 +10,7 @@ import base64
 import binascii
 from dataclasses import dataclass
 
+from serve_app.receipts.equivocation import Equivocation
 from serve_app.receipts.identity import Session
 from serve_app.receipts.statement import HASH_BYTES
 from serve_app.receipts.transit import MAX_PROOF_BYTES, TransitProof
@@ -21,6 +22,7 @@ from shard_tools.signing import Envelope
 ERROR_TYPE = "application/vnd.llmd.error.v1+dag-cbor"
 MAX_EVIDENCE_BYTES = 4 * MAX_PROOF_BYTES
 _MAX_ERROR = 4000  # characters
+Proof = TransitProof | Equivocation
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,27 +53,34 @@ class Evidence:
             return cls(request, error, *shown)
 
 
-def proof_in(data: bytes) -> TransitProof:
+def proof_in(data: bytes) -> Proof:
     """The proof in these bytes: of itself, or of the evidence that a client got, also as text. Raises FormatError.
 
     Who signed the evidence does not matter: the proof holds by itself, or not at all.
     """
     try:
-        return TransitProof.decode(data)
-    except FormatError:
         envelope = _envelope(data)
+    except FormatError:
+        return _proof(data)
     if envelope.payload_type != ERROR_TYPE:
         raise FormatError(f"evidence: it is signed as {envelope.payload_type[:80]!r}")
     found = Evidence.decode(envelope.payload)
     if not found.proof:
         raise FormatError(f"evidence: it holds no proof, only the Head's word: {found.error}")
-    return TransitProof.decode(found.proof)
+    return _proof(found.proof)
+
+
+def _proof(data: bytes) -> Proof:
+    try:
+        return TransitProof.decode(data)
+    except FormatError:
+        return Equivocation.decode(data)
 
 
 def _envelope(data: bytes) -> Envelope:
-    with_text = data.strip()
+    text = data.strip()
     try:
-        data = base64.b64decode(with_text + b"=" * (-len(with_text) % 4), altchars=b"-_", validate=True)
+        data = base64.b64decode(text + b"=" * (-len(text) % 4), altchars=b"-_", validate=True)
     except binascii.Error:
         pass  # not text
     return Envelope.from_value(canonical.decode(data, max_bytes=2 * MAX_EVIDENCE_BYTES), "evidence", MAX_EVIDENCE_BYTES)

@@ -210,12 +210,14 @@ class TransitProof:
         payload = self.claim.payload
         if self.claim.payload_type == DELIVERY_TYPE:
             said = Delivery.decode(payload)
-            return f"as stage {said.stage} signed two deliveries for step {said.step}"
+            return f"signed two deliveries for step {said.step}, as stage {said.stage}"
         if self.claim.payload_type == SENT_TYPE:
             sent = Sent.decode(payload)
-            return f"as stage {sent.stage} signed for other rows of request {sent.part.request_hash.hex()} than it says"
+            request = sent.part.request_hash.hex()
+            return f"delivered other rows than it says that it sent, as stage {sent.stage}, of request {request}"
         got = Received.decode(payload)
-        return f"as stage {got.stage} claims rows of request {got.part.request_hash.hex()} that nobody delivered"
+        request = got.part.request_hash.hex()
+        return f"claims rows that were not delivered to it, as stage {got.stage}, of request {request}"
 
     def encode(self) -> bytes:
         """The bytes that a log names."""

@@ -200,7 +200,7 @@ def test_signatures_that_do_not_hold_are_refused(
 
 def lie(pipeline: LocalPipeline, stage: int, alter: Callable[[Roots, Session], Roots]) -> None:
     """This stage tells the Head something else than it hashed, and signs for that with its own key."""
-    of = pipeline.stages[stage]._deliveries
+    of = pipeline.stages[stage].deliveries
     assert of is not None
     honest, session = of._reply, pipeline.stages[stage].witness._chain.session
 

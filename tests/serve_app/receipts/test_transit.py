@@ -56,7 +56,7 @@ def test_a_receiver_that_claims_what_nobody_delivered_is_convicted_by_its_own_wo
     assert blame is not None and blame.stage == 1 and "did not deliver" in blame.why
     assert blame.proof is not None and blame.proof.convicted() == RECEIVER.node
     assert TransitProof.decode(blame.proof.encode()) == blame.proof
-    assert "claims rows" in blame.proof.summary
+    assert "claims rows that were not delivered to it, as stage 1" in blame.proof.summary
 
 
 def test_a_sender_that_delivered_other_rows_than_it_says_is_convicted_by_both_its_words() -> None:
