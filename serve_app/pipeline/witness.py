@@ -142,7 +142,6 @@ class Witness:
                 if plan is None:
                     self._refuse(self._deliveries.look() if self._deliveries is not None else [])
                     continue
-                covered: list[Covered] = []
                 if output is None:
                     for seq in plan.spans["seq"].tolist():
                         # Not forgotten: its answer may have ended before these rows, which are void then.
@@ -150,10 +149,9 @@ class Witness:
                             self._open[seq].lost = True
                 else:
                     self._hash(plan, output)
-                    covered = [] if self._deliveries is None else covered_by(plan, self._open, self._latest)
                 if self._retention is not None:
                     self._retention.saw(plan, output)
-                self._end_and_sign(plan, covered)
+                self._end_and_sign(plan, ran=output is not None)
             except Exception as e:
                 epoch, step = (plan.epoch, plan.step) if plan else (self._chain.session.epoch, NO_STEP)
                 _log.exception("stage %d could not witness step %d", self._span.stage, step)
@@ -305,7 +303,8 @@ class Witness:
         self._free += range(2 * old - 1, old, -1)
         return old
 
-    def _end_and_sign(self, plan: StepPlan, covered: list[Covered]) -> None:
+    def _end_and_sign(self, plan: StepPlan, *, ran: bool) -> None:
+        covered = covered_by(plan, self._open, self._latest) if ran and self._deliveries is not None else []
         for seq, rows, seal in plan.closes.tolist():
             trees = self._end(seq, rows, seal)
             if trees is None:

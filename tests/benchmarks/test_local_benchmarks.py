@@ -29,6 +29,8 @@ def test_receipts_are_left_out_of_one_pipeline_and_not_of_the_other(model: Publi
 
 
 def test_receipts_of_44_and_of_2000_rows_are_checked(model: PublishedModel) -> None:
+    signed = asyncio.run(receipts_cost.delivering(model, 2, pairs=2, n=3, tokens=6))
+    assert signed["delivery_ratio_lowest"] <= signed["delivery_ratio_median"] <= signed["delivery_ratio_highest"]
     kept = asyncio.run(receipts_cost.keeping(model, 2, rounds=2, n=3, tokens=6))
     assert 0 < kept["retention_share_of_cpu_percent"] < 100 and kept["retained_bytes_per_stage"] > 0
     cost = asyncio.run(receipts_cost.auditing(model, 2, n=3, tokens=6))
