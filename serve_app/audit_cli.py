@@ -110,12 +110,16 @@ def proof(
     file: Annotated[Path, typer.Argument(help="Of state_dir/audit/equivocations, or a client's llmd.evidence.")],
 ) -> None:
     """Check a proof that convicts a node: it needs nothing but the file, and no trust in whoever shows it."""
-    from serve_app.receipts.evidence import MAX_EVIDENCE_BYTES, proof_in
+    from serve_app.receipts.equivocation import MAX_EQUIVOCATION_BYTES, Equivocation
+    from serve_app.receipts.evidence import shown_in, transit_proof
+    from serve_app.receipts.statement import StageStatement
     from shard_tools.signing import key_text
 
     try:
         with file.open("rb") as f:
-            found = proof_in(f.read(2 * MAX_EVIDENCE_BYTES))
+            data = shown_in(f.read(2 * MAX_EQUIVOCATION_BYTES))
+        transit = transit_proof(data)
+        found = Equivocation.decode(data) if transit is None else transit
         node = found.convicted()
     except OSError as e:
         typer.echo(f"llmd: cannot read {file}: {e.strerror}", err=True)
@@ -123,7 +127,14 @@ def proof(
     except LlmdError as e:
         typer.echo(f"llmd: {file} proves nothing: {e}", err=True)
         raise typer.Exit(1) from e
-    typer.echo(f"{key_text(node)} {found.summary}")
+    if transit is not None:
+        typer.echo(f"{key_text(node)} {transit.what}")
+        return
+    assert isinstance(found, Equivocation)
+    one, other = (StageStatement.decode(e.payload) for e in (found.first, found.second))
+    typer.echo(f"{key_text(node)} signed two stories: statements number {one.seq} and {other.seq} of one session")
+    for said in (one, other):
+        typer.echo(f"  {said.seq}: request {said.request_hash.hex()}, stage {said.stage}, sent {said.out_root.hex()}")
 
 
 def _be_quiet() -> None:

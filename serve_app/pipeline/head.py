@@ -14,6 +14,7 @@ import itertools
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable
 
 from serve_app.errors import OverloadedError, PipelineError, ProtocolError, RequestError
@@ -87,6 +88,7 @@ class Head:
         self.tokens_drawn = 0
         self.receipts_issued = 0
         self.resumed = 0  # times that lost stages were replaced
+        self.proofs: deque[bytes] = deque(maxlen=64)  # the latest that convict a stage, for whoever keeps standings
 
     @property
     def rows_run(self) -> int:
@@ -354,6 +356,7 @@ class Head:
     def _disagree(self, seq: int, evidence: Evidence) -> None:
         """Two stages have other rows of this request: it ends, and nobody begins with what pages hold of it."""
         running = self._running[seq]
+        self.proofs.extend([evidence.proof] if evidence.proof else [])
         self._scheduler.stop(seq, "cancelled")
         self._scheduler.distrust()
         self._end(seq, FailedEvent(running.request.id, "integrity", evidence.error, evidence.seal(self._session)))

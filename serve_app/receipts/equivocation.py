@@ -53,18 +53,6 @@ class Equivocation:
             raise ReceiptError("equivocation: the two statements agree, and nobody is convicted by them")
         return terms.node
 
-    @property
-    def summary(self) -> str:
-        """What it shows, for people. Raises FormatError."""
-        said = [StageStatement.decode(envelope.payload) for envelope in (self.first, self.second)]
-        numbers = " and ".join(str(one.seq) for one in said)
-        return "\n  ".join(
-            (
-                f"signed two stories: statements number {numbers} of one session",
-                *(f"{s.seq}: request {s.request_hash.hex()}, stage {s.stage}, sent {s.out_root.hex()}" for s in said),
-            )
-        )
-
     def encode(self) -> bytes:
         """The bytes that a log names."""
         return canonical.encode(

@@ -10,7 +10,6 @@ import base64
 import binascii
 from dataclasses import dataclass
 
-from serve_app.receipts.equivocation import Equivocation
 from serve_app.receipts.identity import Session
 from serve_app.receipts.statement import HASH_BYTES
 from serve_app.receipts.transit import MAX_PROOF_BYTES, TransitProof
@@ -22,7 +21,6 @@ from shard_tools.signing import Envelope
 ERROR_TYPE = "application/vnd.llmd.error.v1+dag-cbor"
 MAX_EVIDENCE_BYTES = 4 * MAX_PROOF_BYTES
 _MAX_ERROR = 4000  # characters
-Proof = TransitProof | Equivocation
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,34 +51,30 @@ class Evidence:
             return cls(request, error, *shown)
 
 
-def proof_in(data: bytes) -> Proof:
-    """The proof in these bytes: of itself, or of the evidence that a client got, also as text. Raises FormatError.
+def shown_in(data: bytes) -> bytes:
+    """The proof in the evidence that a client got, also as text; other bytes as they are. Raises FormatError.
 
     Who signed the evidence does not matter: the proof holds by itself, or not at all.
     """
+    text = data.strip()
     try:
-        envelope = _envelope(data)
+        plain = base64.b64decode(text + b"=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    except binascii.Error:
+        plain = data
+    try:
+        value = canonical.decode(plain, max_bytes=2 * MAX_EVIDENCE_BYTES)
+        envelope = Envelope.from_value(value, "evidence", MAX_EVIDENCE_BYTES)
     except FormatError:
-        return _proof(data)
+        return data
     if envelope.payload_type != ERROR_TYPE:
         raise FormatError(f"evidence: it is signed as {envelope.payload_type[:80]!r}")
     found = Evidence.decode(envelope.payload)
     if not found.proof:
         raise FormatError(f"evidence: it holds no proof, only the Head's word: {found.error}")
-    return _proof(found.proof)
+    return found.proof
 
 
-def _proof(data: bytes) -> Proof:
-    try:
-        return TransitProof.decode(data)
-    except FormatError:
-        return Equivocation.decode(data)
-
-
-def _envelope(data: bytes) -> Envelope:
-    text = data.strip()
-    try:
-        data = base64.b64decode(text + b"=" * (-len(text) % 4), altchars=b"-_", validate=True)
-    except binascii.Error:
-        pass  # not text
-    return Envelope.from_value(canonical.decode(data, max_bytes=2 * MAX_EVIDENCE_BYTES), "evidence", MAX_EVIDENCE_BYTES)
+def transit_proof(data: bytes) -> TransitProof | None:
+    """The proof in these bytes; None if they say something of another kind. Raises FormatError."""
+    value = canonical.decode(data, max_bytes=MAX_EVIDENCE_BYTES)
+    return TransitProof.decode(data) if isinstance(value, dict) and "claim" in value else None

@@ -205,7 +205,7 @@ class TransitProof:
             raise ReceiptError("transit: these are not two deliveries of one session for one step")
 
     @property
-    def summary(self) -> str:
+    def what(self) -> str:
         """What it shows, for people. Raises FormatError."""
         payload = self.claim.payload
         if self.claim.payload_type == DELIVERY_TYPE:

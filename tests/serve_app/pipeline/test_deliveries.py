@@ -18,7 +18,7 @@ from serve_app.pipeline import deliveries
 from serve_app.pipeline.deliveries import MAX_LATE, Covered, Deliveries, DeliveryTerms
 from serve_app.receipts.check import check
 from serve_app.receipts.delivery import DeliveryNote, Vouched, is_delivery_note
-from serve_app.receipts.evidence import ERROR_TYPE, Evidence, proof_in
+from serve_app.receipts.evidence import ERROR_TYPE, Evidence, shown_in
 from serve_app.receipts.identity import NodeIdentity, Session
 from serve_app.receipts.transit import Received, Sent, TransitProof
 from shard_tools import canonical
@@ -113,10 +113,11 @@ async def refused(pipeline: LocalPipeline, manifest: Manifest, name: str = "r") 
     while pipeline.head.status()["running"] or pipeline.head.status()["steps_in_flight"]:
         await asyncio.sleep(0.01)  # a step of it was on its way
     if found.proof:
-        assert proof_in(end.evidence) == TransitProof.decode(found.proof)
+        assert shown_in(end.evidence) == found.proof == pipeline.head.proofs[-1]
     else:
         with pytest.raises(FormatError, match="no proof, only the Head's word"):
-            proof_in(end.evidence)
+            shown_in(end.evidence)
+        assert not pipeline.head.proofs
     return found
 
 

@@ -56,7 +56,7 @@ def test_a_receiver_that_claims_what_nobody_delivered_is_convicted_by_its_own_wo
     assert blame is not None and blame.stage == 1 and "did not deliver" in blame.why
     assert blame.proof is not None and blame.proof.convicted() == RECEIVER.node
     assert TransitProof.decode(blame.proof.encode()) == blame.proof
-    assert "claims rows that were not delivered to it, as stage 1" in blame.proof.summary
+    assert "claims rows that were not delivered to it, as stage 1" in blame.proof.what
 
 
 def test_a_sender_that_delivered_other_rows_than_it_says_is_convicted_by_both_its_words() -> None:
@@ -134,7 +134,7 @@ def test_two_deliveries_for_one_step_convict_whoever_signed_them() -> None:
     one, other = note(part()).vouched, note(part(FALSE)).vouched
     proof = twice(one, other)
     assert proof is not None and proof.convicted() == SENDER.node and proof == twice(other, one)
-    assert TransitProof.decode(proof.encode()) == proof and "two deliveries" in proof.summary
+    assert TransitProof.decode(proof.encode()) == proof and "two deliveries" in proof.what
     assert twice(one, note(part()).vouched) is None  # the same again
     assert twice(one, note(part(FALSE), step=STEP + 1).vouched) is None
     assert twice(one, note(part(FALSE), by=RECEIVER).vouched) is None
