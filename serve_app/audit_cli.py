@@ -107,9 +107,11 @@ def readmit(
 
 
 def proof(
-    file: Annotated[Path, typer.Argument(help="A file of state_dir/audit/proofs, or a copy of one.")],
+    file: Annotated[Path, typer.Argument(help="Of state_dir/audit/proofs or transit, or a client's llmd.evidence.")],
 ) -> None:
-    """Check that a node's own signatures contradict each other: nothing but the file is needed, and no trust."""
+    """Check a proof that convicts a node: it needs nothing but the file, and no trust in whoever shows it."""
+    from serve_app.receipts.equivocation import Equivocation
+    from serve_app.receipts.evidence import shown_in, transit_proof
     from serve_app.receipts.misquote import MAX_MISQUOTE_BYTES, Misquote, decode_proof
     from serve_app.receipts.receipt import Receipt
     from serve_app.receipts.statement import StageStatement
@@ -117,8 +119,9 @@ def proof(
 
     try:
         with file.open("rb") as f:
-            data = f.read(MAX_MISQUOTE_BYTES + 1)
-        found = decode_proof(data)
+            data = shown_in(f.read(2 * MAX_MISQUOTE_BYTES))
+        transit = transit_proof(data)
+        found = decode_proof(data) if transit is None else transit
         node = found.convicted()
     except OSError as e:
         typer.echo(f"llmd: cannot read {file}: {e.strerror}", err=True)
@@ -126,10 +129,14 @@ def proof(
     except LlmdError as e:
         typer.echo(f"llmd: {file} proves nothing: {e}", err=True)
         raise typer.Exit(1) from e
+    if transit is not None:
+        typer.echo(f"{key_text(node)} {transit.what}")
+        return
     if isinstance(found, Misquote):
         receipt = Receipt.decode(found.receipt.payload)
         typer.echo(f"{key_text(node)}: {found.what}, of request {receipt.request_hash.hex()}")
         return
+    assert isinstance(found, Equivocation)
     one, other = (StageStatement.decode(e.payload) for e in (found.first, found.second))
     typer.echo(f"{key_text(node)} signed two stories: statements number {one.seq} and {other.seq} of one session")
     for said in (one, other):

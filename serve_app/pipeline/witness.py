@@ -7,10 +7,12 @@ does a span that begins before rows which ran: these were guesses, and wrong, an
 it tell the Head both roots; only when the Head says that all stages' roots match does it sign.
 What a KV page holds is remembered by the roots of its rows: a sequence that opens behind pages which an earlier one
 filled begins its trees with their roots. They are of the bytes that this stage itself received and sent at that time.
+Where deliveries are signed (deliveries.py), both sides say with each step what its sequences have come to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -23,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from serve_app.engine.engine import StepOutput
-from serve_app.messages.step import ABANDON, MAX_GUESSES, SEAL, Fault, Reply, Roots, Signed, StepPlan
+from serve_app.messages.step import ABANDON, MAX_GUESSES, NO_STEP, SEAL, Fault, Reply, Roots, Signed, StepPlan
+from serve_app.pipeline.deliveries import LOOK_EVERY_S, Covered, Deliveries, covered_by
 from serve_app.pipeline.drawn_ids import DrawnIds, add_draws, opened
 from serve_app.pipeline.retention import Retention
 from serve_app.receipts import rows_native
@@ -35,6 +38,7 @@ from shard_tools.cid import Cid
 _RING = 2 * PAGE_ROWS  # the page that fills and the one before it, whose rows may turn out void
 BEHIND = 2  # steps: what DESIGN 2.7 allows between a row leaving and its hash
 _MAX_UNSIGNED = 4096  # closed sequences kept for a signature that never came (a Head that died)
+_LOOK = None, None  # no step: look whether a signature has come
 _log = logging.getLogger(__name__)
 
 Leaves = npt.NDArray[np.uint8]
@@ -53,11 +57,6 @@ class StageSpan:
     profile: str
     inlet: Boundary
     outlet: Boundary
-
-    @property
-    def draws(self) -> bool:
-        """Whether it is the last, which draws."""
-        return self.stage == self.n_stages - 1
 
     @classmethod
     def inlet_of(cls, manifest: Cid, start: int, outlet: Boundary) -> Boundary:
@@ -93,6 +92,7 @@ class Witness:
         page_size: int,
         hashed: bool = False,
         retention: Retention | None = None,
+        deliveries: Deliveries | None = None,
     ) -> None:
         """page_size: of the engine's KV pages; unless it is a multiple of PAGE_ROWS, none can be reused.
 
@@ -103,8 +103,9 @@ class Witness:
         if rest:
             self._page_blocks = 0
         self._span, self._chain, self._reply, self._hashed = span, chain, reply, hashed
-        self._retention = retention
-        self._work: queue.Queue[tuple[StepPlan, StepOutput | None] | None] = queue.Queue(BEHIND)
+        self._draws = span.stage == span.n_stages - 1
+        self._retention, self._deliveries = retention, deliveries
+        self._work: queue.Queue[tuple[StepPlan | None, StepOutput | None] | None] = queue.Queue(BEHIND)
         self._open: dict[int, _Trees] = {}
         # By KV page: the roots, in and out, of the pages of rows in it, while it holds them.
         self._roots: dict[int, list[tuple[bytes, bytes]]] = {}
@@ -127,15 +128,23 @@ class Witness:
         """A step failed: its rows will never be known, so nothing that needs them is signed."""
         self._work.put((plan, None))
 
+    def look(self) -> None:
+        """What the stage before signed for a step has come."""
+        with contextlib.suppress(queue.Full):  # else it is looked at behind what waits
+            self._work.put_nowait(_LOOK)
+
     def close(self) -> None:
         """Work off what is queued, then stop."""
         self._work.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        while (item := self._work.get()) is not None:
+        while (item := self._next()) is not None:
             plan, output = item
             try:
+                if plan is None:
+                    self._refuse(self._deliveries.look() if self._deliveries is not None else [])
+                    continue
                 if output is None:
                     for seq in plan.spans["seq"].tolist():
                         # Not forgotten: its answer may have ended before these rows, which are void then.
@@ -145,13 +154,20 @@ class Witness:
                     self._hash(plan, output)
                 if self._retention is not None:
                     self._retention.saw(plan, output)
-                self._end_and_sign(plan)
+                self._end_and_sign(plan, ran=output is not None)
             except Exception as e:
-                _log.exception("stage %d could not witness step %d", self._span.stage, plan.step)
-                self._reply(Fault(plan.epoch, self._span.stage, plan.step, f"hashing or signing failed: {e}"))
+                epoch, step = (plan.epoch, plan.step) if plan else (self._chain.session.epoch, NO_STEP)
+                _log.exception("stage %d could not witness step %d", self._span.stage, step)
+                self._reply(Fault(epoch, self._span.stage, step, f"hashing or signing failed: {e}"))
+
+    def _next(self) -> tuple[StepPlan | None, StepOutput | None] | None:
+        try:
+            return self._work.get(timeout=None if self._deliveries is None else LOOK_EVERY_S)
+        except queue.Empty:
+            return _LOOK
 
     def _hash(self, plan: StepPlan, output: StepOutput) -> None:
-        draws = opened(self._span.manifest, plan) if self._span.draws else {}
+        draws = opened(self._span.manifest, plan) if self._draws else {}
         for item in plan.opens:
             inlet, outlet = RowTree(self._span.inlet), RowTree(self._span.outlet)
             slot = self._free.pop() if self._free else self._lengthen()
@@ -165,7 +181,7 @@ class Witness:
         seqs = plan.spans["seq"].tolist()
         trees = [own if (own := self._open.get(seq)) and not own.lost else None for seq in seqs]
         self._take_pages(plan, trees)
-        if self._span.draws:
+        if self._draws:
             add_draws(plan, [own.drawn if own else None for own in trees], output.tokens)
         leaves_in, leaves_out = self._leaves(plan, output)
         starts, counts = plan.spans["start"].astype(np.int64), plan.spans["count"].astype(np.int64)
@@ -294,32 +310,49 @@ class Witness:
         self._free += range(2 * old - 1, old, -1)
         return old
 
-    def _end_and_sign(self, plan: StepPlan) -> None:
+    def _end_and_sign(self, plan: StepPlan, *, ran: bool) -> None:
+        covered = covered_by(plan, self._open, self._latest) if ran and self._deliveries is not None else []
         for seq, rows, seal in plan.closes.tolist():
-            self._end(plan.epoch, seq, rows, seal)
+            trees = self._end(seq, rows, seal)
+            if trees is None:
+                continue
+            n_rows, *roots = len(trees.inlet), trees.inlet.root(), trees.outlet.root()
+            if self._deliveries is None:
+                self._reply(Roots(plan.epoch, self._span.stage, seq, n_rows, *roots))
+            else:
+                covered.append(Covered(seq, trees.request_hash, trees.attempt, n_rows, True, *roots))
+        if self._deliveries is not None:
+            self._refuse(self._deliveries.stepped(plan.step, covered))
         for seq in plan.signs.tolist():
             self._sign(plan.epoch, seq)
 
-    def _end(self, epoch: int, seq: int, rows: int, seal: int) -> None:
+    def _refuse(self, seqs: list[int]) -> None:
+        """The rows of these are not what was signed for: they are not hashed on, and never signed for here."""
+        for seq in seqs:
+            self._closed.pop(seq, None)
+            if seq in self._open:
+                self._open[seq].lost = True
+
+    def _end(self, seq: int, rows: int, seal: int) -> _Trees | None:
+        """A sequence ends; its trees, where the Head is to be told of them."""
         self._closed.pop(seq, None)
         trees = self._forget(seq)
         if trees is None:
-            return
+            return None
         seen = int(self._seen[trees.slot])
         if seal == ABANDON:
             self.rows_abandoned += min(rows, seen) - trees.reused
-            return
+            return None
         self.rows_hashed += min(rows, seen) - trees.reused
         self.rows_reused += trees.reused
         if seal != SEAL:
-            return
+            return None
         self._complete(trees, min(rows, seen))
         trees.ended_ms = _now_ms()
         self._closed[seq] = trees
         if len(self._closed) > _MAX_UNSIGNED:
             self._closed.popitem(last=False)
-        inlet, outlet = trees.inlet, trees.outlet
-        self._reply(Roots(epoch, self._span.stage, seq, len(inlet), inlet.root(), outlet.root()))
+        return trees
 
     def _complete(self, trees: _Trees, rows: int) -> None:
         """The trees hold the first `rows` rows of the sequence."""

@@ -21,6 +21,7 @@ from serve_app.messages.step import (
     OPEN,
     SPAN,
     Fault,
+    Refused,
     Reply,
     Roots,
     Signed,
@@ -133,9 +134,14 @@ REPLIES = st.one_of(
         u32,
         st.binary(min_size=32, max_size=32),
         st.binary(min_size=32, max_size=32),
+        st.binary(max_size=99),
+        st.binary(max_size=99),
     ),
     st.builds(Signed, u32, st.integers(0, 99), u32, st.binary(min_size=1, max_size=99)),
     st.builds(Fault, u32, st.integers(0, 99), u32, st.text(max_size=99)),
+    st.builds(
+        Refused, u32, st.integers(0, 99), u32, st.text(max_size=99), st.binary(max_size=99), st.binary(max_size=99)
+    ),
 )
 
 
