@@ -54,11 +54,6 @@ class StageSpan:
     inlet: Boundary
     outlet: Boundary
 
-    @property
-    def draws(self) -> bool:
-        """Whether it is the last, which draws."""
-        return self.stage == self.n_stages - 1
-
     @classmethod
     def inlet_of(cls, manifest: Cid, start: int, outlet: Boundary) -> Boundary:
         """Where rows enter: token ids for the first stage, else hidden rows like those that leave."""
@@ -103,6 +98,7 @@ class Witness:
         if rest:
             self._page_blocks = 0
         self._span, self._chain, self._reply, self._hashed = span, chain, reply, hashed
+        self._draws = span.stage == span.n_stages - 1
         self._retention = retention
         self._work: queue.Queue[tuple[StepPlan, StepOutput | None] | None] = queue.Queue(BEHIND)
         self._open: dict[int, _Trees] = {}
@@ -151,7 +147,7 @@ class Witness:
                 self._reply(Fault(plan.epoch, self._span.stage, plan.step, f"hashing or signing failed: {e}"))
 
     def _hash(self, plan: StepPlan, output: StepOutput) -> None:
-        draws = opened(self._span.manifest, plan) if self._span.draws else {}
+        draws = opened(self._span.manifest, plan) if self._draws else {}
         for item in plan.opens:
             inlet, outlet = RowTree(self._span.inlet), RowTree(self._span.outlet)
             slot = self._free.pop() if self._free else self._lengthen()
@@ -165,7 +161,7 @@ class Witness:
         seqs = plan.spans["seq"].tolist()
         trees = [own if (own := self._open.get(seq)) and not own.lost else None for seq in seqs]
         self._take_pages(plan, trees)
-        if self._span.draws:
+        if self._draws:
             add_draws(plan, [own.drawn if own else None for own in trees], output.tokens)
         leaves_in, leaves_out = self._leaves(plan, output)
         starts, counts = plan.spans["start"].astype(np.int64), plan.spans["count"].astype(np.int64)
