@@ -196,7 +196,9 @@ class Drive:
                 prompt, committed = list(self.tickets[seq].prompt_ids), self.tokens[seq]
                 assert rows == len(prompt) + len(committed) - 1
                 assert self.ran[seq][:rows] == prompt + committed[:-1]
-                assert len(self.ran[seq]) - rows <= max(self.lookahead, self.guessed.get(seq, 0))
+                # One that was begun anew, and stopped while its rows ran again: what it drew behind them is void too.
+                behind = self.lookahead + (self.attempts.get(seq, 0) > 0)
+                assert len(self.ran[seq]) - rows <= max(behind, self.guessed.get(seq, 0))
             if seal == ABANDON:
                 assert 0 <= len(self.ran[seq]) - rows <= self.guessed.get(seq, 0)
                 self.attempts[seq] = self.attempts.get(seq, 0) + 1

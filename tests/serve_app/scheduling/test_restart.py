@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from serve_app.messages.step import SEAL, StepResult
@@ -20,6 +20,15 @@ from tests.scheduler_drive import COURSES, Course, Drive, follow, repeating, sch
     lookahead=st.integers(0, 2),
     micro_batches=st.integers(1, 3),
     cache=st.booleans(),
+)
+@example(  # stopped while its rows run again: what it draws behind them is void
+    course=([(0, 1, 1, 0)] * 6 + [(0, 1, 21, 0)], [(22, 6, True)]),
+    restarts={21},
+    n_pages=14,
+    flights=3,
+    lookahead=0,
+    micro_batches=1,
+    cache=False,
 )
 def test_whenever_stages_are_lost_every_request_ends_once_with_its_own_answer(
     course: Course, restarts: set[int], n_pages: int, flights: int, lookahead: int, micro_batches: int, cache: bool
