@@ -60,7 +60,7 @@ bench: $(READY)
 	$(BENCH).prefill --lengths 64 256 --budgets 128 512 --repeats 1 --out build/bench
 	$(BENCH).receipts_cost --pairs 3 --requests 4 --tokens 16 --out build/bench
 	$(BENCH).prefix_cache --users 4 --turns 2 --out build/bench
-	$(BENCH).audit_detection --requests 16 --tokens 24 --attacks int8 fp8-kv --out build/bench
+	$(BENCH).audit_detection --calibration 16 --requests 16 --attacked 8 --tokens 24 --attacks int8 fp8-kv --out build/bench
 	$(BENCH).speculate --pairs 1 --tokens 96 --out build/bench
 	$(BENCH).serving --rates 1 inf --requests 8 --out build/bench
 	$(BENCH).cold_start --repeats 1 --out build/bench

@@ -68,11 +68,15 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=300, help="of each answer")
     parser.add_argument("--deadline", type=float, default=120.0, help="seconds a client waits for a whole answer")
     parser.add_argument("--exact-margin", type=float, default=1e-4)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: every stage on the one GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=None, help="folder for the result; default: benchmarks/results")
     a = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    server = OwnServer(a.model, a.stages, kv_memory_bytes=64 << 20, spares=a.spares)
+    where: dict[str, Any] = {"device": a.device, "dtype": "float32"}
+    if a.device == "cuda":
+        where["gpus_per_stage"] = 1 / (a.stages + a.spares + 1)  # while one is replaced, another may be there already
+    server = OwnServer(a.model, a.stages, kv_memory_bytes=64 << 20, spares=a.spares, **where)
     with server:
         rounds, answers, held = asyncio.run(_all_rounds(a, server))
         settle_margins(server.model, [answers], a.exact_margin)
@@ -82,6 +86,7 @@ def main() -> int:
     problems += [f"an answer is {judged.verdict}: {judged.why}" for judged in bad[:5]]
     figures = {
         "model": a.model,
+        "device": a.device,
         "stages": a.stages,
         "spares": a.spares,
         "streams": a.streams,

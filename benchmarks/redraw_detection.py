@@ -24,7 +24,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from benchmarks.audit_detection import clopper_pearson, source_text
+from benchmarks.audit_detection import source_text
+from benchmarks.detection import clopper_pearson
 from benchmarks.report import Result, save
 from serve_app.api.text import TextCodec
 from serve_app.audit.band import DrawBand, calibrate_draws, judge_draws

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 from serve_app.api.text import TextCodec
 from serve_app.engine.engine import Engine
-from serve_app.engine.host_rows import HostRows
 from serve_app.engine.load import LoadOptions, load_engine
 from serve_app.errors import PipelineError
 from serve_app.local import LocalLimits, LocalPipeline
@@ -74,13 +73,13 @@ def prompts_of(
 
 
 def loader(stages: int, cheats: Mapping[int, str]) -> Load:
-    """What makes the engines of a pipeline of so many stages whose rows are kept. cheats: as in `rehearse`."""
+    """What makes the engines of a pipeline of so many stages. cheats: as in `rehearse`."""
     last_first = iter(reversed(range(stages)))
 
     def load(store: BlockStore, manifest: Manifest, start: int, stop: int, options: LoadOptions) -> Engine:
         cheat = cheats.get(next(last_first))
         if cheat is None:
-            return HostRows(load_engine(store, manifest, start, stop, options))
+            return load_engine(store, manifest, start, stop, options)
         # Imported where it is asked for: nothing that serves has it in memory.
         from serve_app.engine.dishonest import load_cheat
 

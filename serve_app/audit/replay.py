@@ -8,7 +8,7 @@ that of a layer and the activations. Layers are computed by the plain engine, wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from serve_app.engine.load import LoadOptions, load_layers, shards_of
 from serve_app.engine.torch_engine import TorchEngine
 from serve_app.errors import AuditError, ForgedRecordError, ProtocolError
 from serve_app.messages.record import StageRecord
-from serve_app.messages.step import CLOSE, OPEN, SPAN, StepPlan
+from serve_app.messages.step import passing_plan
 from serve_app.receipts.rows import Boundary, RowTree, ids_boundary
 from serve_app.receipts.statement import StageStatement
 from shard_tools.manifest import Manifest
@@ -28,6 +28,8 @@ from shard_tools.store.block_store import BlockStore
 _DTYPES: tuple[ActivationDtype, ...] = ("bfloat16", "float16", "float32")
 _SPARE_BITS = {"bfloat16": 16, "float16": 13, "float32": 0}  # of a float32's 23 of mantissa
 REPLAY_PAGE = 64  # positions; a replay has its pages to itself, so their size matters to nobody
+# Of several records that go through a layer together: what a GPU wants to be busy. One that is longer goes alone.
+PASS_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +133,35 @@ def through_layer(engine: TorchEngine, layer: int, rows: Sequence[bytes]) -> lis
     """
     profile = engine.profile
     size = 4 if layer == 0 else profile.hidden_size * (4 if profile.dtype == "float32" else 2)
-    engine.reserve(max(-(-len(r) // size // REPLAY_PAGE) for r in rows), 1)
-    try:
-        return [bytes(engine.run(whole_pass(len(r) // size), memoryview(r)).hidden) for r in rows]
-    except ProtocolError as e:
-        raise AuditError(f"the rows that were received cannot be computed from: {e}") from e
+    out: list[bytes] = [b""] * len(rows)
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for several in _passes(by_length, [len(r) // size for r in rows]):
+        counts = [len(rows[i]) // size for i in several]
+        engine.reserve(sum(-(-count // REPLAY_PAGE) for count in counts), len(counts))
+        joined = b"".join(rows[i] for i in several)
+        try:
+            hidden = engine.run(passing_plan(counts, REPLAY_PAGE), memoryview(joined)).hidden
+        except ProtocolError as e:
+            raise AuditError(f"the rows that were received cannot be computed from: {e}") from e
+        width, at = len(hidden) // sum(counts), 0
+        for i, count in zip(several, counts, strict=True):
+            out[i] = bytes(hidden[at : at + count * width])
+            at += count * width
+    return out
+
+
+def _passes(records: Sequence[int], counts: Sequence[int]) -> Iterator[list[int]]:
+    """Which records go through a layer together."""
+    several: list[int] = []
+    rows = 0
+    for i in records:
+        if several and rows + counts[i] > PASS_ROWS:
+            yield several
+            several, rows = [], 0
+        several.append(i)
+        rows += counts[i]
+    if several:
+        yield several
 
 
 def _nudged(rows: bytes, dtype: ActivationDtype, computed_in: ActivationDtype) -> bytes:
@@ -149,10 +175,3 @@ def _root(boundary: Boundary, rows: bytes) -> bytes:
     tree = RowTree(boundary)
     tree.append(0, rows)
     return tree.root()
-
-
-def whole_pass(n: int) -> StepPlan:
-    """The plan of one sequence of n rows in one pass, which opens and closes with it; pages of REPLAY_PAGE."""
-    opens, pages = np.zeros(1, OPEN), np.arange(-(-n // REPLAY_PAGE), dtype="<u4")
-    spans, closes = np.array([(0, 0, n, len(pages), 0)], SPAN), np.array([(0, n, 0)], CLOSE)
-    return StepPlan(0, 0, opens, spans, pages, closes, np.zeros(0, "<u8"))

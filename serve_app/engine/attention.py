@@ -49,6 +49,9 @@ def paged_attention(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     keys, values = kv.write(module.layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    if kv.fresh and not kv.row_by_row and softcap is None and s_aux is None:
+        k, v = (cache.index_select(0, kv.write_slots).transpose(0, 1) for cache in (keys, values))
+        return _side_by_side(query[0], k, v, len(kv.spans), scaling, sliding_window).unsqueeze(0), None
     out = query.new_zeros((query.shape[2], query.shape[1], value.shape[-1]))  # zeros: of rows that pad a window
     for span in kv.spans:
         k = keys.index_select(0, span.slots).transpose(0, 1)
@@ -89,6 +92,21 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) 
         return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scaling)[0]
     mask = _visible(rows, length, window, q.device)
     return scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scaling)[0]
+
+
+def _side_by_side(q: Tensor, k: Tensor, v: Tensor, n: int, scaling: float, window: int | None) -> Tensor:
+    """n whole sequences of one length, all of which run in this step, in one product.
+
+    q [heads, n x count, dim], k and v [kv_heads, n x count, dim] -> [n x count, heads, value dim].
+    """
+    groups, count = q.shape[0] // k.shape[0], q.shape[1] // n
+    k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+    q, k, v = (t.reshape(len(t), n, count, -1).transpose(0, 1) for t in (q, k, v))
+    if window is None or count <= window:
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+    else:
+        out = scaled_dot_product_attention(q, k, v, attn_mask=_visible(count, count, window, q.device), scale=scaling)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _explicit(

@@ -45,13 +45,15 @@ class StepOutput:
     hidden: the rows leaving the last layer, little-endian, in row order, or a reference to them (LendsRows); empty if
     `hash_rows` said that nobody needs them. tokens: what was drawn, as many as each span asked for, in the order of
     rows (StepPlan.drawn_rows); empty on a stage without the head. Nobody writes to either buffer any more.
-    digests: None unless `hash_rows` was agreed to.
+    digests: None unless `hash_rows` was agreed to. kept: the rows that came in and those that left, on the host, where
+    `keep_rows` asked for them; else None, and both are `received` and `hidden`.
     """
 
     received: memoryview
     hidden: memoryview
     tokens: tuple[int, ...]
     digests: Digests | None = None
+    kept: tuple[memoryview, memoryview] | None = None
 
 
 class Launched(Protocol):
@@ -97,6 +99,14 @@ class Engine(Protocol):
         for a plan that does not fit what is open; the engine is then as before the call. A span behind one with guesses
         (DRAW_EACH) may begin as many rows further back as there were guesses; what it runs replaces what ran there.
         """
+
+
+@runtime_checkable
+class KeepsRows(Protocol):
+    """Of an engine that hashes rows itself, so that they need not come to the host."""
+
+    def keep_rows(self) -> None:
+        """They come nevertheless, as StepOutput.kept: an auditor may ask for them. Called before the first step."""
 
 
 BoxKind = Literal["rows", "tokens"]

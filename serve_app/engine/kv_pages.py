@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -43,6 +44,7 @@ class KvPages:
         self.page_size = page_size
         self.spans: tuple[Span, ...] = ()  # of the step, or window of it, that runs now; attention reads them
         self.row_by_row = False  # attention then reads each row for itself
+        self.fresh = False  # the spans are several, of one length, each from position 0 on
         self.write_slots = torch.zeros(0, dtype=torch.int64)  # [rows] of that step
         self._device = device
         self._n_pages = 0
@@ -87,24 +89,31 @@ class KvPages:
         self._check(plan)
         for seq, cached in plan.opens[["seq", "cached"]].tolist():
             self._tables[seq], self._lengths[seq] = [], cached
-        spans, row, page = [], 0, 0
+        lies: list[npt.NDArray[np.int64]] = []  # by span
+        page, places = 0, np.arange(self.page_size)
         for item in plan.spans:
             seq, start, count, new = (int(item[k]) for k in ("seq", "start", "count", "new_pages"))
             table = self._tables[seq]
             table += plan.pages[page : page + new].tolist()
             page += new
             self._lengths[seq], self._guesses[seq] = start + count, count - 1 if item["sample"] == DRAW_EACH else 0
-            pages = torch.tensor(table, dtype=torch.int64)
-            slots = (pages[:, None] * self.page_size + torch.arange(self.page_size)).reshape(-1)[: start + count]
-            spans.append(Span(row, start, count, slots.to(self._device)))
-            row += count
-        self.spans = tuple(spans)
-        if spans:
-            self.write_slots = torch.cat([s.slots[s.start :] for s in spans])
+            slots = np.array(table, np.int64)[:, None] * self.page_size + places
+            lies.append(slots.reshape(-1)[: start + count])
+        if lies:
+            starts, counts = plan.spans["start"].tolist(), plan.spans["count"].tolist()
+            written = [slots[start:] for slots, start in zip(lies, starts, strict=True)]
+            # One copy to the device for all of them.
+            *parts, self.write_slots = torch.split(
+                torch.from_numpy(np.concatenate([*lies, *written])).to(self._device),
+                [*(len(slots) for slots in lies), sum(counts)],
+            )
+            rows = np.cumsum(counts) - counts
+            self.spans = tuple(map(Span, rows.tolist(), starts, counts, parts))
+            self.fresh = not any(starts) and len(counts) > 1 and min(counts) == max(counts)
         try:
             yield
         finally:
-            self.spans = ()
+            self.spans, self.fresh = (), False
             for seq in plan.closes["seq"]:
                 self._tables.pop(int(seq), None)
                 self._lengths.pop(int(seq), None)

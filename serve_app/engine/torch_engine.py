@@ -13,7 +13,7 @@ from serve_app.engine.plain_profile import plain_profile
 from serve_app.engine.sampler import SequenceDraw, opened_draws, require_no_counts
 from serve_app.engine.stage_model import StageModel
 from serve_app.errors import PipelineError, ProtocolError
-from serve_app.messages.step import CLOSE, DRAW_EACH, DRAWN_LAST, OPEN, SPAN, StepPlan
+from serve_app.messages.step import DRAW_EACH, DRAWN_LAST, StepPlan, passing_plan
 
 TORCH_DTYPES: dict[ActivationDtype, torch.dtype] = {
     "float32": torch.float32,
@@ -189,14 +189,7 @@ class TorchEngine:
     @torch.inference_mode()
     def _run_alone(self, counts: tuple[int, ...], rows: memoryview) -> memoryview:
         """The rows that leave a step of sequences that open and close with it."""
-        needed = [-(-count // self._kv.page_size) for count in counts]
-        opens = np.zeros(len(counts), OPEN)
-        opens["seq"] = range(len(counts))
-        spans = [(seq, 0, count, pages, 0) for seq, (count, pages) in enumerate(zip(counts, needed, strict=True))]
-        closes = [(seq, 0, 0) for seq in range(len(counts))]
-        pages = np.arange(sum(needed), dtype="<u4")
-        plan = StepPlan(0, 0, opens, np.array(spans, SPAN), pages, np.array(closes, CLOSE), np.zeros(0, "<u8"))
-        return self.run(plan, rows).hidden
+        return self.run(passing_plan(counts, self._kv.page_size), rows).hidden
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -9,7 +9,7 @@ every other byte string. Byte layout: PROTOCOL.md. Knows nothing of torch, Ray o
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +164,17 @@ def closing_plan(epoch: int, seq: int, rows: int) -> StepPlan:
     """A plan that only makes every stage forget one sequence."""
     closes = np.array([(seq, rows, FORGET)], CLOSE)
     return StepPlan(epoch, 0, _none(OPEN), _none(SPAN), _none("<u4"), closes, _none("<u8"))
+
+
+def passing_plan(counts: Sequence[int], page_size: int) -> StepPlan:
+    """A plan of sequences of so many rows that open and close with it; it travels nowhere."""
+    needed = [-(-count // page_size) for count in counts]
+    opens = np.zeros(len(counts), OPEN)
+    opens["seq"] = range(len(counts))
+    spans = [(seq, 0, count, pages, 0) for seq, (count, pages) in enumerate(zip(counts, needed, strict=True))]
+    closes = [(seq, count, FORGET) for seq, count in enumerate(counts)]
+    pages = np.arange(sum(needed), dtype="<u4")
+    return StepPlan(0, 0, opens, np.array(spans, SPAN), pages, np.array(closes, CLOSE), _none("<u8"))
 
 
 def forgetting_plan(seqs: Iterable[int]) -> StepPlan:

@@ -16,6 +16,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from serve_app.engine.engine import StepOutput
 from serve_app.messages.record import StageRecord
 from serve_app.messages.step import SEAL, StepPlan
@@ -27,10 +30,36 @@ _MAX_SPENT = 4096  # records; many may share one page
 
 @dataclass(slots=True)
 class _Page:
-    received: bytearray
-    sent: bytearray
+    place: int  # in the pool
     filled: int = 0  # rows
     holders: int = 0  # records that it is a part of
+
+
+class _Pool:
+    """Memory for pages of rows, taken from the system as it is first used.
+
+    One array for all: the rows of a step that decodes, one of each of many sequences, then go to their places at once.
+    """
+
+    def __init__(self, pages: int, page_size: int, bytes_in: int, bytes_out: int) -> None:
+        """bytes_in, bytes_out: of a row."""
+        self.received = np.empty((pages, page_size, bytes_in), np.uint8)
+        self.sent = np.empty((pages, page_size, bytes_out), np.uint8)
+        self.page_bytes = page_size * (bytes_in + bytes_out)
+        self._fresh = iter(range(pages))
+        self._free: list[int] = []
+
+    def take(self) -> int | None:
+        """A place for a page, or None if there is none."""
+        return self._free.pop() if self._free else next(self._fresh, None)
+
+    def give_back(self, place: int) -> None:
+        """Nobody needs what lies there."""
+        self._free.append(place)
+
+    def fits(self, bytes_in: int, bytes_out: int) -> bool:
+        """Whether it is for such rows."""
+        return (self.received.shape[2], self.sent.shape[2]) == (bytes_in, bytes_out)
 
 
 @dataclass(slots=True)
@@ -51,6 +80,7 @@ class Retention:
         self._max_bytes, self._clock = max_bytes, clock
         self._lock = threading.Lock()
         self._page_size, self._stage = 0, -1
+        self._pool: _Pool | None = None  # made when it is known how long rows are
         self._open: dict[int, _Record] = {}
         self._closed: OrderedDict[tuple[bytes, int], _Record] = OrderedDict()  # by the time of closing
         self._by_page: dict[int, _Page] = {}  # what lies in each KV page now
@@ -65,11 +95,13 @@ class Retention:
         """This Stage begins, whose engine knows no sequence. What the same one sealed before stays."""
         with self._lock:
             gone = [*self._open.values(), *self._spent]
-            if stage != self._stage:
+            if stage != self._stage or page_size != self._page_size:
                 gone += self._closed.values()
                 self._closed.clear()
             for record in gone:
                 self._drop(record)
+            if page_size != self._page_size:
+                self._pool, self.bytes = None, 0
             self._stage, self._page_size = stage, page_size
             self._open.clear()
             self._spent.clear()
@@ -113,11 +145,17 @@ class Retention:
             record = self._closed.get((request, attempt))
             if record is None or not record.pages:
                 return None
-            received, sent = [page.received for page in record.pages], [page.sent for page in record.pages]
-            size_in, size_out = len(received[0]) // self._page_size, len(sent[0]) // self._page_size
-            rows = record.rows
-        # Joined outside the lock, which the witness may wait for: nobody writes to rows that were sealed.
-        return StageRecord(b"".join(received)[: rows * size_in], b"".join(sent)[: rows * size_out])
+            assert self._pool is not None
+            pool, pages, rows = self._pool, list(record.pages), record.rows
+            for page in pages:
+                page.holders += 1
+        try:  # outside the lock, which the witness may wait for: nobody writes to rows that were sealed
+            places = [page.place for page in pages]
+            return StageRecord(_first(pool.received[places], rows), _first(pool.sent[places], rows))
+        finally:
+            with self._lock:
+                if pool is self._pool:
+                    self._let_go(pages)
 
     def release(self, request: bytes, attempt: int) -> None:
         """It is no longer needed here."""
@@ -128,52 +166,78 @@ class Retention:
 
     def _take(self, plan: StepPlan, output: StepOutput) -> None:
         size, rows = self._page_size, plan.rows
-        size_in, size_out = len(output.received) // rows, len(output.hidden) // rows
+        came, left = output.kept or (output.received, output.hidden)
+        received, sent = (np.frombuffer(part, np.uint8).reshape(rows, -1) for part in (came, left))
+        pool = self._pool_for(received.shape[1], sent.shape[1])
         cached = dict(plan.opens[["seq", "cached"]].tolist())
         pages = iter(plan.pages.tolist())
+        single: list[tuple[int, int, int]] = []  # row of the step, place in the pool, and in the page
         row = 0
         for seq, start, count, n_new, _ in plan.spans.tolist():
             record = self._open.get(seq)
-            new = [next(pages) for _ in range(n_new)]
-            filled = cached.get(seq, 0) // size
-            for i, page in enumerate(new):
-                if i >= filled:
-                    self._by_page.pop(page, None)
-                if record is not None and not record.lost:
-                    self._add_page(record, page, i < filled, size_in * size, size_out * size)
+            if n_new:
+                self._add_pages(record, [next(pages) for _ in range(n_new)], cached.get(seq, 0) // size)
             if record is not None and not record.lost:
                 position, taken = start, 0
                 while taken < count:  # what lies behind `start` already was guessed, and wrong
-                    page, place = record.pages[position // size], position % size
-                    n = min(size - place, count - taken)
-                    at, to = place * size_in, (row + taken) * size_in
-                    page.received[at : at + n * size_in] = output.received[to : to + n * size_in]
-                    at, to = place * size_out, (row + taken) * size_out
-                    page.sent[at : at + n * size_out] = output.hidden[to : to + n * size_out]
-                    page.filled = place + n
+                    page, at = record.pages[position // size], position % size
+                    n = min(size - at, count - taken)
+                    if n == 1:
+                        single.append((row + taken, page.place, at))
+                    else:
+                        pool.received[page.place, at : at + n] = received[row + taken : row + taken + n]
+                        pool.sent[page.place, at : at + n] = sent[row + taken : row + taken + n]
+                    page.filled = at + n
                     position, taken = position + n, taken + n
                 record.rows = start + count
             row += count
+        if single:
+            which, places, ats = np.array(single).T
+            pool.received[places, ats] = received[which]
+            pool.sent[places, ats] = sent[which]
 
-    def _add_page(self, record: _Record, number: int, filled: bool, bytes_in: int, bytes_out: int) -> None:
+    def _pool_for(self, bytes_in: int, bytes_out: int) -> _Pool:
+        pool = self._pool
+        if pool is None or not pool.fits(bytes_in, bytes_out):
+            for record in [*self._closed.values(), *self._spent]:  # of another engine, whose rows had another length
+                self._drop(record)
+            self._closed.clear()
+            self._spent.clear()
+            pages = self._max_bytes // (self._page_size * (bytes_in + bytes_out))
+            self.bytes = 0
+            pool = self._pool = _Pool(pages, self._page_size, bytes_in, bytes_out)
+        return pool
+
+    def _add_pages(self, record: _Record | None, numbers: list[int], filled: int) -> None:
+        """The next pages of a record, or of nobody's; the first `filled` of them hold rows already."""
+        for i, number in enumerate(numbers):
+            if i >= filled:
+                self._by_page.pop(number, None)
+            if record is not None and not record.lost:
+                self._add_page(record, number, i < filled)
+
+    def _add_page(self, record: _Record, number: int, filled: bool) -> None:
+        assert self._pool is not None
         if filled:
             page = self._by_page.get(number)
             if page is None or page.filled < self._page_size:
                 self._lose(record)  # the rows of a shared beginning went before
                 return
         else:
-            if not self._make_room(bytes_in + bytes_out, record):
+            place = self._place_for(record)
+            if place is None:
                 self._lose(record)
                 return
-            page = self._by_page[number] = _Page(bytearray(bytes_in), bytearray(bytes_out))
-            self.bytes += bytes_in + bytes_out
+            page = self._by_page[number] = _Page(place)
+            self.bytes += self._pool.page_bytes
         page.holders += 1
         record.pages.append(page)
 
-    def _make_room(self, wanted: int, asking: _Record) -> bool:
-        """Drop the oldest that nobody drew until there is room: spent ones first, then closed ones, then open ones."""
+    def _place_for(self, asking: _Record) -> int | None:
+        """Of a new page. The oldest that nobody drew makes room: spent ones first, then closed ones, then open ones."""
+        assert self._pool is not None
         now = self._clock()
-        while self.bytes + wanted > self._max_bytes:
+        while (place := self._pool.take()) is None:
             if self._spent:
                 self._drop(self._spent.popleft())
                 continue
@@ -188,9 +252,9 @@ class Retention:
                 continue
             victim = next((r for r in self._open.values() if not r.lost and r.pages and r is not asking), None)
             if victim is None:
-                return False
+                return None
             self._lose(victim)
-        return True
+        return place
 
     def _close(self, record: _Record, rows: int, sealed: bool) -> None:
         if not sealed:
@@ -217,10 +281,19 @@ class Retention:
             self._drop(record)
 
     def _drop(self, record: _Record) -> None:
-        for page in record.pages:
+        self._let_go(record.pages)
+        record.pages = []
+
+    def _let_go(self, pages: list[_Page]) -> None:
+        for page in pages:
             page.holders -= 1
             if page.holders == 0:
-                self.bytes -= len(page.received) + len(page.sent)
-                # Some KV page may still be known by it, whose rows are not kept any more.
-                page.received, page.sent, page.filled = bytearray(), bytearray(), 0
-        record.pages = []
+                assert self._pool is not None
+                self.bytes -= self._pool.page_bytes
+                self._pool.give_back(page.place)
+                page.filled = 0  # some KV page may still be known by it, whose rows are not kept any more
+
+
+def _first(pages: npt.NDArray[np.uint8], rows: int) -> bytes:
+    """The first so many rows of [pages, page_size, bytes of a row]."""
+    return pages.reshape(-1, pages.shape[2])[:rows].tobytes()

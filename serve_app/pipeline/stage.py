@@ -16,7 +16,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 
-from serve_app.engine.engine import Engine, Launched, Lent
+from serve_app.engine.engine import Engine, KeepsRows, Launched, Lent
 from serve_app.errors import PipelineError, ProtocolError
 from serve_app.messages.step import NO_STEP, Fault, Reply, StepPlan, StepResult, encode_reply, forgetting_plan
 from serve_app.pipeline.deliveries import Deliveries, DeliveryTerms
@@ -61,7 +61,7 @@ class Stage:
     ) -> None:
         """hashed: what engine.hash_rows has said to a Stage before this one. None: it is asked now.
 
-        retention: keeps the rows, unless the engine hashes them itself: then they never come to the host.
+        retention: keeps the rows, unless the engine hashes them itself and cannot bring them to the host as well.
         deliveries: where rows are signed for on their way; None: nowhere.
         """
         self._engine, self._span, self._next, self._head, self._epoch = engine, span, next, head, epoch
@@ -71,7 +71,12 @@ class Stage:
             hashed = engine.hash_rows(span.inlet.leaf_prefix, span.outlet.leaf_prefix, hand_on=next is not None)
         self.hashed = hashed
         self._open: set[int] = set()  # sequences that the engine knows
-        self.retention = None if hashed else retention
+        if hashed and isinstance(engine, KeepsRows):
+            if retention is not None:
+                engine.keep_rows()
+        elif hashed:
+            retention = None
+        self.retention = retention
         if self.retention is not None:
             self.retention.begin(span.stage, page_size)
         self.deliveries: Deliveries | None = None

@@ -1,4 +1,4 @@
-"""Copies from the host to the GPU that the host does not wait for."""
+"""Copies between the host and the GPU that the host does not wait for."""
 
 from __future__ import annotations
 
@@ -30,3 +30,10 @@ def upload_rows(rows: memoryview, device: Tensor) -> None:
     staged = torch.empty(device.shape, dtype=device.dtype, pin_memory=device.is_cuda)
     staged.view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(rows, np.uint8)
     device.copy_(staged, non_blocking=True)
+
+
+def download(device: Tensor) -> Tensor:
+    """A copy on the host that is there once the stream has come so far."""
+    host = torch.empty(device.shape, dtype=device.dtype, pin_memory=device.is_cuda)
+    host.copy_(device, non_blocking=True)
+    return host

@@ -17,7 +17,7 @@ from torch import Tensor
 from serve_app.engine.engine import BoxKind, KvDtype, StepOutput
 from serve_app.engine.gpu.attend import DecodeAttention, PrefillAttention, RowAttention, tiles_of
 from serve_app.engine.gpu.controls import ControlTable
-from serve_app.engine.gpu.copies import upload, upload_all
+from serve_app.engine.gpu.copies import download, upload, upload_all
 from serve_app.engine.gpu.decode_rows import decode_rows, leading
 from serve_app.engine.gpu.first_steps import N_ROWS, prompt_beside_a_row
 from serve_app.engine.gpu.flight import Flight, report_ints
@@ -46,7 +46,7 @@ def batch_sizes(max_sequences: int) -> list[int]:
 
 
 class GpuEngine:
-    """Implements engine.Engine and engine.LendsRows."""
+    """Implements engine.Engine, engine.LendsRows and engine.KeepsRows."""
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class GpuEngine:
         self._streams = Streams(self._device)
         self._hashers: tuple[RowHasher, RowHasher] | None = None
         self._port = Port(self._device, weights.vocab_size)
+        self._keeps = False
         self._spaces: Space | None = None
         self._controls: ControlTable | None = None  # where tokens are drawn
         # By rows. None: the device has no graphs, the same calls are made one by one.
@@ -147,6 +148,9 @@ class GpuEngine:
             self._run_first_steps()
         return True
 
+    def keep_rows(self) -> None:
+        self._keeps = True
+
     def offer_inbox(self, kind: BoxKind, places: int) -> bytes | None:
         return self._port.offer_inbox(kind, places, self._max_rows) if self._hashers is not None else None
 
@@ -204,7 +208,7 @@ class GpuEngine:
             self._decode_step(size)
         n_tokens = n if self._weights.head is not None else 0
         report = self._report[: report_ints(size, self._hashers is not None)]
-        return self._download(rows, report, n, size, n_tokens, self._space.residual[:n])
+        return self._download(rows, report, n, size, n_tokens, self._space.residual[:n], self._arrived[:n])
 
     def _decode_step(self, rows: int) -> None:
         """What a graph holds: everything from one plan's fields to its report."""
@@ -309,7 +313,7 @@ class GpuEngine:
                 self._draw(x[now], d_slots[at[now]], d_positions[at[now]], tokens[now])
         came = report[:n] if weights.embedding is not None else arrived
         self._hash(came, space.residual[:n], d_positions, report[2 * n :])
-        return self._download(rows, report, n, n, len(drawn), space.residual[:n])
+        return self._download(rows, report, n, n, len(drawn), space.residual[:n], arrived)
 
     def _enter(self, ids: Tensor, arrived: Tensor, out: Tensor) -> None:
         """The rows that go into the first layer."""
@@ -363,18 +367,23 @@ class GpuEngine:
             self._spaces = Space(room, self._weights.blocks, self._hidden_size, self._device, self._dtype)
         return self._spaces
 
-    def _download(self, rows: memoryview, report: Tensor, n: int, size: int, n_tokens: int, hidden: Tensor) -> Flight:
-        """Start the copies to the host."""
-        to_host = torch.empty(len(report), dtype=torch.int32, pin_memory=self._cuda)
-        to_host.copy_(report, non_blocking=True)
+    def _download(
+        self, rows: memoryview, report: Tensor, n: int, size: int, n_tokens: int, hidden: Tensor, arrived: Tensor
+    ) -> Flight:
+        """Start the copies to the host. arrived: what came in, if it was no ids."""
+        to_host = download(report)
         hidden_host, lent = self._port.give(hidden)
+        kept = None
+        if self._keeps:
+            there = self._weights.embedding is not None or len(rows) == n * self._row_bytes
+            kept = (None if there else download(arrived), download(hidden) if hidden_host is None else hidden_host)
         self._port.give_tokens(self._step, report[size : size + n_tokens])
         ended = None
         if self._cuda:
             ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ended.record()
         received = None if self._weights.embedding is not None else rows
-        return Flight(received, n, size, n_tokens, hidden_host, lent, to_host, ended, self._hashers is not None)
+        return Flight(received, n, size, n_tokens, hidden_host, lent, to_host, ended, self._hashers is not None, kept)
 
     def _hash(self, came: Tensor, hidden: Tensor, positions: Tensor, out: Tensor) -> None:
         """out [2 * rows * 8]: digests of the rows that came in, then of those that leave."""

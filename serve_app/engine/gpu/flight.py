@@ -41,6 +41,8 @@ class Flight:
     report: Tensor
     ended: torch.cuda.Event | None
     hashed: bool
+    # Copies for whoever keeps rows, of those that came (None: `received` or the report's ids) and of those that left.
+    kept: tuple[Tensor | None, Tensor] | None = None
 
     def result(self) -> StepOutput:
         if self.ended is not None:
@@ -54,10 +56,19 @@ class Flight:
             received = report[:rows].data.cast("B")
         hidden, digests = memoryview(self.lent or b""), None
         if self.hidden is not None:
-            hidden = self.hidden.view(torch.uint8).numpy().reshape(-1).data
+            hidden = bytes_of(self.hidden)
         if self.hashed:
             digests = RowDigests(np.ascontiguousarray(report[2 * size :].reshape(2, size, 8)[:, :rows]))
-        return StepOutput(received, hidden, tuple(tokens), digests)
+        kept = None
+        if self.kept is not None:
+            came, left = self.kept
+            kept = (received if came is None else bytes_of(came), bytes_of(left))
+        return StepOutput(received, hidden, tuple(tokens), digests, kept)
+
+
+def bytes_of(host: Tensor) -> memoryview:
+    """What a contiguous tensor on the host holds."""
+    return host.view(torch.uint8).numpy().reshape(-1).data
 
 
 def report_ints(rows: int, hashed: bool) -> int:

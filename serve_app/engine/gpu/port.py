@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.engine import BoxKind
-from serve_app.engine.gpu.copies import upload, upload_rows
+from serve_app.engine.gpu.copies import download, upload, upload_rows
 from serve_app.engine.gpu.lent_rows import CUDA, ROW_PLACE_BYTES, TOKEN_PLACES, Driver, Inbox, Offer, Outbox, Reference
 from serve_app.engine.request_table import Ints, PlannedSpans, RequestTable
 from serve_app.errors import PipelineError, ProtocolError
@@ -146,9 +146,7 @@ class Port:
             self._sent += 1
             self._outboxes["rows"].put(self._sent, rows)
             return None, Reference(self._sent, rows.numel() * rows.element_size()).encode()
-        host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=self._device.type == "cuda")
-        host.copy_(rows, non_blocking=True)
-        return host, None
+        return download(rows), None
 
     # -- tokens: the last stage
 

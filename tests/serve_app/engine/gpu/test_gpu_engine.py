@@ -111,6 +111,15 @@ def test_a_graph_takes_rows_and_guesses_and_each_page_with_the_row_that_begins_i
     assert decode_rows(table.begin(plan_of([(3, 2, 1, [11], 1)])), PAGE, 10) is None  # a page for later
 
 
+def test_rows_come_to_the_host_for_whoever_keeps_them(fused: GpuEngine) -> None:
+    """Those that came in and those that leave, though the next stage might get them another way."""
+    assert fused.run(plan_of([(1, 0, 2, [0], 0)], {1: GREEDY}), ids(5, 6)).kept is None
+    fused.keep_rows()
+    found = fused.run(plan_of([(1, 2, 1, [], 0)], closes=[1]), ids(7))
+    assert found.kept is not None
+    assert [bytes(part) for part in found.kept] == [bytes(found.received), bytes(found.hidden)]
+
+
 @pytest.mark.slow
 def test_rows_are_hashed_where_they_lie(fused: GpuEngine, model: tuple[MemoryStore, Manifest]) -> None:
     """The digests are of the very bytes that are handed on; one row, since a hash takes the interpreter seconds."""
