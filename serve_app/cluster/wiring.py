@@ -63,7 +63,7 @@ class Awaited:
     """An edge that the receiver of this is to let in."""
 
     edge: str
-    kind: EdgeKind
+    kind: Kind  # one of Ray's calls needs no letting in
     peer: Peer
     signed: bool = False  # who sends signs for its rows
 
@@ -144,9 +144,7 @@ async def wire(
         return head.party not in (a, b) and signed_between(deliveries, a, b)
 
     for a, b in pairs:
-        kind = kind_between(mode, a, b)
-        if kind != "ray":
-            awaited[b.name].append(Awaited(_name(a, b, epoch), kind, _peer(a), signs(a, b)))
+        awaited[b.name].append(Awaited(_name(a, b, epoch), kind_between(mode, a, b), _peer(a), signs(a, b)))
     found = await asyncio.gather(
         head.actor.listen.remote(awaited[HEAD]), *(s.stage.listen(awaited[s.party.name]) for s in stages)
     )
@@ -213,9 +211,13 @@ class EdgeSet:
 
         Raises PipelineError.
         """
-        if not awaited:
+        inlets = [
+            Inlet(a.edge, a.kind, a.peer, self._deliver, self._lost, self._max_bytes)
+            for a in awaited
+            if a.kind != "ray"
+        ]
+        if not inlets:
             return None
-        inlets = [Inlet(a.edge, a.kind, a.peer, self._deliver, self._lost, self._max_bytes) for a in awaited]
         tls = self._credentials() if any(a.kind == "tcp" for a in awaited) else None
         self._listener = EdgeListener(self._epoch, inlets, host, tls, port)
         return self._listener.address

@@ -9,11 +9,12 @@ Used by the witness's thread alone, but for `heard`.
 from __future__ import annotations
 
 import logging
+import queue
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,7 @@ LATE_S = 30.0  # nothing else runs behind the last step of a sequence; a loaded 
 LOOK_EVERY_S = 1.0
 _MAX_EARLY = 256  # notes of steps that were not hashed here yet: an edge and a stage hold far fewer
 Leaves = npt.NDArray[np.uint8]
+T = TypeVar("T")
 _MAX_KEPT = 64  # of the latest steps, to know a second note by
 
 
@@ -82,12 +84,14 @@ class Grown(Protocol):
     lost: bool
 
 
-def covered_by(plan: StepPlan, opened: Mapping[int, Grown], latest: Leaves) -> list[Covered]:
+def covered_by(plan: StepPlan, opened: Mapping[int, Grown], latest: Leaves, terms: DeliveryTerms) -> list[Covered]:
     """What the sequences of a step have come to; guesses may turn out void, so none of them counts yet.
 
-    latest: the last leaves, [slot, in or out, position % ring, 32].
+    latest: the last leaves, [slot, in or out, position % ring, 32]. A root that nobody signs for is left out.
     """
-    covered = []
+    covered: list[Covered] = []
+    if not terms.any:
+        return covered
     for seq, start, count, sample in plan.spans[["seq", "start", "count", "sample"]].tolist():
         own = opened.get(seq)
         if own is None or own.lost:
@@ -97,10 +101,16 @@ def covered_by(plan: StepPlan, opened: Mapping[int, Grown], latest: Leaves) -> l
         if own.last is not None and rows >= begun + PAGE_ROWS:
             pages, begun = own.last, begun + PAGE_ROWS
         leaves_in, leaves_out = latest[own.slot][:, np.arange(begun, rows) % latest.shape[2]]
-        in_root = own.inlet.root_behind(pages[0], leaves_in.tobytes())
-        out_root = own.outlet.root_behind(pages[1], leaves_out.tobytes())
+        in_root = own.inlet.root_behind(pages[0], leaves_in.tobytes()) if terms.sender is not None else b""
+        out_root = own.outlet.root_behind(pages[1], leaves_out.tobytes()) if terms.sends else b""
         covered.append(Covered(seq, own.request_hash, own.attempt, rows, False, in_root, out_root))
     return covered
+
+
+def ended(seq: int, trees: Grown) -> Covered:
+    """What a sequence came to whose trees are complete."""
+    roots = trees.inlet.root(), trees.outlet.root()
+    return Covered(seq, trees.request_hash, trees.attempt, len(trees.inlet), True, *roots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +135,7 @@ class Deliveries:
         hand_on: Callable[[bytes], None],
     ) -> None:
         """hand_on: puts a note behind what was sent to the next stage. Raises PipelineError if that is gone."""
-        self._terms, self._manifest, self._stage, self._session = terms, manifest, stage, session
+        self.terms, self._manifest, self._stage, self._session = terms, manifest, stage, session
         self._reply, self._hand_on = reply, hand_on
         self._signed = -1  # the last step
         self.signed = self.checked = 0  # steps, for `llmd status`
@@ -138,9 +148,25 @@ class Deliveries:
         self._refused: list[int] = []
         self._seen = self._heard = -1  # the last step that was hashed here, and that was signed for
 
+    @classmethod
+    def nowhere(cls, manifest: Cid, stage: int, session: Session, reply: Callable[[Reply], None]) -> Deliveries:
+        """Where nobody signs: what a sequence came to is told as soon as it ends."""
+
+        def hand_on(_: bytes) -> None:
+            raise AssertionError("nothing is signed for")
+
+        return cls(DeliveryTerms(None, False), manifest, stage, session, reply, hand_on)
+
+    def next_of(self, work: queue.Queue[T], look: T) -> T:
+        """What the witness is to do next: a step, or from time to time to `look`, where something is awaited."""
+        try:
+            return work.get(timeout=LOOK_EVERY_S if self._awaited else None)
+        except queue.Empty:
+            return look
+
     def heard(self, message: bytes) -> None:
         """A note has come. Any thread; `look` takes it in. Raises ProtocolError if none was asked for."""
-        if self._terms.sender is None:
+        if self.terms.sender is None:
             raise ProtocolError("a delivery note came, where nobody is to sign for what comes in")
         self._inbox.append(message)
 
@@ -149,8 +175,8 @@ class Deliveries:
 
         Returns those that are refused since it was asked last. Raises ProtocolError for what nobody can sign.
         """
-        sent = self._sign(step, covered) if self._terms.sends and covered else {}
-        if self._terms.sender is None:
+        sent = self._sign(step, covered) if self.terms.sends and covered else {}
+        if self.terms.sender is None:
             for one in covered:
                 self._tell(one, sent, b"")
             return []
@@ -225,7 +251,7 @@ class Deliveries:
         """Whose words these are, if they are the neighbour's. Raises LlmdError."""
         if self._sender is None or self._sender[0] != vouched.certificate:
             terms = certified(vouched.certificate)
-            if terms.node != self._terms.sender:
+            if terms.node != self.terms.sender:
                 raise ReceiptError(
                     f"certificate: it is by {key_text(terms.node)}, which is not stage {self._stage - 1}"
                 )

@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from serve_app.engine.engine import StepOutput
-from serve_app.messages.step import ABANDON, MAX_GUESSES, NO_STEP, SEAL, Fault, Reply, Roots, Signed, StepPlan
-from serve_app.pipeline.deliveries import LOOK_EVERY_S, Covered, Deliveries, covered_by
+from serve_app.messages.step import ABANDON, MAX_GUESSES, NO_STEP, SEAL, Fault, Reply, Signed, StepPlan
+from serve_app.pipeline.deliveries import Deliveries, covered_by, ended
 from serve_app.pipeline.drawn_ids import DrawnIds, add_draws, opened
 from serve_app.pipeline.retention import Retention
 from serve_app.receipts import rows_native
@@ -104,7 +104,8 @@ class Witness:
             self._page_blocks = 0
         self._span, self._chain, self._reply, self._hashed = span, chain, reply, hashed
         self._draws = span.stage == span.n_stages - 1
-        self._retention, self._deliveries = retention, deliveries
+        self._retention = retention
+        self._deliveries = deliveries or Deliveries.nowhere(span.manifest, span.stage, chain.session, reply)
         self._work: queue.Queue[tuple[StepPlan | None, StepOutput | None] | None] = queue.Queue(BEHIND)
         self._open: dict[int, _Trees] = {}
         # By KV page: the roots, in and out, of the pages of rows in it, while it holds them.
@@ -139,11 +140,11 @@ class Witness:
         self._thread.join()
 
     def _run(self) -> None:
-        while (item := self._next()) is not None:
+        while (item := self._deliveries.next_of(self._work, _LOOK)) is not None:
             plan, output = item
             try:
                 if plan is None:
-                    self._refuse(self._deliveries.look() if self._deliveries is not None else [])
+                    self._refuse(self._deliveries.look())
                     continue
                 if output is None:
                     for seq in plan.spans["seq"].tolist():
@@ -159,12 +160,6 @@ class Witness:
                 epoch, step = (plan.epoch, plan.step) if plan else (self._chain.session.epoch, NO_STEP)
                 _log.exception("stage %d could not witness step %d", self._span.stage, step)
                 self._reply(Fault(epoch, self._span.stage, step, f"hashing or signing failed: {e}"))
-
-    def _next(self) -> tuple[StepPlan | None, StepOutput | None] | None:
-        try:
-            return self._work.get(timeout=None if self._deliveries is None else LOOK_EVERY_S)
-        except queue.Empty:
-            return _LOOK
 
     def _hash(self, plan: StepPlan, output: StepOutput) -> None:
         draws = opened(self._span.manifest, plan) if self._draws else {}
@@ -311,18 +306,12 @@ class Witness:
         return old
 
     def _end_and_sign(self, plan: StepPlan, *, ran: bool) -> None:
-        covered = covered_by(plan, self._open, self._latest) if ran and self._deliveries is not None else []
+        covered = covered_by(plan, self._open, self._latest, self._deliveries.terms) if ran else []
         for seq, rows, seal in plan.closes.tolist():
             trees = self._end(seq, rows, seal)
-            if trees is None:
-                continue
-            n_rows, *roots = len(trees.inlet), trees.inlet.root(), trees.outlet.root()
-            if self._deliveries is None:
-                self._reply(Roots(plan.epoch, self._span.stage, seq, n_rows, *roots))
-            else:
-                covered.append(Covered(seq, trees.request_hash, trees.attempt, n_rows, True, *roots))
-        if self._deliveries is not None:
-            self._refuse(self._deliveries.stepped(plan.step, covered))
+            if trees is not None:
+                covered.append(ended(seq, trees))
+        self._refuse(self._deliveries.stepped(plan.step, covered))
         for seq in plan.signs.tolist():
             self._sign(plan.epoch, seq)
 
