@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve_app.engine.engine import StepOutput
-from serve_app.messages.step import ABANDON, MAX_GUESSES, SEAL, Fault, Reply, Roots, Signed, StepPlan
+from serve_app.messages.step import ABANDON, MAX_GUESSES, NO_STEP, SEAL, Fault, Reply, Roots, Signed, StepPlan
 from serve_app.pipeline.retention import Retention
 from serve_app.receipts import rows_native
 from serve_app.receipts.rows import PAGE_ROWS, Boundary, RowTree, ids_boundary, leaves_of, page_roots
@@ -141,7 +141,8 @@ class Witness:
                 self._end_and_sign(plan)
             except Exception as e:
                 _log.exception("stage %d could not witness step %d", self._span.stage, plan.step)
-                self._reply(Fault(plan.epoch, self._span.stage, plan.step, f"hashing or signing failed: {e}"))
+                # Of no step: what it would have ended or signed is lost with it, and the step itself may run yet.
+                self._reply(Fault(plan.epoch, self._span.stage, NO_STEP, f"hashing or signing failed: {e}"))
 
     def _hash(self, plan: StepPlan, output: StepOutput) -> None:
         for item in plan.opens:
