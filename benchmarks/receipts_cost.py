@@ -89,9 +89,9 @@ class TimedWitness(Witness):
         super()._hash(*args)
         self.cpu_s += time.thread_time() - began
 
-    def _end_and_sign(self, *args: Any) -> None:
+    def _end_and_sign(self, *args: Any, **named: Any) -> None:
         began = time.thread_time()
-        super()._end_and_sign(*args)
+        super()._end_and_sign(*args, **named)
         self.cpu_s += time.thread_time() - began
 
 
@@ -120,6 +120,7 @@ def main() -> int:
         model = published(root / "model", a.model)
         figures: dict[str, Any] = {"model": model.manifest.name, "stages": a.stages}
         figures |= asyncio.run(compare(model, a.stages, a.pairs, a.requests, a.tokens))
+        figures |= asyncio.run(delivering(model, a.stages, a.pairs, a.requests, a.tokens))
         figures |= asyncio.run(keeping(model, a.stages, a.pairs, a.requests, a.tokens))
         figures |= asyncio.run(auditing(model, a.stages, a.requests, a.tokens))
         small = model if a.model == "tiny" else published(root / "tiny", "tiny")
@@ -167,6 +168,34 @@ async def compare(model: PublishedModel, stages: int, pairs: int, n: int, tokens
         "ratio_lowest": round(min(ratios), 4),
         "ratio_highest": round(max(ratios), 4),
         "witness_share_of_cpu_percent": round(100 * witness_s / total_s, 2),
+    }
+
+
+async def delivering(model: PublishedModel, stages: int, pairs: int, n: int, tokens: int) -> dict[str, Any]:
+    """Tokens per second with rows signed for on their way between stages, and without, in turn; as in `compare`."""
+    with _parts(TimedWitness, Head):
+        plain = model.pipeline(stages)
+        delivered = model.pipeline(stages, LocalLimits(deliveries=True))
+    draw = random.Random(0)
+    prompts = [random_prompt(draw, model.manifest, draw.randint(16, 64)) for _ in range(n)]
+    spent: dict[bool, list[float]] = {False: [], True: []}
+    share = {False: 0.0, True: 0.0}
+    for i in range(pairs + 1):
+        order = [(plain, False), (delivered, True)]
+        for pipeline, signs in order if i % 2 else reversed(order):
+            cpu, witnesses, began = time.process_time(), witnesses_s(pipeline), time.perf_counter()
+            await asyncio.gather(*(ended(pipeline, greedy(model.manifest, prompt, tokens)) for prompt in prompts))
+            if i:
+                spent[signs].append(time.perf_counter() - began)
+                share[signs] += (witnesses_s(pipeline) - witnesses) / (time.process_time() - cpu) / pairs
+    plain.close()
+    delivered.close()
+    ratios = [without / with_ for with_, without in zip(spent[True], spent[False], strict=True)]
+    return {
+        "delivery_ratio_median": round(statistics.median(ratios), 4),
+        "delivery_ratio_lowest": round(min(ratios), 4),
+        "delivery_ratio_highest": round(max(ratios), 4),
+        "delivery_share_of_cpu_percent": round(100 * (share[True] - share[False]), 2),
     }
 
 

@@ -77,7 +77,9 @@ class OwnServer:
             "RAY_AUTH_MODE": "token",  # Ray's own ports run whatever code is sent to them
             "RAY_AUTH_TOKEN_PATH": str(root / "token"),
             # This checkout, whatever is installed.
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]).rstrip(":"),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]).rstrip(
+                ":"
+            ),
         }
         self._process: subprocess.Popen[bytes] | None = None
         self._nodes, self._ray_port, self._dashboard = nodes, free_port(), free_port()

@@ -107,17 +107,19 @@ def readmit(
 
 
 def proof(
-    file: Annotated[Path, typer.Argument(help="A file of state_dir/audit/equivocations, or a copy of one.")],
+    file: Annotated[Path, typer.Argument(help="Of state_dir/audit/equivocations, or a client's llmd.evidence.")],
 ) -> None:
-    """Check a proof that a node signed two stories: it needs nothing but the file, and no trust in whoever shows it."""
+    """Check a proof that convicts a node: it needs nothing but the file, and no trust in whoever shows it."""
     from serve_app.receipts.equivocation import MAX_EQUIVOCATION_BYTES, Equivocation
+    from serve_app.receipts.evidence import shown_in, transit_proof
     from serve_app.receipts.statement import StageStatement
     from shard_tools.signing import key_text
 
     try:
         with file.open("rb") as f:
-            data = f.read(MAX_EQUIVOCATION_BYTES + 1)
-        found = Equivocation.decode(data)
+            data = shown_in(f.read(2 * MAX_EQUIVOCATION_BYTES))
+        transit = transit_proof(data)
+        found = Equivocation.decode(data) if transit is None else transit
         node = found.convicted()
     except OSError as e:
         typer.echo(f"llmd: cannot read {file}: {e.strerror}", err=True)
@@ -125,6 +127,10 @@ def proof(
     except LlmdError as e:
         typer.echo(f"llmd: {file} proves nothing: {e}", err=True)
         raise typer.Exit(1) from e
+    if transit is not None:
+        typer.echo(f"{key_text(node)} {transit.what}")
+        return
+    assert isinstance(found, Equivocation)
     one, other = (StageStatement.decode(e.payload) for e in (found.first, found.second))
     typer.echo(f"{key_text(node)} signed two stories: statements number {one.seq} and {other.seq} of one session")
     for said in (one, other):

@@ -263,6 +263,9 @@ class AuditConfig:
         tuple[CalibrationCid, ...], Field(max_length=256)
     ] = ()  # the same command's, of how tokens are drawn
     threads: Annotated[int, Field(ge=1, le=1024)] = 1  # of the auditor, which yields to everything else on its host
+    # stages sign for the rows that they send, so that of two that differ one is named; auto: where one is another
+    # operator's (inside one cluster, which is one trust domain, a name says nothing)
+    deliveries: Literal["auto", "always", "never"] = "auto"
 
     @property
     def on(self) -> bool:

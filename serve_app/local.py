@@ -19,6 +19,7 @@ from serve_app.engine.engine import Engine
 from serve_app.engine.load import LoadOptions, load_engine, shards_of
 from serve_app.errors import PipelineError
 from serve_app.messages.request import Event, FailedEvent, FinishedEvent, GenerationRequest, RequestId
+from serve_app.pipeline.deliveries import DeliveryTerms
 from serve_app.pipeline.facts import PipelineFacts, can_reuse_pages
 from serve_app.pipeline.head import Head
 from serve_app.pipeline.retention import Retention
@@ -53,6 +54,7 @@ class LocalLimits:
     prefix_cache: bool = False  # off, so that whoever counts rows or seconds counts what was asked for
     speculate: int = 0  # tokens guessed at most per step and sequence
     retain_bytes: int = 0  # of rows that each stage keeps for audits
+    deliveries: bool = False  # stages sign for rows on their way, as between two operators
 
 
 class LocalPipeline:
@@ -109,6 +111,7 @@ class LocalPipeline:
                 head=to_head,
                 epoch=_EPOCH,
                 retention=Retention(limits.retain_bytes) if limits.retain_bytes else None,
+                deliveries=DeliveryTerms(node.key if i else None, i < stages - 1) if limits.deliveries else None,
             )
             self.stages.insert(0, stage)
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayError
@@ -27,6 +28,7 @@ from serve_app.cluster.pipeline_group import PipelineGroup
 from serve_app.config import AppConfig
 from serve_app.errors import PipelineError
 from serve_app.receipts.equivocation import Equivocation
+from serve_app.receipts.transit import TransitProof
 from shard_tools import canonical
 from shard_tools.canonical import Value
 from shard_tools.errors import LlmdError
@@ -124,6 +126,10 @@ class AuditWatch:
                 self._hear(self._book, one, key)
             for group in groups:
                 await self._ask_spares(group)
+                if group.head is not None and _rows_are_signed_for(config):
+                    async with asyncio.timeout(_CALL_S):
+                        proofs: list[bytes] = await group.head.proofs.remote()
+                    self._convict(self._book, config.identity.state_dir / FOLDER / "transit", proofs)
             self._problem = None
         except (RayError, TimeoutError, LlmdError, OSError) as e:
             self._fail(cause_of(e))
@@ -188,6 +194,22 @@ class AuditWatch:
         if after.state is not before.state:
             _log.error("node %s is %s now: %s", key_text(news.node), after.state.value, after.reason)
 
+    def _convict(self, book: StandingBook, folder: Path, proofs: Sequence[bytes]) -> None:
+        """Of what stages said about rows on their way. A proof that is in the folder has had its effect."""
+        for data in proofs:
+            try:
+                proof = TransitProof.decode(data)
+                node = proof.convicted()
+            except LlmdError as e:
+                _log.error("what a Head calls a proof is none: %s", e)
+                continue
+            kept = folder / str(proof.cid)
+            if not kept.exists():
+                _log.error("node %s %s: %s", key_text(node), proof.what, kept)
+                book.proven(node, proof.what)
+                folder.mkdir(exist_ok=True, mode=0o700)
+                kept.write_bytes(data)
+
     async def _ask_spares(self, group: PipelineGroup) -> None:
         """On which nodes they are."""
         for place, spare in zip(group.spec.plan.spares, group.spares, strict=True):
@@ -195,3 +217,9 @@ class AuditWatch:
                 with suppress(RayError, TimeoutError):  # one that is gone, or is being started: asked again
                     async with asyncio.timeout(_CALL_S):
                         self._spare_nodes[place.actor] = await spare.node_key()
+
+
+def _rows_are_signed_for(config: AppConfig) -> bool:
+    """Whether a Head can come to proofs at all."""
+    mode = config.audit.deliveries
+    return mode == "always" or (mode == "auto" and bool(config.pipeline.outside))

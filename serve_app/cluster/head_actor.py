@@ -192,6 +192,10 @@ class _HeadProcess:
         if self._desk is not None:
             self._desk.learn(stages, audits)
 
+    async def proofs(self) -> list[bytes]:
+        """The latest that convict a stage of what it said about rows on their way."""
+        return [] if self._head is None else list(self._head.proofs)
+
     async def drain(self, on: bool) -> int:
         """Take in nothing new from now on, or again. Returns how many requests are still to end."""
         return 0 if self._head is None else self._head.drain(on)

@@ -259,7 +259,8 @@ async def _join(
     spec = replace(spec, registry=_enrol(config, reports, party))
     await head.lead.remote(spec)
     members = [Member(report.party, stage) for report, stage in zip(reports, all_there(group.stages), strict=True)]
-    await wire(config.pipeline.edges, spec.epoch, Leader(party, head), members, spec.n_pages, spec.max_requests)
+    leader, deliveries = Leader(party, head), config.audit.deliveries
+    await wire(config.pipeline.edges, spec.epoch, leader, members, spec.n_pages, spec.max_requests, deliveries)
     if group.head is None:
         address = await _first_token(head, place, spec.epoch)
     else:

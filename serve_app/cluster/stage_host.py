@@ -22,6 +22,7 @@ from serve_app.cluster.showing import Showing
 from serve_app.cluster.specs import StageReport, StageSpec, Trouble
 from serve_app.cluster.wiring import Awaited, EdgeSet, Joint, Party
 from serve_app.engine.engine import ActivationDtype, BoxKind, Engine, KvDtype, LendsRows
+from serve_app.pipeline.deliveries import DeliveryTerms
 from serve_app.pipeline.retention import Retention
 from serve_app.pipeline.stage import Stage
 from serve_app.pipeline.witness import StageSpan
@@ -125,6 +126,7 @@ class StageHost:
         self._past_host: list[Value] = []  # what this stage sends from GPU to GPU
         self._stage: Stage | None = None
         self._hashed: bool | None = None
+        self._sender: PublicKey | None = None  # the node that signs for what comes in
         self.showing: Showing | None = None  # of the rows that it keeps, where its spec says so
 
     @property
@@ -146,7 +148,7 @@ class StageHost:
         self.leave()
         self.hold(spec, dtype)
         assert self._engine is not None
-        self._spec, self._dtype = spec, dtype
+        self._spec, self._dtype, self._sender = spec, dtype, None
         if spec.retain_bytes and self.showing is None:
             self.showing = Showing(Retention(spec.retain_bytes))
         self._session = self._identity.open_session("stage", spec.epoch, int(time.time()), spec.session_lifetime_s)
@@ -213,6 +215,7 @@ class StageHost:
     def listen(self, awaited: Sequence[Awaited]) -> EdgeAddress | None:
         """Let these neighbours open their edges to this stage. Raises PipelineError."""
         assert self._edges is not None, "listen before take"
+        self._sender = next((a.peer.key for a in awaited if a.signed), None)
         return self._edges.listen(awaited, self._site.address, self._site.port)
 
     def connect(self, head: Joint, after: Joint | None, n_pages: int, max_requests: int) -> None:
@@ -251,6 +254,7 @@ class StageHost:
             epoch=spec.epoch,
             hashed=self._hashed,
             retention=self.showing.retention if self.showing else None,
+            deliveries=DeliveryTerms(self._sender, after is not None and after.signed),
         )
         self._hashed = self._stage.hashed
 
@@ -335,6 +339,8 @@ class StageHost:
             "rows_hashed": stage.witness.rows_hashed if stage else 0,
             "rows_reused": stage.witness.rows_reused if stage else 0,
             "rows_abandoned": stage.witness.rows_abandoned if stage else 0,
+            "deliveries_signed": stage.deliveries.signed if stage and stage.deliveries else 0,
+            "deliveries_checked": stage.deliveries.checked if stage and stage.deliveries else 0,
             "retains": stage is not None and stage.retention is not None,
             "retained_bytes": self.showing.retention.bytes if self.showing else 0,
             "unauditable": self.showing.retention.unauditable if self.showing else 0,

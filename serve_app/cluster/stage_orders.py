@@ -184,7 +184,9 @@ def encode_order(order: Order) -> bytes:
         case Take():
             fields = {"do": "take"} | {name: getattr(order, name) for name in Take.__slots__}
         case Listen():
-            awaited: list[Value] = [{"edge": a.edge, "name": a.peer.name, "key": a.peer.key} for a in order.awaited]
+            awaited: list[Value] = [
+                {"edge": a.edge, "name": a.peer.name, "key": a.peer.key, "signed": a.signed} for a in order.awaited
+            ]
             fields = {"do": "listen", "epoch": order.epoch, "awaited": awaited}
         case Connect():
             fields = {
@@ -225,7 +227,7 @@ def _order(f: Fields) -> Order:
             awaited = []
             for item in f.items("awaited", _MAX_AWAITED):
                 with Fields(item, "order.awaited") as a:
-                    awaited.append(Awaited(a.text("edge", _MAX_NAME), "tcp", _peer(a)))
+                    awaited.append(Awaited(a.text("edge", _MAX_NAME), "tcp", _peer(a), a.boolean("signed")))
             return Listen(_epoch(f), tuple(awaited))
         case "connect":
             head, after = _joint(f.any("head")), f.any("after")
@@ -342,13 +344,14 @@ def _joint_value(joint: Joint) -> Value:
         "key": joint.peer.key,
         "host": joint.address.host,
         "port": joint.address.port,
+        "signed": joint.signed,
     }
 
 
 def _joint(value: Value) -> Joint:
     with Fields(value, "order.joint") as f:
         address = EdgeAddress(None, f.text("host", _MAX_HOST), f.integer("port", 1, 65_535))
-        return Joint(f.text("edge", _MAX_NAME), "tcp", _peer(f), address, None)
+        return Joint(f.text("edge", _MAX_NAME), "tcp", _peer(f), address, None, f.boolean("signed"))
 
 
 def _peer(f: Fields) -> Peer:

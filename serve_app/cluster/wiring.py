@@ -30,6 +30,7 @@ from serve_app.transport.tcp import dial_tcp
 from shard_tools.signing import PublicKey
 
 EdgeMode = Literal["auto", "ray", "tcp"]
+DeliveryMode = Literal["auto", "always", "never"]
 Kind = EdgeKind | Literal["ray"]
 HEAD = "the head"
 
@@ -62,8 +63,9 @@ class Awaited:
     """An edge that the receiver of this is to let in."""
 
     edge: str
-    kind: EdgeKind
+    kind: Kind  # one of Ray's calls needs no letting in
     peer: Peer
+    signed: bool = False  # who sends signs for its rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class Joint:
     peer: Peer
     address: EdgeAddress | None  # None with Ray
     actor: Any  # None without
+    signed: bool = False  # as Awaited's
 
 
 class Joinable(Protocol):
@@ -113,8 +116,19 @@ def kind_between(mode: EdgeMode, a: Party, b: Party) -> Kind:
     return mode if on_ray else "tcp"
 
 
+def signed_between(mode: DeliveryMode, a: Party, b: Party) -> bool:
+    """Whether stage a signs for the rows that it sends to stage b: where it might be another operator's word."""
+    return mode == "always" or (mode == "auto" and not (a.ray_node and b.ray_node))
+
+
 async def wire(
-    mode: EdgeMode, epoch: int, head: Leader, stages: Sequence[Member], n_pages: int, max_requests: int
+    mode: EdgeMode,
+    epoch: int,
+    head: Leader,
+    stages: Sequence[Member],
+    n_pages: int,
+    max_requests: int,
+    deliveries: DeliveryMode = "auto",
 ) -> None:
     """Every edge of the pipeline is open when this returns. Raises PipelineError, RayError.
 
@@ -125,10 +139,12 @@ async def wire(
     actors = {HEAD: head.actor} | {stage.party.name: stage.stage.actor for stage in stages}
     pairs = [*itertools.pairwise(parties), *((party, head.party) for party in parties[1:])]
     awaited: dict[str, list[Awaited]] = {party.name: [] for party in parties}
+
+    def signs(a: Party, b: Party) -> bool:
+        return head.party not in (a, b) and signed_between(deliveries, a, b)
+
     for a, b in pairs:
-        kind = kind_between(mode, a, b)
-        if kind != "ray":
-            awaited[b.name].append(Awaited(_name(a, b, epoch), kind, _peer(a)))
+        awaited[b.name].append(Awaited(_name(a, b, epoch), kind_between(mode, a, b), _peer(a), signs(a, b)))
     found = await asyncio.gather(
         head.actor.listen.remote(awaited[HEAD]), *(s.stage.listen(awaited[s.party.name]) for s in stages)
     )
@@ -137,7 +153,8 @@ async def wire(
     def joint(a: Party, b: Party) -> Joint:
         kind = kind_between(mode, a, b)
         address = None if kind == "ray" else addresses[b.name]
-        return Joint(_name(a, b, epoch), kind, _peer(b), address, actors[b.name] if kind == "ray" else None)
+        actor = actors[b.name] if kind == "ray" else None
+        return Joint(_name(a, b, epoch), kind, _peer(b), address, actor, signs(a, b))
 
     await head.actor.connect.remote(joint(head.party, parties[1]))
     after = [*(joint(a, b) for a, b in itertools.pairwise(parties[1:])), None]
@@ -194,9 +211,13 @@ class EdgeSet:
 
         Raises PipelineError.
         """
-        if not awaited:
+        inlets = [
+            Inlet(a.edge, a.kind, a.peer, self._deliver, self._lost, self._max_bytes)
+            for a in awaited
+            if a.kind != "ray"
+        ]
+        if not inlets:
             return None
-        inlets = [Inlet(a.edge, a.kind, a.peer, self._deliver, self._lost, self._max_bytes) for a in awaited]
         tls = self._credentials() if any(a.kind == "tcp" for a in awaited) else None
         self._listener = EdgeListener(self._epoch, inlets, host, tls, port)
         return self._listener.address

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from serve_app.errors import ProtocolError
 from serve_app.messages.controls import NO_CONTROLS, Controls
 from shard_tools import canonical
-from shard_tools.canonical import Fields
+from shard_tools.canonical import Fields, Value
 from shard_tools.errors import FormatError
 
 OPEN = np.dtype(
@@ -202,6 +202,9 @@ class Roots:
     rows: int
     in_root: bytes
     out_root: bytes
+    # Envelopes, encoded, of Sent and Received (receipts/transit.py); empty where an edge goes without signatures.
+    sent: bytes = b""
+    received: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,11 +227,24 @@ class Fault:
     message: str
 
 
-Reply = StepResult | Roots | Signed | Fault
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The stage before did not sign for the rows of this sequence that came, or signed for others."""
+
+    epoch: int
+    stage: int  # that refuses them
+    seq: int
+    message: str
+    delivery: bytes  # what came instead, encoded; empty: nothing
+    proof: bytes  # a TransitProof, encoded; empty: none
+
+
+Reply = StepResult | Roots | Signed | Fault | Refused
 
 NO_STEP = (1 << 63) - 1  # in a Fault: not of a step that runs; the pipeline cannot go on
 _U32, _U64 = (1 << 32) - 1, (1 << 63) - 1
 MAX_REPLY_BYTES = 1 << 20
+_MAX_WORD = 32 << 10  # of what a stage signs about rows on their way: twice the largest proof
 _RESULT_MAGIC = 0x524D4C31  # its first byte on the wire, 0x31, begins no canonical map
 _RESULT = struct.Struct("<IIQI")  # magic, epoch, step, tokens
 _RESULT_START = _RESULT_MAGIC.to_bytes(4, "little")
@@ -240,9 +256,10 @@ def encode_reply(reply: Reply) -> bytes:
         case StepResult(epoch, step, tokens):
             # The one reply that comes with every step: as canonical values, 256 tokens cost 0.7 ms on their way.
             return _RESULT.pack(_RESULT_MAGIC, epoch, step, len(tokens)) + np.array(tokens, "<u4").tobytes()
-        case Roots(epoch, stage, seq, rows, in_root, out_root):
+        case Roots(epoch, stage, seq, rows, in_root, out_root, sent, received):
+            claims: dict[str, Value] = {k: v for k, v in (("sent", sent), ("got", received)) if v}
             return canonical.encode(
-                {"r": "roots", "e": epoch, "i": stage, "q": seq, "n": rows, "in": in_root, "out": out_root}
+                {"r": "roots", "e": epoch, "i": stage, "q": seq, "n": rows, "in": in_root, "out": out_root, **claims}
             )
         case Signed(epoch, stage, seq, statement):
             return canonical.encode({"r": "signed", "e": epoch, "i": stage, "q": seq, "b": statement})
@@ -250,6 +267,16 @@ def encode_reply(reply: Reply) -> bytes:
             # An error may quote a file name that is no Unicode: the Head must hear of it all the same.
             said = message[:2000].encode("utf-8", "replace").decode()
             return canonical.encode({"r": "fault", "e": epoch, "i": stage, "s": step, "m": said})
+        case Refused(epoch, stage, seq, message, delivery, proof):
+            fields: dict[str, Value] = {
+                "e": epoch,
+                "i": stage,
+                "q": seq,
+                "m": message[:2000],
+                "d": delivery,
+                "p": proof,
+            }
+            return canonical.encode({"r": "refused", **fields})
 
 
 def decode_reply(data: bytes) -> Reply:
@@ -262,11 +289,16 @@ def decode_reply(data: bytes) -> Reply:
             stage = f.integer("i", 0, 4096)
             if kind == "roots":
                 seq, rows = f.integer("q", 0, _U64), f.integer("n", 0, _U32)
-                return Roots(epoch, stage, seq, rows, f.data("in", 32, 32), f.data("out", 32, 32))
+                in_root, out_root = f.data("in", 32, 32), f.data("out", 32, 32)
+                sent, received = (f.data(k, 1, _MAX_WORD) if f.has(k) else b"" for k in ("sent", "got"))
+                return Roots(epoch, stage, seq, rows, in_root, out_root, sent, received)
             if kind == "signed":
                 return Signed(epoch, stage, f.integer("q", 0, _U64), f.data("b", 1, 1 << 16))
             if kind == "fault":
                 return Fault(epoch, stage, f.integer("s", 0, _U64), f.text("m", 2000))
+            if kind == "refused":
+                seq, message = f.integer("q", 0, _U64), f.text("m", 2000)
+                return Refused(epoch, stage, seq, message, f.data("d", 0, _MAX_WORD), f.data("p", 0, _MAX_WORD))
             raise ProtocolError(f"a reply of unknown kind {kind!r}")
     except FormatError as e:
         raise ProtocolError(f"not a stage's reply: {e}") from e

@@ -14,15 +14,10 @@ import itertools
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable
 
-from serve_app.errors import (
-    DeadlineError,
-    OverloadedError,
-    PipelineError,
-    ProtocolError,
-    RequestError,
-)
+from serve_app.errors import OverloadedError, PipelineError, ProtocolError, RequestError
 from serve_app.messages.events import Begun
 from serve_app.messages.request import (
     NONCE_BYTES,
@@ -33,14 +28,25 @@ from serve_app.messages.request import (
     RequestId,
     TokensEvent,
 )
-from serve_app.messages.step import Fault, Reply, Roots, Signed, StepPlan, StepResult, closing_plan, decode_reply
+from serve_app.messages.step import (
+    Fault,
+    Refused,
+    Reply,
+    Roots,
+    Signed,
+    StepPlan,
+    StepResult,
+    closing_plan,
+    decode_reply,
+)
 from serve_app.pipeline.assurance import Audits, NoAudits
+from serve_app.pipeline.disputes import of_refusal, of_roots
 from serve_app.pipeline.facts import PipelineFacts, require_servable
-from serve_app.pipeline.running import Running, load_of, mismatch, ticket_of
+from serve_app.pipeline.running import Running, bundle_of, load_of, mismatch, ticket_of, too_late
 from serve_app.receipts import rows_native
 from serve_app.receipts.commitment import request_hash
+from serve_app.receipts.evidence import Evidence
 from serve_app.receipts.identity import Session
-from serve_app.receipts.issue import issue
 from serve_app.scheduling.flights import flights_ahead, lookahead
 from serve_app.scheduling.scheduler import Committed, Scheduler
 from serve_app.transport.edge import Edge
@@ -52,7 +58,6 @@ from shard_tools.signing import Envelope
 _log = logging.getLogger(__name__)
 _MAX_STALLS = 3  # stages lost in a row while a request runs that draws nothing in between: it may be what kills them
 EXPIRY_MARGIN_S = 30  # a receipt signed later than this before the end might be refused by a clock that runs ahead
-ERROR_TYPE = "application/vnd.llmd.error.v1+dag-cbor"
 
 Sink = Callable[[Event], None]
 
@@ -83,6 +88,7 @@ class Head:
         self.tokens_drawn = 0
         self.receipts_issued = 0
         self.resumed = 0  # times that lost stages were replaced
+        self.proofs: deque[bytes] = deque(maxlen=64)  # the latest that convict a stage, for whoever keeps standings
 
     @property
     def rows_run(self) -> int:
@@ -220,7 +226,7 @@ class Head:
         over = self._scheduler.restart(self._facts.epoch)
         for seq, running in list(self._running.items()):
             if running.overdue:
-                self._end(seq, _too_late(running))
+                self._end(seq, too_late(running.request.id))
             elif running.reason is not None:
                 # All is told but the receipt, for which its rows must run again.
                 running.attempt += 1
@@ -295,6 +301,10 @@ class Head:
                 self._compare(reply)
             case Signed():
                 self._collect(reply)
+            case Refused():
+                refused = self._running.get(reply.seq)
+                if refused is not None and 0 < reply.stage < self._facts.n_stages:
+                    self._disagree(reply.seq, of_refusal(refused.hash, reply))
             case Fault():
                 if self._started.pop(reply.step, None) is None:
                     # Not in a step that runs: hashing or an ending went wrong, and whose is not known.
@@ -341,11 +351,17 @@ class Head:
         if wrong is None:
             self._scheduler.sign(roots.seq)
             return
-        evidence = self._session.seal(ERROR_TYPE, canonical.encode({"v": 1, "request": running.hash, "error": wrong}))
-        encoded = canonical.encode(evidence.to_value())
+        self._disagree(roots.seq, of_roots(running.hash, wrong, chain, self._facts.certificates))
+
+    def _disagree(self, seq: int, evidence: Evidence) -> None:
+        """Two stages have other rows of this request: it ends, and nobody begins with what pages hold of it."""
+        running = self._running[seq]
+        self.proofs.extend([evidence.proof] if evidence.proof else [])
+        self._scheduler.stop(seq, "cancelled")
         self._scheduler.distrust()
-        self._end(roots.seq, FailedEvent(running.request.id, "integrity", wrong, encoded))
-        self._send(closing_plan(self._facts.epoch, roots.seq, roots.rows), b"")
+        self._end(seq, FailedEvent(running.request.id, "integrity", evidence.error, evidence.seal(self._session)))
+        if running.reason is not None:  # else the scheduler has the stages forget it, when nothing of it is in flight
+            self._send(closing_plan(self._facts.epoch, seq, 0), b"")
 
     def _collect(self, signed: Signed) -> None:
         running = self._ended(signed)
@@ -356,22 +372,11 @@ class Head:
             running.statements[signed.stage] = Envelope.from_value(value, "statement", 1 << 16)
             if len(running.statements) < self._facts.n_stages:
                 return
-            assert running.reason in ("stop", "length")
-            bundle = issue(
-                running.request,
-                running.tokens,
-                running.reason,
-                statements=[running.statements[i] for i in range(self._facts.n_stages)],
-                certificates=self._facts.certificates,
-                registry=self._facts.registry,
-                session=self._session,
-                node_nonce=running.node_nonce,
-                now_ms=time.time_ns() // 1_000_000,
-                attempt=running.attempt,
-            )
+            bundle = bundle_of(running, self._facts, self._session)
         except LlmdError as e:
             self._end(signed.seq, FailedEvent(running.request.id, "integrity", f"no receipt can be issued: {e}"))
             return
+        assert running.reason is not None, "_ended has asked"
         self.receipts_issued += 1
         self._end(signed.seq, FinishedEvent(running.request.id, running.reason, bundle.encode()))
 
@@ -382,7 +387,7 @@ class Head:
         if running.reason is not None and self._lost is None:
             return  # all is told but the receipt, which comes at once; the stages would wait for the word to sign
         self._scheduler.stop(seq, "cancelled")
-        self._end(seq, _too_late(running))
+        self._end(seq, too_late(running.request.id))
         self._pump()
 
     def _end(self, seq: int, event: Event) -> None:
@@ -392,7 +397,3 @@ class Head:
         del self._by_id[running.request.id]
         self._audits.ended(running.request, event.receipt if isinstance(event, FinishedEvent) else b"")
         running.sink(event)
-
-
-def _too_late(running: Running) -> FailedEvent:
-    return FailedEvent(running.request.id, "deadline", str(DeadlineError()))

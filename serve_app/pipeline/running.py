@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from serve_app.errors import DeadlineError
 from serve_app.messages.events import Begun
-from serve_app.messages.request import Event, FinishReason, GenerationRequest
+from serve_app.messages.request import Event, FailedEvent, FinishReason, GenerationRequest, RequestId
 from serve_app.messages.step import Roots
+from serve_app.pipeline.facts import PipelineFacts
+from serve_app.receipts.bundle import Bundle
 from serve_app.receipts.commitment import sampling_key
+from serve_app.receipts.identity import Session
+from serve_app.receipts.issue import issue
 from serve_app.receipts.rows import ids_root
 from serve_app.scheduling.scheduler import Scheduler
 from serve_app.scheduling.sequence import Ticket
@@ -67,6 +73,28 @@ def ticket_of(seq: int, running: Running) -> Ticket:
         running.reason if running.reason in ("stop", "length") else None,
         running.attempt,
     )
+
+
+def bundle_of(running: Running, facts: PipelineFacts, session: Session) -> Bundle:
+    """Its receipt, once every stage has signed. Raises LlmdError if what they signed does not fit."""
+    assert running.reason in ("stop", "length")
+    return issue(
+        running.request,
+        running.tokens,
+        running.reason,
+        statements=[running.statements[i] for i in range(facts.n_stages)],
+        certificates=facts.certificates,
+        registry=facts.registry,
+        session=session,
+        node_nonce=running.node_nonce,
+        now_ms=time.time_ns() // 1_000_000,
+        attempt=running.attempt,
+    )
+
+
+def too_late(id: RequestId) -> FailedEvent:
+    """Its time is over."""
+    return FailedEvent(id, "deadline", str(DeadlineError()))
 
 
 def mismatch(manifest: Cid, running: Running, chain: Sequence[Roots]) -> str | None:

@@ -17,12 +17,14 @@ import time
 from dataclasses import dataclass, replace
 
 from serve_app.engine.engine import Engine, KeepsRows, Launched, Lent
-from serve_app.errors import PipelineError
+from serve_app.errors import PipelineError, ProtocolError
 from serve_app.messages.step import NO_STEP, Fault, Reply, StepPlan, StepResult, encode_reply, forgetting_plan
+from serve_app.pipeline.deliveries import Deliveries, DeliveryTerms
 from serve_app.pipeline.pace import Pace
 from serve_app.pipeline.progress import FLOOR_S, GPU_FLOOR_S, Progress
 from serve_app.pipeline.retention import Retention
 from serve_app.pipeline.witness import StageSpan, Witness
+from serve_app.receipts.delivery import is_delivery_note
 from serve_app.receipts.statement import StatementChain
 from serve_app.transport.edge import Edge, Rows
 
@@ -56,13 +58,16 @@ class Stage:
         epoch: int,
         hashed: bool | None = None,
         retention: Retention | None = None,
+        deliveries: DeliveryTerms | None = None,
     ) -> None:
         """hashed: what engine.hash_rows has said to a Stage before this one. None: it is asked now.
 
         retention: keeps the rows, unless the engine hashes them itself and cannot bring them to the host as well.
+        deliveries: where rows are signed for on their way; None: nowhere.
         """
         self._engine, self._span, self._next, self._head, self._epoch = engine, span, next, head, epoch
         self._head_lock = threading.Lock()  # the witness and the collector speak to the Head too
+        self._next_lock = threading.Lock()  # and where deliveries are signed, the witness to the next stage
         if hashed is None:
             hashed = engine.hash_rows(span.inlet.leaf_prefix, span.outlet.leaf_prefix, hand_on=next is not None)
         self.hashed = hashed
@@ -75,7 +80,20 @@ class Stage:
         self.retention = retention
         if self.retention is not None:
             self.retention.begin(span.stage, page_size)
-        self.witness = Witness(span, chain, self._reply, page_size=page_size, hashed=hashed, retention=self.retention)
+        self.deliveries: Deliveries | None = None
+        if deliveries is not None and deliveries.any:
+            self.deliveries = Deliveries(
+                deliveries, span.manifest, span.stage, chain.session, self._reply, self._send_note
+            )
+        self.witness = Witness(
+            span,
+            chain,
+            self._reply,
+            page_size=page_size,
+            hashed=hashed,
+            retention=self.retention,
+            deliveries=self.deliveries,
+        )
         self._inbox: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUED)
         self._flights: queue.Queue[_Flight | None] = queue.Queue(MAX_LAUNCHED)
         self.progress = Progress(FLOOR_S if engine.profile.device == "cpu" else GPU_FLOOR_S)
@@ -138,6 +156,9 @@ class Stage:
         self._flights.put(None)
 
     def _launch(self, message: bytes) -> None:
+        if is_delivery_note(message):
+            self._deliver_note(message)
+            return
         plan, rows = StepPlan.decode(message)
         if plan.epoch != self._epoch:
             return  # of a pipeline that was: its Head no longer counts on an answer
@@ -154,6 +175,12 @@ class Stage:
         if self._early:
             flight = self._hand_on_early(flight)
         self._flights.put(flight)
+
+    def _deliver_note(self, note: bytes) -> None:
+        if self.deliveries is None:
+            raise ProtocolError("a delivery note came, where no rows are signed for on their way")
+        self.deliveries.heard(note)
+        self.witness.look()
 
     def _hand_on_early(self, flight: _Flight) -> _Flight:
         if flight.failed is not None:
@@ -173,12 +200,19 @@ class Stage:
         """To the next stage; rows None: the step failed here."""
         assert self._next is not None
         try:
-            if rows is None:
-                self._next.send(plan.endings().encode(b""))
-            else:
-                self._next.send(plan.encode(b""), rows)
+            with self._next_lock:
+                if rows is None:
+                    self._next.send(plan.endings().encode(b""))
+                else:
+                    self._next.send(plan.encode(b""), rows)
         except PipelineError as e:
             self._reply(Fault(plan.epoch, self._span.stage, plan.step, f"the next stage is gone: {e}"))
+
+    def _send_note(self, note: bytes) -> None:
+        """Behind the step that it is for, which was handed on before the witness saw it."""
+        assert self._next is not None, "nobody follows"
+        with self._next_lock:
+            self._next.send(note)
 
     def _collect_all(self) -> None:
         while (flight := self._flights.get()) is not None:

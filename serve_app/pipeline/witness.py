@@ -7,10 +7,12 @@ does a span that begins before rows which ran: these were guesses, and wrong, an
 it tell the Head both roots; only when the Head says that all stages' roots match does it sign.
 What a KV page holds is remembered by the roots of its rows: a sequence that opens behind pages which an earlier one
 filled begins its trees with their roots. They are of the bytes that this stage itself received and sent at that time.
+Where deliveries are signed (deliveries.py), both sides say with each step what its sequences have come to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -23,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from serve_app.engine.engine import StepOutput
-from serve_app.messages.step import ABANDON, MAX_GUESSES, NO_STEP, SEAL, Fault, Reply, Roots, Signed, StepPlan
+from serve_app.messages.step import ABANDON, MAX_GUESSES, NO_STEP, SEAL, Fault, Reply, Signed, StepPlan
+from serve_app.pipeline.deliveries import Deliveries, covered_by, ended
 from serve_app.pipeline.retention import Retention
 from serve_app.receipts import rows_native
 from serve_app.receipts.rows import PAGE_ROWS, Boundary, RowTree, ids_boundary, leaves_of, page_roots
@@ -34,6 +37,7 @@ from shard_tools.cid import Cid
 _RING = 2 * PAGE_ROWS  # the page that fills and the one before it, whose rows may turn out void
 BEHIND = 2  # steps: what DESIGN 2.7 allows between a row leaving and its hash
 _MAX_UNSIGNED = 4096  # closed sequences kept for a signature that never came (a Head that died)
+_LOOK = None, None  # no step: look whether a signature has come
 _log = logging.getLogger(__name__)
 
 Leaves = npt.NDArray[np.uint8]
@@ -86,6 +90,7 @@ class Witness:
         page_size: int,
         hashed: bool = False,
         retention: Retention | None = None,
+        deliveries: Deliveries | None = None,
     ) -> None:
         """page_size: of the engine's KV pages; unless it is a multiple of PAGE_ROWS, none can be reused.
 
@@ -97,7 +102,8 @@ class Witness:
             self._page_blocks = 0
         self._span, self._chain, self._reply, self._hashed = span, chain, reply, hashed
         self._retention = retention
-        self._work: queue.Queue[tuple[StepPlan, StepOutput | None] | None] = queue.Queue(BEHIND)
+        self._deliveries = deliveries or Deliveries.nowhere(span.manifest, span.stage, chain.session, reply)
+        self._work: queue.Queue[tuple[StepPlan | None, StepOutput | None] | None] = queue.Queue(BEHIND)
         self._open: dict[int, _Trees] = {}
         # By KV page: the roots, in and out, of the pages of rows in it, while it holds them.
         self._roots: dict[int, list[tuple[bytes, bytes]]] = {}
@@ -120,15 +126,23 @@ class Witness:
         """A step failed: its rows will never be known, so nothing that needs them is signed."""
         self._work.put((plan, None))
 
+    def look(self) -> None:
+        """What the stage before signed for a step has come."""
+        with contextlib.suppress(queue.Full):  # else it is looked at behind what waits
+            self._work.put_nowait(_LOOK)
+
     def close(self) -> None:
         """Work off what is queued, then stop."""
         self._work.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        while (item := self._work.get()) is not None:
+        while (item := self._deliveries.next_of(self._work, _LOOK)) is not None:
             plan, output = item
             try:
+                if plan is None:
+                    self._refuse(self._deliveries.look())
+                    continue
                 if output is None:
                     for seq in plan.spans["seq"].tolist():
                         # Not forgotten: its answer may have ended before these rows, which are void then.
@@ -138,11 +152,12 @@ class Witness:
                     self._hash(plan, output)
                 if self._retention is not None:
                     self._retention.saw(plan, output)
-                self._end_and_sign(plan)
+                self._end_and_sign(plan, ran=output is not None)
             except Exception as e:
-                _log.exception("stage %d could not witness step %d", self._span.stage, plan.step)
+                epoch, step = (plan.epoch, plan.step) if plan else (self._chain.session.epoch, NO_STEP)
+                _log.exception("stage %d could not witness step %d", self._span.stage, step)
                 # Of no step: what it would have ended or signed is lost with it, and the step itself may run yet.
-                self._reply(Fault(plan.epoch, self._span.stage, NO_STEP, f"hashing or signing failed: {e}"))
+                self._reply(Fault(epoch, self._span.stage, NO_STEP, f"hashing or signing failed: {e}"))
 
     def _hash(self, plan: StepPlan, output: StepOutput) -> None:
         for item in plan.opens:
@@ -284,32 +299,43 @@ class Witness:
         self._free += range(2 * old - 1, old, -1)
         return old
 
-    def _end_and_sign(self, plan: StepPlan) -> None:
+    def _end_and_sign(self, plan: StepPlan, *, ran: bool) -> None:
+        covered = covered_by(plan, self._open, self._latest, self._deliveries.terms) if ran else []
         for seq, rows, seal in plan.closes.tolist():
-            self._end(plan.epoch, seq, rows, seal)
+            trees = self._end(seq, rows, seal)
+            if trees is not None:
+                covered.append(ended(seq, trees))
+        self._refuse(self._deliveries.stepped(plan.step, covered))
         for seq in plan.signs.tolist():
             self._sign(plan.epoch, seq)
 
-    def _end(self, epoch: int, seq: int, rows: int, seal: int) -> None:
+    def _refuse(self, seqs: list[int]) -> None:
+        """The rows of these are not what was signed for: they are not hashed on, and never signed for here."""
+        for seq in seqs:
+            self._closed.pop(seq, None)
+            if seq in self._open:
+                self._open[seq].lost = True
+
+    def _end(self, seq: int, rows: int, seal: int) -> _Trees | None:
+        """A sequence ends; its trees, where the Head is to be told of them."""
         self._closed.pop(seq, None)
         trees = self._forget(seq)
         if trees is None:
-            return
+            return None
         seen = int(self._seen[trees.slot])
         if seal == ABANDON:
             self.rows_abandoned += min(rows, seen) - trees.reused
-            return
+            return None
         self.rows_hashed += min(rows, seen) - trees.reused
         self.rows_reused += trees.reused
         if seal != SEAL:
-            return
+            return None
         self._complete(trees, min(rows, seen))
         trees.ended_ms = _now_ms()
         self._closed[seq] = trees
         if len(self._closed) > _MAX_UNSIGNED:
             self._closed.popitem(last=False)
-        inlet, outlet = trees.inlet, trees.outlet
-        self._reply(Roots(epoch, self._span.stage, seq, len(inlet), inlet.root(), outlet.root()))
+        return trees
 
     def _complete(self, trees: _Trees, rows: int) -> None:
         """The trees hold the first `rows` rows of the sequence."""

@@ -112,6 +112,22 @@ class RowTree:
         self._count += PAGE_ROWS
         self._next += PAGE_ROWS
 
+    def root_behind(self, page: bytes | None, leaves: bytes) -> bytes:
+        """As `root`, if a page of this root followed (None: none), then these leaves, fewer than a page has.
+
+        The rows so far must be whole pages. Nothing is kept.
+        """
+        assert self._count % PAGE_ROWS == 0 and len(leaves) < 32 * PAGE_ROWS, "a part of a page behind a part of one"
+        roots, filled = list(self._roots), self._count // PAGE_ROWS
+        if page is not None:
+            while filled & 1:
+                page = hashlib.sha256(b"\1" + roots.pop() + page).digest()
+                filled >>= 1
+            roots.append(page)
+        if leaves:
+            roots.append(tree_root([leaves[i : i + 32] for i in range(0, len(leaves), 32)]))
+        return _fold(roots)
+
     def _grow(self, leaves: list[bytes]) -> None:
         sha256, roots, count = hashlib.sha256, self._roots, self._count
         for node in leaves:

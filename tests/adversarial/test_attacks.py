@@ -27,11 +27,14 @@ from serve_app.engine.dishonest_sampler import DISHONEST_SAMPLERS
 from serve_app.errors import AuditError, ReceiptError
 from serve_app.messages.record import StageRecord
 from serve_app.messages.request import Sampling
+from serve_app.messages.step import Refused
+from serve_app.pipeline.disputes import of_refusal
 from serve_app.receipts.check import Expected, check, check_against_manifest
 from serve_app.receipts.log import require_grown
 from serve_app.receipts.receipt import RECEIPT_TYPE, Receipt
 from serve_app.receipts.rows import Boundary, RowTree, ids_bytes, ids_root
 from serve_app.receipts.statement import StatementChain
+from serve_app.receipts.transit import decide
 from serve_app.rehearsal import Rehearsed
 from shard_tools import canonical
 from shard_tools.cid import Cid, Codec
@@ -53,11 +56,10 @@ from tests.serve_app.audit.rehearsed import (
 from tests.serve_app.receipts.pipeline_of_three import NONCE, NOW_S, Cluster, a_request
 from tests.serve_app.receipts.test_check import CLUSTER, HONEST, LATER_S, changed, refused, resign, with_statements
 from tests.serve_app.receipts.test_log import HEADS, LOG, log_of
+from tests.serve_app.receipts.test_transit import RECEIVER, SENDER, SEQ, note, opened, part, receiver, sender
 
 # Number of the attack -> what of it is not decided yet, and what is missing. All else of it is played below.
 NOT_BUILT = {
-    7: "FAULT of the sender or receiver: delivery signatures; today the request ends and nobody is named",
-    8: "FAULT of the receiver: delivery signatures; the same",
     11: "blaming one node: stages do not sign what they drew, so the verdict names the last stage and the Head",
     12: "the same",
     17: "copying a replica's output: there are no replicated requests yet; copying a verdict is refused",
@@ -65,7 +67,7 @@ NOT_BUILT = {
     21: "deletion of rows that nobody promised: counted, not blamed; promised ones and wrong bytes are judged",
     24: "canaries for lazy auditors",
 }
-GAPS = {29, 32}  # 29: by tolerance; closed where bits are held to
+GAPS = {7, 29, 32}  # 7: who refuses rows names their sender and convicts nobody; 29: by tolerance
 
 
 def finding(one: Rehearsed, stage: int) -> str:
@@ -147,12 +149,38 @@ def test_06_a_token_put_into_the_prompt() -> None:
 
 
 def test_07_rows_altered_on_their_way() -> None:
-    """Both signed what they saw: the roots differ, and there is no receipt (test_pipeline plays it alive)."""
+    """Both signed what they saw: the roots differ, and there is no receipt (test_pipeline plays it alive).
+
+    Where rows are signed for on their way, their receiver refuses them and the sender's word is shown; it convicts the
+    sender only if that said two things (test_deliveries plays both alive).
+    """
     refused(with_statements(changed(1, in_root=bytes(32))), "statement 1: its in_root")
+    blame = decide(SEQ, sender(b"f" * 32), receiver())
+    assert blame is not None and blame.proof is not None and blame.proof.convicted() == SENDER.node
+    with pytest.raises(ReceiptError, match="nobody is convicted"):
+        dataclasses.replace(blame.proof, claim=Envelope.from_value(_said(sender().claim), "claim", 8192)).convicted()
+
+
+def test_07_gap_of_a_sender_whose_receiver_refuses() -> None:
+    """Open by nature: one that signs for other rows than it sends, or a receiver that says so. Nothing goes on."""
+    said = Refused(4, 1, SEQ, "it signed for other rows than came", b"shown", b"")
+    evidence = of_refusal(bytes(32), said)
+    assert "stage 1 refuses the rows of stage 0" in evidence.error and not evidence.proof
+    forged = of_refusal(bytes(32), dataclasses.replace(said, proof=b"junk"))
+    assert not forged.proof and "proves nothing" in forged.error
 
 
 def test_08_a_receiver_that_claims_another_input() -> None:
+    """It has the delivery of what was sent, and no other: its own claim convicts it."""
     refused(with_statements(changed(2, in_root=b"x" * 32)), "statement 2: its in_root")
+    blame = decide(SEQ, sender(), receiver(b"f" * 32, opened(note(part()))))
+    assert blame is not None and blame.stage == 1
+    assert blame.proof is not None and blame.proof.convicted() == RECEIVER.node
+    assert after_proof(Standing(), "it").state is State.QUARANTINED
+
+
+def _said(encoded: bytes) -> canonical.Value:
+    return canonical.decode(encoded, max_bytes=1 << 16)
 
 
 def test_09_the_cache_of_one_position_poisoned() -> None:

@@ -28,12 +28,17 @@ def test_receipts_are_left_out_of_one_pipeline_and_not_of_the_other(model: Publi
     assert 0 < figures["witness_share_of_cpu_percent"] < 100
 
 
+def test_signatures_for_rows_on_their_way_are_made_in_one_pipeline_and_not_in_the_other(model: PublishedModel) -> None:
+    signed = asyncio.run(receipts_cost.delivering(model, 2, pairs=2, n=3, tokens=6))
+    assert signed["delivery_ratio_lowest"] <= signed["delivery_ratio_median"] <= signed["delivery_ratio_highest"]
+
+
 def test_receipts_of_44_and_of_2000_rows_are_checked(model: PublishedModel) -> None:
     kept = asyncio.run(receipts_cost.keeping(model, 2, rounds=2, n=3, tokens=6))
     assert 0 < kept["retention_share_of_cpu_percent"] < 100 and kept["retained_bytes_per_stage"] > 0
     cost = asyncio.run(receipts_cost.auditing(model, 2, n=3, tokens=6))
     assert cost["served_cpu_ms_a_row"] > 0 < cost["audited_cpu_ms_a_row"]
-    times = asyncio.run(receipts_cost.check_times(model, repeats=3))
+    times = asyncio.run(receipts_cost.check_times(model, repeats=9))
     assert set(times) == {"44_rows", "2000_rows"}
     assert 0 < times["44_rows"]["p50"] < times["2000_rows"]["p50"]
 

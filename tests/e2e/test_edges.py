@@ -15,9 +15,11 @@ from tests.e2e.cluster import NAME, Cluster, eventually
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 
-def serving(edges: str) -> Cluster:
+def serving(edges: str, deliveries: str = "auto") -> Cluster:
     def choose(document: dict[str, Any]) -> None:
-        document["applications"][0]["args"]["pipeline"]["edges"] = edges
+        args = document["applications"][0]["args"]
+        args["pipeline"]["edges"] = edges
+        args.setdefault("audit", {})["deliveries"] = deliveries
 
     cluster = Cluster(choose)
     cluster.start("llmd", "serve", str(cluster.config), "--new-ray")
@@ -46,11 +48,17 @@ def test_over_tls_a_stopped_stage_is_replaced_and_the_stream_goes_on() -> None:
 
 
 def test_over_rays_own_calls_it_answers_too() -> None:
-    """The fallback, and the reference."""
-    cluster = serving("ray")
+    """The fallback, and the reference; with signatures for rows on their way, which a cluster makes if told to."""
+    cluster = serving("ray", "always")
     try:
         cluster.wait_until_ready()
         request = {"model": NAME, "prompt": "a", "max_tokens": 8}
         assert httpx.post(f"{cluster.url}/v1/completions", json=request, timeout=60).json()["llmd"]["receipt"]
+
+        def checked() -> int:
+            stages = cluster.state()["pipelines"][0]["stages"]  # none yet, for a moment
+            return sum(stage.get("deliveries_checked", 0) for stage in stages)
+
+        assert eventually(lambda: checked() >= 8, 20)
     finally:
         cluster.close()

@@ -137,6 +137,13 @@ def test_it_serves_and_signs_with_its_own_key(outside: Outside) -> None:
     assert outside.stages()[1]["outside"] == f"{outside.far.address}:{outside.port}"
 
 
+def test_rows_are_signed_for_between_the_two_operators(outside: Outside) -> None:
+    """Stage 0 signs for what it sends out of the cluster, each step; stage 1 answers for nothing that is not."""
+    before = outside.stages()[0].get("deliveries_signed", 0)
+    _text(outside.client.completions.create(model=NAME, prompt="b", max_tokens=8, stream=True))
+    assert eventually(lambda: outside.stages()[0].get("deliveries_signed", 0) >= before + 8, 10)
+
+
 def test_a_link_that_is_cut_for_ten_seconds_is_a_pause(outside: Outside, undisturbed: str) -> None:
     """The stream waits and goes on with the same text; the same process takes its place again, its layers loaded."""
     epoch, before = outside.epoch(), outside.stages()[1]

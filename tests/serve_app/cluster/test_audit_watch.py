@@ -20,11 +20,13 @@ from serve_app.cluster.stage_handle import RayStage
 from serve_app.receipts.equivocation import Equivocation
 from serve_app.receipts.identity import NodeIdentity
 from serve_app.receipts.statement import StatementChain
+from serve_app.receipts.transit import decide
 from shard_tools import canonical
 from shard_tools.cid import Cid, Codec
 from shard_tools.signing import PublicKey, Signer
 from shard_tools.trust import TrustPolicy
 from tests.serve_app.receipts.pipeline_of_three import Cluster, a_request
+from tests.serve_app.receipts.test_transit import SENDER, SEQ, receiver, sender
 
 NODES = [NodeIdentity(Signer.from_seed(bytes([i]) * 32)) for i in range(3)]
 CID = Cid.of(Codec.DAG_CBOR, b"")
@@ -145,6 +147,22 @@ def test_a_proof_of_two_stories_quarantines_whoever_brings_it(tmp_path: Path) ->
     assert book.of(node).serves and book.read_to == 1
     own._hear(book, News(2, node, 1, b"", "two stories", False, proof.encode()), node)
     assert not book.of(node).serves and book.quarantined() == {node}
+
+
+def test_a_proof_about_rows_on_their_way_quarantines_once(tmp_path: Path) -> None:
+    """A node that the operator has readmitted is not convicted again by what it was convicted by before."""
+    own = watch(tmp_path, None)
+    book = own._book
+    assert book is not None
+    blame = decide(SEQ, sender(b"f" * 32), receiver())
+    assert blame is not None and blame.proof is not None
+    proof, folder = blame.proof.encode(), tmp_path / "transit"
+    own._convict(book, folder, [b"junk", proof[:-1], proof])
+    assert book.quarantined() == {SENDER.node} and [f.read_bytes() for f in folder.iterdir()] == [proof]
+    assert "delivered other rows" in book.of(SENDER.node).reason
+    book.readmit(SENDER.node)
+    own._convict(book, folder, [proof])
+    assert book.of(SENDER.node).serves
 
 
 def test_the_standing_of_a_node_is_one_for_all_pipelines_and_each_is_told_of_its_own_stages(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,6 +49,8 @@ ORDERS: list[Order] = [
     Listen(7, (Awaited("stage 0 > stage 1 (7)", "tcp", Peer("stage 0", KEY, 0)),)),
     Connect(7, HEAD, None, 100, 64),
     Connect(7, HEAD, HEAD, 100, 64),
+    Listen(7, (Awaited("stage 0 > stage 1 (7)", "tcp", Peer("stage 0", KEY, 0), True),)),
+    Connect(7, HEAD, replace(HEAD, signed=True), 100, 64),
     TellTrouble(7),
 ]
 

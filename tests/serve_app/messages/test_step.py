@@ -21,6 +21,7 @@ from serve_app.messages.step import (
     OPEN,
     SPAN,
     Fault,
+    Refused,
     Reply,
     Roots,
     Signed,
@@ -30,6 +31,7 @@ from serve_app.messages.step import (
     decode_reply,
     encode_reply,
 )
+from shard_tools import canonical
 
 CONTROLLED = (
     Sampling(min_p_micro=50_000),
@@ -133,15 +135,25 @@ REPLIES = st.one_of(
         u32,
         st.binary(min_size=32, max_size=32),
         st.binary(min_size=32, max_size=32),
+        st.binary(max_size=99),
+        st.binary(max_size=99),
     ),
     st.builds(Signed, u32, st.integers(0, 99), u32, st.binary(min_size=1, max_size=99)),
     st.builds(Fault, u32, st.integers(0, 99), u32, st.text(max_size=99)),
+    st.builds(
+        Refused, u32, st.integers(0, 99), u32, st.text(max_size=99), st.binary(max_size=99), st.binary(max_size=99)
+    ),
 )
 
 
 @given(REPLIES)
 def test_a_reply_comes_back(reply: Reply) -> None:
     assert reply == decode_reply(encode_reply(reply))
+
+
+def test_roots_are_told_as_ever_where_nobody_signs_for_rows_on_their_way() -> None:
+    fields = canonical.decode(encode_reply(Roots(1, 2, 3, 4, bytes(32), bytes(32))), max_bytes=1000)
+    assert isinstance(fields, dict) and sorted(fields) == ["e", "i", "in", "n", "out", "q", "r"]
 
 
 def test_endings_of_a_failed_step_keep_what_closes_and_what_is_to_be_signed() -> None:

@@ -26,8 +26,8 @@ from serve_app.messages.request import (
     fresh_salt,
 )
 from serve_app.messages.step import StepPlan, StepResult, encode_reply
-from serve_app.pipeline.head import ERROR_TYPE
 from serve_app.receipts.check import check, check_against_manifest
+from serve_app.receipts.evidence import ERROR_TYPE
 from shard_tools import canonical
 from shard_tools.cid import Cid, Codec
 from shard_tools.manifest import Manifest

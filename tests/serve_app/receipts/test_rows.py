@@ -129,6 +129,18 @@ def test_a_tree_may_take_the_root_of_a_page_for_its_rows(before: int, known: lis
     assert tree.root() == rfc_root(leaves) and len(tree) == len(rows)
 
 
+@given(st.integers(0, 9), st.booleans(), st.integers(0, PAGE_ROWS - 1))
+def test_the_root_of_what_may_follow_is_known_without_its_following(pages: int, full: bool, after: int) -> None:
+    rows = rows_of((pages + full) * PAGE_ROWS + after)
+    leaves = [leaf(BOUNDARY, i, row) for i, row in enumerate(rows)]
+    tree = RowTree(BOUNDARY)
+    tree.append(0, b"".join(rows[: pages * PAGE_ROWS]))
+    before = tree.root()
+    page = tree_root(leaves[pages * PAGE_ROWS : (pages + 1) * PAGE_ROWS]) if full else None
+    assert tree.root_behind(page, b"".join(leaves[(pages + full) * PAGE_ROWS :])) == rfc_root(leaves)
+    assert tree.root() == before and len(tree) == pages * PAGE_ROWS
+
+
 def test_a_page_behind_half_a_page_or_out_of_place_is_our_own_mistake() -> None:
     tree = RowTree(BOUNDARY)
     tree.append(0, bytes(BOUNDARY.row_bytes * PAGE_ROWS))
