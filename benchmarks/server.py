@@ -76,7 +76,10 @@ class OwnServer:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",  # Ray's own ports run whatever code is sent to them
             "RAY_AUTH_TOKEN_PATH": str(root / "token"),
-            "PYTHONPATH": str(Path(__file__).parents[1]),  # this checkout, whatever is installed
+            # This checkout, whatever is installed.
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]).rstrip(
+                ":"
+            ),
         }
         self._process: subprocess.Popen[bytes] | None = None
         self._nodes, self._ray_port, self._dashboard = nodes, free_port(), free_port()

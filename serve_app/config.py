@@ -196,6 +196,10 @@ class PipelineConfig:
     speculate: Annotated[int, Field(ge=0, le=8)] = 0  # 8: messages/step.py
     threads_per_stage: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"  # auto: a fair share
     gpus_per_stage: Annotated[float, Field(gt=0, le=1)] = 1.0  # only on cuda; less than 1 shares a GPU, as in tests
+    # a stage that has become four times slower than its own pace while the others have not is told of. replace: a spare
+    # takes its place, once it has spent crawl_s of its steps so. report: where hosts are shared it may pass by itself
+    crawl: Literal["report", "replace"] = "report"
+    crawl_s: Annotated[float, Field(ge=9, le=86_400)] = 30.0  # the first 9 s pass before it is told of
     # how rows go from stage to stage. auto: shared memory on one host, TLS between hosts; tcp: TLS everywhere; ray:
     # Ray's actor calls, at many times the cost (benchmarks/edges.py), neither encrypted nor pinned to the registry
     edges: Literal["auto", "ray", "tcp"] = "auto"

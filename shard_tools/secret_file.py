@@ -20,5 +20,9 @@ def create(path: Path, what: str, text: str) -> None:
         raise InputError(f"{path} exists; a key is never overwritten. Copy it to the other nodes as it is.") from None
     except OSError as e:
         raise InputError(f"cannot write the {what} {path}: {e.strerror}") from e
-    with os.fdopen(fd, "w") as f:
-        f.write(text)
+    try:
+        with os.fdopen(fd, "w") as f:
+            f.write(text)
+    except OSError as e:
+        path.unlink()  # half a key would be in the way of a whole one
+        raise InputError(f"cannot write the {what} {path}: {e.strerror}. Make room on its disk") from e

@@ -9,6 +9,7 @@ Source: https://github.com/secure-systems-lab/dsse/blob/master/protocol.md
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -95,22 +96,28 @@ class Signer:
 
     @classmethod
     def load_or_create(cls, path: Path) -> Signer:
-        """The signer of `path`, made there with mode 0600 if absent; two processes at once get the same key."""
+        """The signer of `path`, made there with mode 0600 if absent; two processes at once get the same key.
+
+        Raises InputError.
+        """
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             pem = Ed25519PrivateKey.generate().private_bytes(
                 serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
             )
             fresh = path.with_name(f".{path.name}.{os.getpid()}")
-            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(fd, "wb") as f:
-                f.write(pem)
             try:
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+                with os.fdopen(fd, "wb") as f:
+                    f.write(pem)
                 os.link(fresh, path)  # fails if another process was first, and then its key is the key
             except FileExistsError:
                 pass
+            except OSError as e:
+                raise InputError(f"cannot write the private key {path}: {e.strerror}. Make room on its disk") from e
             finally:
-                fresh.unlink()
+                with suppress(OSError):
+                    fresh.unlink()
         return cls.load(path)
 
     def sign(self, payload_type: str, payload: bytes) -> bytes:

@@ -23,6 +23,23 @@ _log = logging.getLogger(__name__)
 _LENGTH = struct.Struct("<I")
 
 
+def append_whole(path: Path, data: bytes, unit: int = 1) -> None:
+    """All of it stands at the end of the file, or none: what comes later must not stand behind half a piece.
+
+    unit: bytes of a piece; what is torn already is cut off first. Raises OSError.
+    """
+    with path.open("ab", buffering=0) as f:
+        end = f.tell() - f.tell() % unit
+        f.truncate(end)
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[f.write(left) :]
+        except OSError:
+            f.truncate(end)
+            raise
+
+
 class AnswerFile:
     """One auditor's. `add` may be called by any thread."""
 
@@ -43,8 +60,7 @@ class AnswerFile:
             try:
                 if self._path.exists() and self._path.stat().st_size + len(data) > self._max_bytes:
                     self._path.replace(self._old)
-                with self._path.open("ab") as f:
-                    f.write(_LENGTH.pack(len(data)) + data)
+                append_whole(self._path, _LENGTH.pack(len(data)) + data)
             except OSError as e:
                 _log.error("what was found of %s is not kept in %s: %s", case.id, self._path, e.strerror)
 
@@ -63,9 +79,7 @@ class AnswerFile:
         if not told:
             return
         try:
-            with self._secrets.open("ab") as f:
-                f.truncate(f.tell() - f.tell() % SECRET_BYTES)  # of a process that died while it wrote
-                f.write(told)
+            append_whole(self._secrets, told, SECRET_BYTES)
         except OSError as e:
             _log.error("secrets of draws are not kept in %s: %s", self._secrets, e.strerror)
 

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve_app.audit.answer_file import AnswerFile
+from serve_app.audit.answer_file import AnswerFile, append_whole
 from serve_app.audit.case import WAITING, Case, Look, client_id, verdict_value
 from serve_app.audit.desk import Drawn, Note
 from serve_app.audit.draw import secret_commitment
@@ -354,8 +354,11 @@ class AuditOffice:
             raise
 
     def _save(self, sealed: bytes) -> None:
-        with (self._folder / "verdicts").open("ab") as f:
-            f.write(_LENGTH.pack(len(sealed)) + sealed)
+        path = self._folder / "verdicts"
+        try:
+            append_whole(path, _LENGTH.pack(len(sealed)) + sealed)
+        except OSError as e:
+            raise InputError(f"cannot keep the verdict in {path}: {e.strerror}. Make room on its disk") from e
 
     def _keep_proof(self, verdict: Cid, checked: CheckedReceipt, shown: bytes) -> None:
         folder = self._folder / "forged"

@@ -7,8 +7,10 @@ vouches for whatever nodes run a stage; the README says what that is worth.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from serve_app.errors import ConfigError
@@ -27,16 +29,32 @@ def enrol(
 ) -> Envelope:
     """The signed registry that holds all these nodes (key -> host name).
 
-    Raises ConfigError if the registry file lacks one of them, has expired, or cannot be read.
+    Raises ConfigError if the registry file lacks one of them, has expired, or cannot be read; InputError, ConfigError
+    if there is no operator's key and none can be made.
     """
     if registry is not None:
         return _from_file(registry, nodes)
     operator = Signer.load_or_create(operator_key or state_dir / "operator.key")
-    public = state_dir / OPERATOR_PUBLIC
-    public.write_text(key_text(operator.public) + "\n")
+    _show(operator.public, state_dir / OPERATOR_PUBLIC)
     now_s = int(time.time())
     members = [RegisteredNode(key, name) for key, name in nodes.items()]
     return Registry.of(members, now_s, now_s, _LIFETIME_S).seal(operator)
+
+
+def _show(operator: PublicKey, path: Path) -> None:
+    """Clients find the key in this file. It is written once: no repair depends on a disk that has room."""
+    text = key_text(operator) + "\n"
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.exists() and path.read_text() == text:
+            return
+        fresh.write_text(text)
+        fresh.replace(path)
+    except (OSError, ValueError) as e:
+        why = e.strerror if isinstance(e, OSError) else "it is no text"
+        with suppress(OSError):
+            fresh.unlink()
+        raise ConfigError(f"identity.state_dir: cannot write {path}: {why}. Make room there, or name another") from e
 
 
 def _from_file(path: Path, nodes: Mapping[PublicKey, str]) -> Envelope:

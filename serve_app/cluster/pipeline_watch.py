@@ -26,6 +26,7 @@ from serve_app.cluster.stage_handle import RayStage
 from serve_app.cluster.wiring import HEAD
 from serve_app.config import AppConfig
 from serve_app.errors import NoRoomError, PipelineError, ReplacedError
+from serve_app.pipeline.pace import Crawling
 from serve_app.pipeline.progress import hanging
 from serve_app.transport.link import LinkAddress
 from shard_tools.canonical import Value
@@ -84,6 +85,7 @@ class PipelineWatch:
         self._planned_s = 0.0  # when it was last looked for how many stages there is room
         self._rebuilds = -1 if found is None else 0
         self._repairs = 0
+        self._crawling = Crawling()
         self._polls: list[asyncio.Future[Trouble]] = []  # what each part will say when it is in trouble
         self._building: asyncio.Task[None] | None = None
         self._main: asyncio.Task[None] | None = None
@@ -281,14 +283,26 @@ class PipelineWatch:
         if self._drains and self._retires is None:
             group.head.drain.remote(False)
             self._drains = False
+        for news in self._crawling.look(stages, group.epoch):
+            _log.warning("%s: %s", group.group, news)
         group.head.ping.remote(stages, self._version.audits.state(group))  # whether it answers, the next check sees
         left, quarantined = self._version.audits.to_replace(group)
         if quarantined:
             await self._repair(left, quarantined, f"{', '.join(sorted(quarantined))} of quarantined nodes")
             return
         group = replace(group, spares=await self._living(group.spares))
+        if (crawls := self._to_replace(group)) is not None:
+            await self._repair(group, frozenset({f"stage {crawls[0]}"}), crawls[1])
+            return
         if sum(spare is not None for spare in group.spares) < self._version.config.pipeline.spares:
             self.group = await replenish(self._version.config, group)
+
+    def _to_replace(self, group: PipelineGroup) -> tuple[int, str] | None:
+        """The stage that crawls and gives its place to a spare, and why; a new process would find what slowed it."""
+        asked = self._version.config.pipeline
+        if asked.crawl != "replace" or not any(spare is not None for spare in group.spares):
+            return None
+        return self._crawling.to_replace(asked.crawl_s)
 
     async def _living(self, spares: Sequence[RayStage | None]) -> tuple[RayStage | None, ...]:
         """None in place of those that died while they waited."""

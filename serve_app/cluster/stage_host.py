@@ -337,6 +337,7 @@ class StageHost:
             "steps": stage.steps if stage else 0,
             "past_host": list(self._past_host),
             "busy_ms": int(stage.busy_s * 1000) if stage else 0,
+            "pace": stage.pace.to_value() if stage else None,
             "overdue": overdue.to_value() if overdue else None,
             "rows_hashed": stage.witness.rows_hashed if stage else 0,
             "rows_reused": stage.witness.rows_reused if stage else 0,

@@ -20,6 +20,7 @@ from serve_app.engine.engine import Engine, KeepsRows, Launched, Lent
 from serve_app.errors import PipelineError, ProtocolError
 from serve_app.messages.step import NO_STEP, Fault, Reply, StepPlan, StepResult, encode_reply, forgetting_plan
 from serve_app.pipeline.deliveries import Deliveries, DeliveryTerms
+from serve_app.pipeline.pace import Pace
 from serve_app.pipeline.progress import FLOOR_S, GPU_FLOOR_S, Progress
 from serve_app.pipeline.retention import Retention
 from serve_app.pipeline.witness import StageSpan, Witness
@@ -96,6 +97,7 @@ class Stage:
         self._inbox: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUED)
         self._flights: queue.Queue[_Flight | None] = queue.Queue(MAX_LAUNCHED)
         self.progress = Progress(FLOOR_S if engine.profile.device == "cpu" else GPU_FLOOR_S)
+        self.pace = Pace()
         self.steps = 0
         self.busy_s = 0.0  # with at least one step launched and not ended, for `llmd status`
         self._busy_until = 0.0
@@ -230,8 +232,11 @@ class Stage:
             self._failed(plan, e)
             failed = True
         now = time.perf_counter()
-        self.busy_s += now - max(flight.began, self._busy_until)
+        took_s = now - max(flight.began, self._busy_until)
+        self.busy_s += took_s
         self._busy_until = now
+        if plan.rows and not failed:
+            self.pace.took(plan.rows, int(plan.draws.sum()), took_s)
         self.steps += 1
         if self._next is not None and not flight.handed_on:
             self._hand_on(plan, None if failed else out.hidden)

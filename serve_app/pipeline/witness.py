@@ -159,7 +159,8 @@ class Witness:
             except Exception as e:
                 epoch, step = (plan.epoch, plan.step) if plan else (self._chain.session.epoch, NO_STEP)
                 _log.exception("stage %d could not witness step %d", self._span.stage, step)
-                self._reply(Fault(epoch, self._span.stage, step, f"hashing or signing failed: {e}"))
+                # Of no step: what it would have ended or signed is lost with it, and the step itself may run yet.
+                self._reply(Fault(epoch, self._span.stage, NO_STEP, f"hashing or signing failed: {e}"))
 
     def _hash(self, plan: StepPlan, output: StepOutput) -> None:
         draws = opened(self._span.manifest, plan) if self._draws else {}

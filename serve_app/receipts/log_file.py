@@ -31,7 +31,7 @@ class LogFile:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             data = self._path.read_bytes() if self._path.exists() else b""
             whole = len(data) - len(data) % ENTRY_BYTES
-            self._file = self._path.open("ab")
+            self._file = self._path.open("ab", buffering=0)  # what cannot be written is left nowhere
             self._file.truncate(whole)  # the last entry, of a process that died while it wrote; nobody was told of it
             head = self._head_path.read_bytes() if self._head_path.exists() else None
         except OSError as e:
@@ -45,8 +45,9 @@ class LogFile:
         new = [entry for entry in dict.fromkeys(map(bytes, entries)) if entry not in self.index]
         assert all(len(entry) == ENTRY_BYTES for entry in new)
         try:
-            self._file.write(b"".join(new))
-            self._file.flush()
+            left = memoryview(b"".join(new))
+            while left:
+                left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
             for entry in new:
                 self._note(entry)
@@ -56,7 +57,7 @@ class LogFile:
             beside.write_bytes(canonical.encode(self.sealed.to_value()))
             beside.replace(self._head_path)
         except OSError as e:
-            raise InputError(f"cannot write the log {self._path}: {e.strerror}") from e
+            raise InputError(f"cannot write the log {self._path}: {e.strerror}. Make room on its disk") from e
         return head
 
     def close(self) -> None:

@@ -67,6 +67,7 @@ class TieredStore:
         self._flights = Flights(lock)
         self._standings: dict[str, _Standing] = {}
         self._guard = threading.Lock()
+        self._keeps = True  # what it fetches; said once when it cannot, not for each of thousands of blocks
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="block source")
 
     @property
@@ -140,8 +141,11 @@ class TieredStore:
             self._near.put(cid.codec, block)
             if self._grew is not None:
                 self._grew(len(block))
+            self._keeps = True
         except (InputError, OSError) as e:  # the disk is full, or may not be written: the block is right all the same
-            _log.warning("%s Blocks are fetched again each time until they can be kept.", e)
+            if self._keeps:
+                _log.warning("%s Blocks are fetched again each time until they can be kept: make room.", e)
+            self._keeps = False
 
     def _ask(self, cid: Cid) -> bytes:
         """The block from the first source that gives it."""

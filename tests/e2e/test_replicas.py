@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -33,6 +34,7 @@ class Application:
         def small(document: dict[str, Any]) -> None:
             document["applications"][0]["args"]["pipeline"] |= {"stages": 1, "threads_per_stage": 1}
             document["applications"][0]["args"]["ingress"]["drain_s"] = 10.0
+            document["applications"][0]["args"]["audit"] |= {"on_request": True, "retain_bytes": 32 << 20}
 
         self.cluster = Cluster(small)
         port = free_port()
@@ -108,6 +110,37 @@ def test_what_begins_alike_goes_to_one_pipeline_and_new_beginnings_to_both(appli
         homes.add(tuple(n > was for n, was in zip(application.drawn(), before, strict=True)))
     assert min(sizes) > 64
     assert homes == {(True, False), (False, True)}
+
+
+def test_answers_of_either_pipeline_are_audited_where_that_was_asked_for(application: Application) -> None:
+    """One auditor hears both. Nothing was calibrated, so that is what its verdicts say: they are verdicts."""
+    with_two(application)
+    url, before = application.cluster.url, application.drawn()
+
+    def ask(i: int) -> httpx.Response:
+        body = {**BODY, "prompt": f"{i} stone", "max_tokens": 40, "seed": i}
+        headers = {"X-LLMD-Assurance": "audited"}
+        until = time.monotonic() + 60
+        while True:  # 429 while an auditor, or room for rows, is on its way
+            answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
+            if answer.status_code != 429 or time.monotonic() > until:
+                return answer
+            time.sleep(0.5)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(8)))
+    assert [answer.status_code for answer in answers] == [200] * 8, [answer.text for answer in answers]
+    assert eventually(lambda: all(now > was for now, was in zip(application.drawn(), before, strict=True)), 20)
+    for answer in answers:
+        looked = f"{url}/v1/receipts/{answer.json()['id']}"
+
+        def judged(looked: str = looked) -> bool:
+            said = httpx.get(looked, timeout=10)
+            return said.status_code == 200 and said.json()["audit"]["verdict"] is not None
+
+        assert eventually(judged, 60), httpx.get(looked, timeout=10).text
+        found = httpx.get(looked, timeout=10).json()
+        assert found["assurance"] == "audited" and found["audit"]["verdict"]["finding"] == "uncalibrated"
 
 
 @pytest.mark.parametrize("what", ["head", "whole"])

@@ -76,6 +76,7 @@ def test_stages_hold_their_own_layers_only(cluster: Cluster) -> None:
     assert eventually(lambda: len(cluster.state()["pipelines"][0]["stages"]) == 2, 10)
     stages = cluster.state()["pipelines"][0]["stages"]
     assert [stage["layers"] for stage in stages] == [[0, 2], [2, 4]]
+    assert all({"steps", "took_us", "usual_us"} == stage["pace"].keys() and "crawls" in stage for stage in stages)
     assert len(cluster.processes("ray::_StageProcess")) == 2
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -78,6 +79,12 @@ class JsNode:
         """The node is connected to another."""
         answer = self.rpc("swarm/connect", address)
         assert answer.status_code == 200, answer.text
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The node is stopped: its connections stand, and nothing comes."""
+        with _stopped(self._process.pid):
+            yield
 
     def kill(self) -> None:
         """The node is gone without a word."""
@@ -154,6 +161,12 @@ class KuboCore:
         path = self.repo / "blocks" / name[-3:-1] / f"{name}.data"
         return path.read_bytes() if path.exists() else None
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """As JsNode.stopped."""
+        with _stopped(self._process.pid):
+            yield
+
     def close(self) -> None:
         """The core has ended."""
         self._process.kill()
@@ -192,6 +205,15 @@ def kubo_core(folder: Path, swarm_key: str) -> Iterator[KuboCore]:
         yield core
     finally:
         core.close()
+
+
+@contextmanager
+def _stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def _free_ports(n: int) -> list[int]:

@@ -130,6 +130,33 @@ def test_what_bears_no_claim(shown: Opened) -> None:
     assert TransitProof(RECEIVER.certificate, claim).convicted() == RECEIVER.node
 
 
+@pytest.mark.parametrize("says", ["true", "other", "nothing", "by another", "other step"])
+@pytest.mark.parametrize("delivers", ["true", "other"])
+@pytest.mark.parametrize("claims", ["true", "other", "third", "nothing", "own delivery"])
+def test_whoever_lies_is_blamed_and_nobody_else(says: str, delivers: str, claims: str) -> None:
+    """All that a sender may sign and a receiver may claim; the rows that were sent have the root TRUE."""
+    roots = {"true": TRUE, "other": FALSE, "third": b"3" * 32}
+    delivered, claimed = note(part(roots[delivers])), roots.get(claims, FALSE)
+    shown = opened(note(part(claimed), by=CLUSTER.session(1, "stage")) if claims == "own delivery" else delivered)
+    sent = {
+        "nothing": dataclasses.replace(sender(), claim=b""),
+        "by another": sender(by=STRANGER),
+        "other step": sender(step=STEP + 1),
+    }.get(says, sender(roots.get(says, TRUE)))
+    got = dataclasses.replace(receiver(claimed), claim=b"") if claims == "nothing" else receiver(claimed, shown)
+    honest_sender = says == delivers == "true"
+    honest_receiver = claims == delivers == "true"  # one that got another delivery refuses, and claims nothing
+    if sent.root == got.root:
+        return  # the Head sees no difference
+    blame = decide(SEQ, sent, got)
+    if blame is None:
+        assert says == claims == "nothing"
+        return
+    assert not (honest_sender if blame.stage == 0 else honest_receiver)
+    if blame.proof is not None:
+        assert blame.proof.convicted() == (SENDER, RECEIVER)[blame.stage].node
+
+
 def test_two_deliveries_for_one_step_convict_whoever_signed_them() -> None:
     one, other = note(part()).vouched, note(part(FALSE)).vouched
     proof = twice(one, other)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import signal
 import threading
 import time
@@ -31,6 +30,7 @@ from shard_tools.store.memory import MemoryStore
 from shard_tools.store.peers import Peers
 from shard_tools.store.stores import open_store
 from shard_tools.store.tiered import Haste, TieredStore
+from tests.full_disk import files_of_at_most
 from tests.shard_tools.http_doubles import answering, ok, saying, silent
 
 BLOCK = b"block" * 100
@@ -197,17 +197,6 @@ def test_who_holds_a_lock_for_too_long_is_not_waited_for(tmp_path: Path) -> None
         began = time.monotonic()
         with flights.alone(CID, 0.1):
             assert 0.1 <= time.monotonic() - began < 1
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """As on a full disk: what is written past `size` bytes of a file fails."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def test_on_a_full_disk_blocks_are_given_though_not_kept(tmp_path: Path) -> None:
