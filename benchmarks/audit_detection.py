@@ -308,7 +308,7 @@ def source_text(prompts: int) -> str:
 
 def moved(replayed: Replayed, sizes: Floats) -> Floats:
     """[rows]: how far the last bit of what went in moves each."""
-    assert replayed.nudged is not None, "SmolLM2's stages have ten layers and more"
+    assert replayed.nudged is not None
     return whitened_errors(replayed.nudged, replayed.rows, sizes)
 
 

@@ -46,7 +46,7 @@ class Calibration:
     prover: str  # StageStatement.profile
     auditor: str  # Replayed.profile
     sizes: tuple[int, ...]  # of the channels, relative to the largest
-    nudged_pico: int  # how far the last bit of its rows moves the usual row; 0: nothing to nudge, one layer of ids
+    nudged_pico: int  # how far the last bit of its rows moves the usual row; 0: nothing moves
     tails: tuple[Tail, ...]  # by rising window length, the first of 1
 
     def errors(self, recorded: Rows, replayed: Replayed) -> Floats:

@@ -9,9 +9,11 @@ that of a layer and the activations. Layers are computed by the plain engine, wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from serve_app.audit.error import Rows, floats_of
 from serve_app.engine.engine import ActivationDtype
@@ -36,8 +38,8 @@ PASS_ROWS = 4096
 class Replayed:
     """What a stage should have sent. profile: of whoever computed it, as calibrations name it.
 
-    nudged: the same from rows whose values, before each layer but that of the token ids, differ in the last bit of the
-    dtype they are sent in; None if there is no such layer, or it was not asked for. So far do these very rows carry
+    nudged: the same from rows whose values, before each layer, differ in the last bit of the dtype they are sent in, and
+    where ids come in, from an embedding whose values do; None if it was not asked for. So far do these very rows carry
     rounding.
     """
 
@@ -113,13 +115,17 @@ def replay(
     rows = list(received)
     if start and options.dtype != dtype:
         rows = [floats_of(r, dtype, manifest.hidden_size).astype("<f4").tobytes() for r in rows]
-    nudge = nudge and stop > max(start, 1)  # else nothing but token ids goes into a layer
     profile, n = "", len(rows)
     for layer in range(start, stop):
         engine = layers.engine(layer)
-        if nudge and layer:
-            rows = rows[:n] + [_nudged(r, dtype, options.dtype) for r in rows[-n:]]
-        rows = through_layer(engine, layer, rows)
+        if nudge and layer == 0:
+            with _nudged_embedding(engine, dtype):
+                others = through_layer(engine, layer, rows)
+            rows = through_layer(engine, layer, rows) + others
+        else:
+            if nudge:
+                rows = rows[:n] + [_nudged(r, dtype, options.dtype) for r in rows[-n:]]
+            rows = through_layer(engine, layer, rows)
         profile = engine.profile.description
     found = [floats_of(r, options.dtype, manifest.hidden_size) for r in rows]
     nudged: Sequence[Rows | None] = found[n:] if len(found) > n else [None] * n
@@ -162,6 +168,19 @@ def _passes(records: Sequence[int], counts: Sequence[int]) -> Iterator[list[int]
         rows += counts[i]
     if several:
         yield several
+
+
+@contextmanager
+def _nudged_embedding(engine: TorchEngine, dtype: ActivationDtype) -> Iterator[None]:
+    """Inside: the same for the rows that ids stand for."""
+    weight = engine.model.body.get_input_embeddings().weight
+    bits = weight.data.view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
+    mask = 1 << _SPARE_BITS[dtype] if weight.dtype == torch.float32 else 1
+    bits.bitwise_xor_(mask)
+    try:
+        yield
+    finally:
+        bits.bitwise_xor_(mask)
 
 
 def _nudged(rows: bytes, dtype: ActivationDtype, computed_in: ActivationDtype) -> bytes:
