@@ -33,7 +33,8 @@ def calibrate(
     at_once: Annotated[int, typer.Option("--at-once", min=1, help="Requests that run side by side.")] = 8,
     dtype: Annotated[str, typer.Option("--dtype", help="What stages compute in.")] = "float32",
     replay_dtype: Annotated[str, typer.Option("--replay-dtype", help="What auditors compute in.")] = "float32",
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda, of stages and auditors.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda, of stages.")] = "cpu",
+    replay_device: Annotated[str, typer.Option("--replay-device", help="Of auditors; the running one's: cpu.")] = "cpu",
     engine: Annotated[str, typer.Option("--engine", help="Of the stages: auto, torch, cpu, gpu.")] = "auto",
     text: Annotated[Path | None, typer.Option("--text", help="To cut prompts from; default: Python's help.")] = None,
 ) -> None:
@@ -49,7 +50,7 @@ def calibrate(
             raise InputError(f"{store} is no directory of blocks")
         blocks = DirectoryStore(store.expanduser())
         model = load_manifest(blocks, Cid.parse(manifest))
-        prover, auditor = choose_options(dtype, device, engine), choose_options(replay_dtype, device, "torch")
+        prover, auditor = choose_options(dtype, device, engine), choose_options(replay_dtype, replay_device, "torch")
         try:
             prompts = help_text() if text is None else text.read_text()
         except (OSError, UnicodeError) as e:

@@ -205,7 +205,7 @@ class AuditDesk:
         silent = [s["stage"] for s in stages if isinstance(s, dict) and s.get("retains") is False]
         problem = None
         if silent:
-            problem = f"stage {silent[0]!r} keeps no rows: its GPU hashes them, or its own operator gives them no room"
+            problem = f"stage {silent[0]!r} keeps no rows: its engine cannot, or its own operator gives them no room"
         # One of another operator may keep fewer than was wanted, and what is promised must fit into every stage.
         room = [s["retain_bytes"] for s in stages if isinstance(s, dict) and isinstance(s.get("retain_bytes"), int)]
         kept = min([self._wanted_bytes, *(n for n in room if isinstance(n, int))])

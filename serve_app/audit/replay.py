@@ -9,11 +9,9 @@ that of a layer and the activations. Layers are computed by the plain engine, wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from serve_app.audit.error import Rows, floats_of
 from serve_app.engine.engine import ActivationDtype
@@ -38,9 +36,8 @@ PASS_ROWS = 4096
 class Replayed:
     """What a stage should have sent. profile: of whoever computed it, as calibrations name it.
 
-    nudged: the same from rows whose values, before each layer, differ in the last bit of the dtype they are sent in, and
-    where ids come in, from an embedding whose values do; None if it was not asked for. So far do these very rows carry
-    rounding.
+    nudged: the same from rows whose values, before each layer, differ in the last bit of the dtype they are sent in;
+    where ids come in, those of the embedding do. None if it was not asked for. So far do these rows carry rounding.
     """
 
     rows: Rows
@@ -119,7 +116,7 @@ def replay(
     for layer in range(start, stop):
         engine = layers.engine(layer)
         if nudge and layer == 0:
-            with _nudged_embedding(engine, dtype):
+            with engine.embedding_nudged(_last_bit(dtype, options.dtype)):
                 others = through_layer(engine, layer, rows)
             rows = through_layer(engine, layer, rows) + others
         else:
@@ -170,24 +167,14 @@ def _passes(records: Sequence[int], counts: Sequence[int]) -> Iterator[list[int]
         yield several
 
 
-@contextmanager
-def _nudged_embedding(engine: TorchEngine, dtype: ActivationDtype) -> Iterator[None]:
-    """Inside: the same for the rows that ids stand for."""
-    weight = engine.model.body.get_input_embeddings().weight
-    bits = weight.data.view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
-    mask = 1 << _SPARE_BITS[dtype] if weight.dtype == torch.float32 else 1
-    bits.bitwise_xor_(mask)
-    try:
-        yield
-    finally:
-        bits.bitwise_xor_(mask)
-
-
 def _nudged(rows: bytes, dtype: ActivationDtype, computed_in: ActivationDtype) -> bytes:
     """Each value with the other last bit, as `dtype` writes it: off by some rounding, this way or that."""
-    if computed_in == "float32":
-        return (np.frombuffer(rows, "<u4") ^ (1 << _SPARE_BITS[dtype])).astype("<u4").tobytes()
-    return (np.frombuffer(rows, "<u2") ^ 1).astype("<u2").tobytes()
+    kind = "<u4" if computed_in == "float32" else "<u2"
+    return (np.frombuffer(rows, kind) ^ _last_bit(dtype, computed_in)).astype(kind).tobytes()
+
+
+def _last_bit(dtype: ActivationDtype, computed_in: ActivationDtype) -> int:
+    return 1 << _SPARE_BITS[dtype] if computed_in == "float32" else 1
 
 
 def _root(boundary: Boundary, rows: bytes) -> bytes:

@@ -99,5 +99,5 @@ def nodes_of(spec: HeadSpec) -> list[PublicKey]:
 
 
 def _fixed(spec: HeadSpec) -> bool:
-    """Whether stages compute in windows of one shape, on what an auditor has too. A GPU's rows are not audited yet."""
+    """Whether stages compute in windows of one shape, on what the auditor has too."""
     return all(stage.deterministic and stage.device == "cpu" for stage in spec.plan.stages)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -101,6 +104,17 @@ class TorchEngine:
         """float32 [rows, vocab] of rows that left the last layer: for whoever checks this engine's arithmetic."""
         rows = torch.frombuffer(bytearray(hidden), dtype=self.dtype).view(-1, self._hidden_size)
         return self._logits(rows.to(self.device))
+
+    @contextmanager
+    def embedding_nudged(self, bit: int) -> Iterator[None]:
+        """Inside, this bit of every value of the embedding is the other way: for whoever asks how much that changes."""
+        weight = self.model.body.get_input_embeddings().weight.data
+        bits = weight.view(torch.int32 if weight.element_size() == 4 else torch.int16)
+        bits.bitwise_xor_(bit)
+        try:
+            yield
+        finally:
+            bits.bitwise_xor_(bit)
 
     def _resolve(self, plan: StepPlan, rows: memoryview) -> memoryview:
         """The rows with ids in place of DRAWN_LAST; the same buffer if there are none."""
