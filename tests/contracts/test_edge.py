@@ -466,7 +466,8 @@ def test_an_inlet_for_small_messages_takes_no_large_ones(kind: EdgeKind, size: i
     edge = dial(outlet(kind, os.getpid(), listener.address), Losses())
     edge.send(bytes(1_000))
     assert len(received.get(timeout=5)) == 1_000
-    edge.send(bytes(size))
+    with contextlib.suppress(PipelineError):  # the receiver may have hung up before all of it was sent
+        edge.send(bytes(size))
     assert f"{size} bytes where at most 1000 are accepted" in lost.first()[1]
     assert received.empty()
     edge.close()

@@ -16,6 +16,8 @@ from serve_app.engine.load import LoadOptions, load_engine
 from shard_tools.choice import Choice
 from tests.engine_steps import GREEDY, MAX_SEQUENCES, N_PAGES, PAGE, numpy_is_even, plan_of, published
 
+pytestmark = pytest.mark.slow  # Triton's interpreter takes seconds for a step
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -27,6 +27,8 @@ from shard_tools.manifest import Manifest
 from shard_tools.store.memory import MemoryStore
 from tests.engine_steps import GREEDY, MAX_SEQUENCES, N_PAGES, OPEN_SEVEN, PAGE, STEPS, Step, ids, plan_of, published
 
+pytestmark = pytest.mark.slow  # Triton's interpreter takes seconds for a step
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
