@@ -32,16 +32,19 @@ demo: $(READY)
 
 test: test-fast test-ray
 
-# No Ray, no network, under two minutes.
-test-fast: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not ray and not slow' -n auto --dist loadfile
+# Sockets, processes that die and clocks: what a busy machine delayed once is tried once more and named at the end. What
+# fails twice is broken.
+AGAIN := --reruns 1 -rR
 
-# What takes more than seconds; then a real Ray and real HTTP on loopback, where parts die against a clock: what a busy
-# machine delayed once is tried once more, and named at the end. What fails twice is broken.
+# No Ray, no network, two to three minutes on two cores.
+test-fast: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not ray and not slow' -n auto --dist loadfile $(AGAIN)
+
+# What takes more than seconds; then a real Ray and real HTTP on loopback.
 test-ray: $(READY)
 	-$(MAKE) --keep-going nodes
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'slow and not ray' -n auto --dist load
-	$(BIN)/pytest -m ray --reruns 1 -rR
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'slow and not ray' -n auto --dist load $(AGAIN)
+	$(BIN)/pytest -m ray $(AGAIN)
 
 lint: $(READY)
 	$(BIN)/ruff check .
