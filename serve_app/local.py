@@ -120,7 +120,7 @@ class LocalPipeline:
                 outlet=outlet,
             )
             after = LocalEdge(self.stages[0].deliver) if self.stages else None
-            chain = membership.chains[i]
+            chain, sender = membership.chains[i], membership.chains[i - 1].session.node if i else None
             stage = Stage(
                 engine,
                 span,
@@ -130,9 +130,7 @@ class LocalPipeline:
                 head=to_head,
                 epoch=epoch,
                 retention=Retention(limits.retain_bytes) if limits.retain_bytes else None,
-                deliveries=DeliveryTerms(membership.head.node if i else None, i < stages - 1)
-                if limits.deliveries
-                else None,
+                deliveries=DeliveryTerms(sender, i < stages - 1) if limits.deliveries else None,
             )
             self.stages.insert(0, stage)
 

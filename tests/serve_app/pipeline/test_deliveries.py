@@ -229,23 +229,28 @@ def _payload(encoded: bytes) -> bytes:
     return Envelope.from_value(canonical.decode(encoded, max_bytes=1 << 16), "claim", 1 << 16).payload
 
 
-def test_a_receiver_that_claims_another_input_is_convicted(tiny: Tiny) -> None:
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        (
+            claims_other_rows_received,
+            "stage 1 received other rows than stage 0 sent; stage 1 is at fault: it claims rows",
+        ),
+        (
+            claims_other_rows_sent,
+            "stage 2 received other rows than stage 1 sent; stage 1 is at fault: it signed two roots",
+        ),
+    ],
+)
+def test_one_that_says_other_than_was_delivered_is_convicted(
+    tiny: Tiny, told: Callable[[Roots, Session], Roots], why: str
+) -> None:
+    """As the receiver, of its input; as the sender, of its output."""
+
     async def work(pipeline: LocalPipeline) -> None:
-        lie(pipeline, 1, claims_other_rows_received)
+        lie(pipeline, 1, told)
         found = await refused(pipeline, tiny[1])
-        assert "stage 1 received other rows than stage 0 sent; stage 1 is at fault: it claims rows" in found.error
-        proof = TransitProof.decode(found.proof)
-        assert proof.convicted() == pipeline.node.key
-        assert proof.certificate == pipeline.stages[1].witness._chain.session.certificate
-
-    signed(tiny, 3, work)
-
-
-def test_a_sender_that_says_other_than_it_delivered_is_convicted(tiny: Tiny) -> None:
-    async def work(pipeline: LocalPipeline) -> None:
-        lie(pipeline, 1, claims_other_rows_sent)
-        found = await refused(pipeline, tiny[1])
-        assert "stage 2 received other rows than stage 1 sent; stage 1 is at fault: it signed two roots" in found.error
+        assert why in found.error
         proof = TransitProof.decode(found.proof)
         assert proof.convicted() == pipeline.node.key
         assert proof.certificate == pipeline.stages[1].witness._chain.session.certificate
